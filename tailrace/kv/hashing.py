@@ -1,0 +1,52 @@
+"""Names of blocks, by content. One function for every service.
+
+A block's hash covers all tokens before it, so equal hashes mean equal prefixes:
+h_i = BLAKE2b-128(h_{i-1} || tokens_i), tokens as little-endian uint32, h_{-1} = `chain_seed`.
+"""
+
+import struct
+from collections.abc import Sequence
+from hashlib import blake2b
+
+HASH_BYTES = 16
+TOKEN_BYTES = 4
+
+
+def chain_seed(fingerprint: bytes, adapter: str = "", cache_salt: str = "") -> bytes:
+    """Where chains begin: requests that differ in layout, adapter or salt never share a hash.
+
+    Each part is preceded by its length, so that no two different triples have the same encoding.
+    """
+    digest = blake2b(digest_size=HASH_BYTES)
+    for part in (fingerprint, adapter.encode(), cache_salt.encode()):
+        digest.update(struct.pack("<I", len(part)))
+        digest.update(part)
+    return digest.digest()
+
+
+def hash_blocks(
+    tokens: Sequence[int], block_size: int, seed: bytes, *, first: int = 0, parent: bytes | None = None
+) -> list[bytes]:
+    """Hashes of the full blocks of `tokens` from block `first` on; a partial last block has none.
+
+    `tokens` always starts at position 0. To extend a chain, pass `first` > 0 and, as `parent`, the hash before it.
+    Raises ValueError for token ids outside uint32, and for `first` and `parent` that do not go together.
+    """
+    if block_size < 1 or first < 0 or (first > 0) != (parent is not None):
+        raise ValueError(f"block_size={block_size} first={first}: a parent belongs to first > 0 and only to it")
+    end = len(tokens) // block_size
+    data = _encode(tokens[first * block_size : end * block_size])
+    width = block_size * TOKEN_BYTES
+    hashes: list[bytes] = []
+    previous = seed if parent is None else parent
+    for start in range(0, len(data), width):
+        previous = blake2b(previous + data[start : start + width], digest_size=HASH_BYTES).digest()
+        hashes.append(previous)
+    return hashes
+
+
+def _encode(tokens: Sequence[int]) -> bytes:
+    try:
+        return struct.pack(f"<{len(tokens)}I", *tokens)
+    except struct.error as error:
+        raise ValueError("token ids must be integers from 0 to 2**32 - 1") from error
