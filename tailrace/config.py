@@ -23,6 +23,7 @@ from tailrace.errors import ConfigError
 PREFIX = "TAILRACE_"
 CONFIG_FILE_VARIABLE = "TAILRACE_CONFIG"
 DEFAULT_MODEL = "smollm2-135m-instruct"
+MIN_SECRET_BYTES = 16
 BLOCK_SIZES = (16, 32, 64, 128)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):(\d{1,5})")
@@ -66,6 +67,12 @@ def _address(value: str) -> str:
     return value
 
 
+def _secret(value: SecretStr) -> SecretStr:
+    if 0 < len(value.get_secret_value().encode()) < MIN_SECRET_BYTES:
+        raise ValueError(f"must have at least {MIN_SECRET_BYTES} bytes")
+    return value
+
+
 def _readable_file(value: Path) -> Path:
     if not value.is_file():
         raise ValueError("no such file")
@@ -90,10 +97,11 @@ class CommonConfig(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "text", "json"] = "auto"
     """auto: text; in colour on a terminal."""
-    secret: SecretStr = Field(default=SecretStr(""), max_length=1024)
-    """Shared by the gateway and the workers of one cluster; empty: none, allowed on the loopback interface only."""
-    cache_dir: Path = Path("~/.cache/tailrace")
-    """Where fetched and converted models are kept."""
+    secret: Annotated[SecretStr, AfterValidator(_secret)] = SecretStr("")
+    """Shared by the gateway and the workers of one cluster. Empty: none, which is allowed on the loopback interface
+    only, and with which no KV moves between workers."""
+    cache_dir: Path | None = None
+    """Where fetched and converted models are kept; None: tailrace in the user's cache directory."""
     parent_pid: int | None = Field(default=None, ge=1)
     """End when this process is gone."""
 
@@ -123,10 +131,6 @@ class CommonConfig(BaseSettings):
         except ConfigError as error:
             print(f"tailrace: {error.message}", file=sys.stderr)
             raise SystemExit(2) from None
-
-    @property
-    def cache_path(self) -> Path:
-        return self.cache_dir.expanduser()
 
     def to_environment(self) -> dict[str, str]:
         """The variables with which a child process makes an equal configuration. Holds secrets: never log it."""
