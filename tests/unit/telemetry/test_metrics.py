@@ -1,0 +1,39 @@
+from prometheus_client import CollectorRegistry
+
+from tailrace.telemetry.metrics import BlockCounts, GatewayMetrics, WorkerMetrics, render
+
+
+def test_a_worker_counts_its_blocks_by_state():
+    registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry)
+    metrics.set_blocks(BlockCounts(free=5, active=1, cached=2, lent=0, landing=3, quarantined=0))
+    states = ("free", "active", "cached", "lent", "landing", "quarantined")
+    assert [registry.get_sample_value("tailrace_kv_blocks", {"state": state}) for state in states] == [5, 1, 2, 0, 3, 0]
+
+
+def test_pulls_are_counted_by_transport_and_outcome():
+    registry = CollectorRegistry()
+    metrics = WorkerMetrics(registry)
+    metrics.pulled(1000, 0.01, transport="nixl", outcome="good")
+    metrics.pulled(500, 0.01, transport="nixl", outcome="stale")
+    good = {"transport": "nixl", "outcome": "good"}
+    assert registry.get_sample_value("tailrace_transfer_bytes_total", good) == 1000
+    assert registry.get_sample_value("tailrace_transfer_seconds_count", good) == 1
+
+
+def test_tpot_leaves_the_first_token_out():
+    registry = CollectorRegistry()
+    metrics = GatewayMetrics(registry)
+    metrics.answered(prompt_tokens=3, completion_tokens=5, ttft_s=1.0, latency_s=3.0)
+    metrics.answered(prompt_tokens=3, completion_tokens=1, ttft_s=1.0, latency_s=1.0)
+    assert registry.get_sample_value("tailrace_tpot_seconds_sum") == 0.5
+    assert registry.get_sample_value("tailrace_tpot_seconds_count") == 1
+    assert registry.get_sample_value("tailrace_ttft_seconds_count") == 2
+
+
+def test_two_registries_share_nothing():
+    first, second = CollectorRegistry(), CollectorRegistry()
+    GatewayMetrics(first).set_workers("decode", 2)
+    GatewayMetrics(second)
+    assert b'tailrace_workers{role="decode"} 2.0' in render(first)
+    assert b"tailrace_workers{" not in render(second)
