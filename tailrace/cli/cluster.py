@@ -1,0 +1,123 @@
+"""A whole cluster on this machine: one gateway and its workers as child processes."""
+
+import asyncio
+import errno
+import secrets
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from tailrace.cli.supervisor import ChildSpec, Listener, RestartPolicy, Supervisor
+from tailrace.config import UpConfig, available_cores, base_environment
+from tailrace.errors import ConfigError
+
+_POLL_S = 0.1
+_ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - what a client dials instead
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A cluster that can serve."""
+
+    base_url: str
+    """http://host:port, without /v1."""
+    started_in_s: float
+    supervisor: Supervisor
+
+    @property
+    def api_url(self) -> str:
+        return f"{self.base_url}/v1"
+
+
+@asynccontextmanager
+async def running_cluster(config: UpConfig, model: Path, listener: Listener) -> AsyncIterator[Cluster]:
+    """Start it, wait until it can serve, and end all of it afterwards.
+
+    `model` is the directory of the resolved model. Raises ConfigError when the port is taken, and
+    ChildFailedError when a child cannot start.
+    """
+    began = time.monotonic()
+    port = free_port(config.host, config.port)
+    specs = plan_children(config, model, port=port, grpc_port=free_port("127.0.0.1"), cores=available_cores())
+    base_url = http_url(config.host, port)
+    async with Supervisor(specs, listener, RestartPolicy(enabled=config.restart)) as supervisor:
+        await supervisor.during(_until_ready(base_url))
+        supervisor.mark_ready()
+        yield Cluster(base_url, time.monotonic() - began, supervisor)
+
+
+def plan_children(
+    config: UpConfig, model: Path, *, port: int, grpc_port: int, cores: Sequence[int]
+) -> tuple[ChildSpec, ...]:
+    """The gateway, then the workers, with the cores divided among the workers."""
+    names = [f"prefill-{i}" for i in range(config.prefill)] + [f"decode-{i}" for i in range(config.decode)]
+    shared = {
+        "model": str(model),
+        "served_model_name": config.model_names,
+        "secret": config.secret.get_secret_value() or secrets.token_hex(32),
+    }
+    gateway = config.gateway(**shared, port=port, grpc_host="127.0.0.1", grpc_port=grpc_port)
+    children = [_child("gateway", "gateway", gateway.to_environment())]
+    for name, share in zip(names, divide_cores(cores, len(names)), strict=True):
+        threads = len(share) or 1
+        worker = config.worker(**shared, worker_id=name, join=(f"127.0.0.1:{grpc_port}",), threads=threads)
+        environment = {**worker.to_environment(), "OMP_NUM_THREADS": str(threads)}
+        children.append(_child(name, name.partition("-")[0], environment, share))
+    return tuple(children)
+
+
+def divide_cores(cores: Sequence[int], num_workers: int) -> list[tuple[int, ...]]:
+    """Equal shares, larger ones first. All shares are empty (everyone uses every core) when there are too few."""
+    if num_workers > len(cores):
+        return [()] * num_workers
+    size, extra = divmod(len(cores), num_workers)
+    ends = [size * (i + 1) + min(i + 1, extra) for i in range(num_workers)]
+    return [tuple(cores[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def free_port(host: str, port: int = 0) -> int:
+    """`port` itself, or any free one for 0. Raises ConfigError when nobody could listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen(1)
+        except OSError as error:
+            why = (
+                "is in use; pass another --port"
+                if error.errno == errno.EADDRINUSE
+                else f"cannot be used: {error.strerror or error}"
+            )
+            raise ConfigError(f"port: {host}:{port} {why}", param="port") from None
+        return int(probe.getsockname()[1])
+
+
+def http_url(host: str, port: int) -> str:
+    reachable = _ANY_HOST.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def _child(name: str, role: str, environment: dict[str, str], cores: tuple[int, ...] = ()) -> ChildSpec:
+    command = (sys.executable, "-m", f"services.{role}.main")
+    calm = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+    return ChildSpec(name, command, {**base_environment(), **calm, **environment}, cores)
+
+
+async def _until_ready(base_url: str) -> None:
+    async with httpx.AsyncClient(base_url=base_url, trust_env=False, timeout=5.0) as client:
+        while not await _is_ready(client):  # noqa: ASYNC110 - the gateway is another process: nothing here to wait on
+            await asyncio.sleep(_POLL_S)
+
+
+async def _is_ready(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/ready")).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False

@@ -1,0 +1,144 @@
+import asyncio
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from tailrace.cli.cluster import divide_cores, free_port, http_url, plan_children, running_cluster
+from tailrace.cli.supervisor import ChildFailedError
+from tailrace.config import UpConfig
+from tailrace.errors import ConfigError
+
+MODEL = Path("/models/m")
+
+
+def plan(cores=(0, 1, 2, 3), **values):
+    return {c.name: c for c in plan_children(UpConfig(**values), MODEL, port=9000, grpc_port=9001, cores=cores)}
+
+
+def test_each_role_is_a_process_of_its_own():
+    children = plan(prefill=1, decode=2)
+    assert list(children) == ["gateway", "prefill-0", "decode-0", "decode-1"]
+    assert children["decode-1"].command == (sys.executable, "-m", "services.decode.main")
+
+
+def test_prefill_0_is_the_colocated_mode():
+    assert list(plan(prefill=0)) == ["gateway", "decode-0"]
+
+
+def test_workers_join_the_gateway_and_share_its_secret():
+    children = plan()
+    gateway, decode = children["gateway"].environment, children["decode-0"].environment
+    assert gateway["TAILRACE_GRPC_PORT"] == "9001"
+    assert decode["TAILRACE_JOIN"] == "127.0.0.1:9001"
+    assert gateway["TAILRACE_SECRET"] == decode["TAILRACE_SECRET"]
+    assert len(decode["TAILRACE_SECRET"]) >= 32
+    assert plan()["gateway"].environment["TAILRACE_SECRET"] != gateway["TAILRACE_SECRET"]
+
+
+def test_no_secret_is_in_a_command_line():
+    for child in plan(secret="0123456789abcdef", api_key="sk-1").values():
+        assert not {"0123456789abcdef", "sk-1"} & set(child.command)
+
+
+def test_the_model_is_passed_as_a_directory_and_served_under_its_name():
+    for child in plan(model="org/name").values():
+        assert child.environment["TAILRACE_MODEL"] == "/models/m"
+        assert child.environment["TAILRACE_SERVED_MODEL_NAME"] == "org/name"
+
+
+def test_cores_and_threads_are_divided_among_the_workers():
+    children = plan(cores=(0, 1, 2), prefill=1, decode=1)
+    assert (children["prefill-0"].cores, children["decode-0"].cores) == ((0, 1), (2,))
+    assert children["prefill-0"].environment["OMP_NUM_THREADS"] == "2"
+    assert children["prefill-0"].environment["TAILRACE_THREADS"] == "2"
+    assert children["gateway"].cores == ()
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "shares"),
+    [
+        ((0, 1), 2, [(0,), (1,)]),
+        ((4, 5, 6, 7, 8), 2, [(4, 5, 6), (7, 8)]),
+        ((0, 1), 3, [(), (), ()]),
+        ((0,), 1, [(0,)]),
+    ],
+)
+def test_shares_are_even_or_everybody_has_all(cores, workers, shares):
+    assert divide_cores(cores, workers) == shares
+
+
+def test_a_port_in_use_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port} is in use") as caught:
+            free_port("127.0.0.1", port)
+    assert caught.value.param == "port"
+    assert free_port("127.0.0.1", port) == port
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "http://127.0.0.1:80"), ("0.0.0.0", "http://127.0.0.1:80"), ("::", "http://[::1]:80")],
+)
+def test_the_url_can_be_dialled(host, url):
+    assert http_url(host, 80) == url
+
+
+class Silent:
+    def line(self, name, text): ...
+
+    def died(self, death, pause_s): ...
+
+
+async def test_nothing_is_started_when_the_port_is_taken(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = UpConfig(port=taken.getsockname()[1])
+        with pytest.raises(ConfigError, match="is in use"):
+            async with running_cluster(config, MODEL, Silent()):
+                pytest.fail("must not start")
+
+
+FAKE_SERVICE = """
+import http.server, os, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    asked = 0
+    def do_GET(self):
+        Handler.asked += 1
+        never = os.environ.get("TAILRACE_MAX_MODEL_LEN") == "77"
+        self.send_response(200 if Handler.asked > 2 and not never else 503)
+        self.end_headers()
+    def log_message(self, *args): ...
+
+if __name__ == "__main__":
+    if os.environ.get("TAILRACE_DEVICE") == "cuda":
+        sys.exit("no GPU here")
+    http.server.HTTPServer(("127.0.0.1", int(os.environ["TAILRACE_PORT"])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def fake_services(tmp_path, monkeypatch):
+    for role, code in (("gateway", FAKE_SERVICE), ("prefill", "import time; time.sleep(60)"), ("decode", FAKE_SERVICE)):
+        (tmp_path / "services" / role).mkdir(parents=True)
+        code = code.replace('os.environ["TAILRACE_PORT"]', 'os.environ.get("TAILRACE_PORT", 0)')
+        (tmp_path / "services" / role / "main.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+
+
+async def test_a_cluster_is_there_when_its_gateway_says_so(fake_services):
+    async with asyncio.timeout(20):
+        async with running_cluster(UpConfig(port=0), MODEL, Silent()) as cluster:
+            assert sorted(cluster.supervisor.pids) == ["decode-0", "gateway", "prefill-0"]
+            assert cluster.api_url.endswith("/v1")
+            assert cluster.started_in_s > 0
+        assert cluster.supervisor.pids == {}
+
+
+async def test_a_worker_that_cannot_start_fails_the_cluster(fake_services):
+    async with asyncio.timeout(20):
+        with pytest.raises(ChildFailedError, match=r"(?s)decode-0 cannot start.*no GPU here"):
+            async with running_cluster(UpConfig(port=0, device="cuda", max_model_len=77), MODEL, Silent()):
+                pytest.fail("must not be ready")
