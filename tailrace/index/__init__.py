@@ -1,0 +1,1 @@
+"""The prefix index: which worker holds which block. Entries are hints; a miss at the owner is normal."""
