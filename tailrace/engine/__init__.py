@@ -1,0 +1,1 @@
+"""The engine: turns StepPlans into tokens. No sockets, no asyncio, no services."""

@@ -1,0 +1,1 @@
+"""One data-driven decoder for every served family."""

@@ -1,0 +1,201 @@
+"""BatchState: what the runner keeps between steps, a row a slot; and the tensors of one step made from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tailrace.engine.kernels.attention_decode import DecodeRows, decode_rows
+from tailrace.engine.kernels.attention_prefill import ChunkSpan, chunk_span
+from tailrace.engine.kernels.kv_write import write_rows
+from tailrace.plan import BlockAppend, Chunk, SequenceStart, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRows:
+    """One chunk's tokens [begin, end) among the step's, and what its attention reads."""
+
+    begin: int
+    end: int
+    span: ChunkSpan
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRows:
+    """The step as layers of one window see it: decode rows first, then the chunks."""
+
+    num_decode: int
+    decode: DecodeRows | None
+    chunks: tuple[ChunkRows, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One step's flat list of tokens: a token for each decode row, then chunk after chunk."""
+
+    token_ids: Tensor
+    """[tokens] int64"""
+    positions: Tensor
+    """[tokens] int64"""
+    write_rows: Tensor
+    """[tokens, 2 * kv_heads] int64, of kernels.kv_write."""
+    attention: Mapping[int, AttentionRows]
+    """By window; 0 is full attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """The tokens that one step draws, as columns: decode rows, then chunks, a row for each choice."""
+
+    rows: Tensor | None
+    """[logit rows] int64, tokens of the step whose logits are wanted; None: all tokens, in order."""
+    logit_rows: Tensor | None
+    """[draws] int64, which of these rows each draw reads; None: one draw a row, in order."""
+    slots: Tensor
+    choices: Tensor
+    positions: Tensor
+    """Each [draws] int64; a position is the number of tokens before the drawn one."""
+    own: Tensor | None
+    """[own draws] int64, the draws that their slot's sequence takes; None: all of them."""
+
+
+class BatchState:
+    """Rows of `max_num_seqs` slots, changed only by what a plan says and by what is drawn."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+        self.max_model_len = max_model_len
+        self.block_size = block_size
+        self.device = device
+        max_blocks = -(-max_model_len // block_size)
+        self.tables = torch.zeros(max_num_seqs, max_blocks, dtype=torch.int32, device=device)
+        self.tokens = torch.zeros(max_num_seqs, max_model_len, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        """Tokens known so far, of which the last one's KV is not computed yet while the slot decodes."""
+        self.choices = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        # The host decides by lengths without asking the device.
+        self._host_lengths = np.zeros(max_num_seqs, dtype=np.int64)
+
+    def start(self, start: SequenceStart) -> None:
+        """Raises ValueError when the tokens do not fit a row."""
+        num_tokens = len(start.tokens)
+        if not 0 < num_tokens <= self.max_model_len:
+            raise ValueError(f"slot {start.slot}: {num_tokens} tokens, a row holds 1 to {self.max_model_len}")
+        self.tokens[start.slot, :num_tokens] = torch.tensor(start.tokens, dtype=torch.int32)
+        self.lengths[start.slot] = num_tokens
+        self._host_lengths[start.slot] = num_tokens
+        self.choices[start.slot] = start.choice
+        self.append_blocks(BlockAppend(start.slot, 0, start.blocks))
+
+    def append_blocks(self, append: BlockAppend) -> None:
+        """Raises ValueError when the table has no such entries."""
+        end = append.index + len(append.blocks)
+        if append.index < 0 or end > self.tables.shape[1]:
+            raise ValueError(f"slot {append.slot}: table entries {append.index} to {end} of {self.tables.shape[1]}")
+        self.tables[append.slot, append.index : end] = torch.tensor(append.blocks, dtype=torch.int32)
+
+    def take(self, draws: Draws, token_ids: Tensor) -> None:
+        """Appends the drawn tokens ([draws] int64) to the sequences that own them."""
+        slots, positions = draws.slots, draws.positions
+        if draws.own is not None:
+            slots, positions, token_ids = slots[draws.own], positions[draws.own], token_ids[draws.own]
+        self.tokens[slots, positions] = token_ids.int()
+        self.lengths[slots] = positions + 1
+        self._host_lengths[slots.cpu().numpy()] += 1
+
+    def inputs(self, plan: StepPlan, pool: Tensor, windows: Sequence[int]) -> StepInputs:
+        """pool: [num_blocks, layers, 2, kv_heads, block, head_dim]; windows: those the model's layers have."""
+        decode = torch.tensor(plan.decode, dtype=torch.int64, device=self.device)
+        positions = self._positions(plan, decode)
+        slots = _slot_of_tokens(plan, decode)
+        blocks = self.tables[slots, positions // self.block_size].long()
+        return StepInputs(
+            token_ids=self.tokens[slots, positions].long(),
+            positions=positions,
+            write_rows=write_rows(pool, blocks, positions % self.block_size),
+            attention={window: self._attention(plan, decode, pool, window) for window in windows},
+        )
+
+    def _positions(self, plan: StepPlan, decode: Tensor) -> Tensor:
+        parts = [self.lengths[decode] - 1]
+        parts += [torch.arange(chunk.start, chunk.end, device=self.device) for chunk in plan.chunks]
+        return torch.cat(parts) if plan.chunks else parts[0]
+
+    def _attention(self, plan: StepPlan, decode: Tensor, pool: Tensor, window: int) -> AttentionRows:
+        rows = None
+        if plan.decode:
+            host_lengths = self._host_lengths[list(plan.decode)].tolist()
+            rows = decode_rows(pool, self.tables[decode], self.lengths[decode], host_lengths, window)
+        chunks, begin = [], len(plan.decode)
+        for chunk in plan.chunks:
+            end = begin + chunk.end - chunk.start
+            span = chunk_span(pool, self.tables[chunk.slot], chunk.start, chunk.end, window)
+            chunks.append(ChunkRows(begin, end, span))
+            begin = end
+        return AttentionRows(len(plan.decode), rows, tuple(chunks))
+
+    def draws(self, plan: StepPlan) -> Draws:
+        """Raises ValueError for a chunk that draws for its own sequence elsewhere than at the sequence's end."""
+        slots = torch.tensor(plan.decode, dtype=torch.int64, device=self.device)
+        if not plan.chunks:
+            return Draws(None, None, slots, self.choices[slots], self.lengths[slots], None)
+        return self._mixed_draws(plan, slots)
+
+    def _mixed_draws(self, plan: StepPlan, decode: Tensor) -> Draws:
+        columns = _Columns(len(plan.decode))
+        for chunk in plan.chunks:
+            own = int(self.choices[chunk.slot])
+            if own in chunk.choices and chunk.end != self._host_lengths[chunk.slot]:
+                raise ValueError(
+                    f"slot {chunk.slot}: draws after token {chunk.end} of {self._host_lengths[chunk.slot]}"
+                )
+            columns.add(chunk, own)
+        slots, choices, positions, rows, logit_rows, own_draws = (
+            torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns.lists
+        )
+        return Draws(
+            rows=rows,
+            logit_rows=logit_rows,
+            slots=torch.cat((decode, slots)),
+            choices=torch.cat((self.choices[decode], choices)),
+            positions=torch.cat((self.lengths[decode], positions)),
+            own=own_draws,
+        )
+
+
+class _Columns:
+    """Gathers the draws of chunks after `num_decode` rows that draw one token each."""
+
+    def __init__(self, num_decode: int) -> None:
+        self._slots: list[int] = []
+        self._choices: list[int] = []
+        self._positions: list[int] = []
+        self._rows = list(range(num_decode))
+        self._logit_rows = list(range(num_decode))
+        self._own = list(range(num_decode))
+        self._num_tokens = num_decode
+
+    def add(self, chunk: Chunk, own: int) -> None:
+        self._num_tokens += chunk.end - chunk.start
+        if not chunk.choices:
+            return
+        self._rows.append(self._num_tokens - 1)
+        for choice in chunk.choices:
+            if choice == own:
+                self._own.append(len(self._logit_rows))
+            self._logit_rows.append(len(self._rows) - 1)
+            self._slots.append(chunk.slot)
+            self._choices.append(choice)
+            self._positions.append(chunk.end)
+
+    @property
+    def lists(self) -> tuple[list[int], ...]:
+        return self._slots, self._choices, self._positions, self._rows, self._logit_rows, self._own
+
+
+def _slot_of_tokens(plan: StepPlan, decode: Tensor) -> Tensor:
+    if not plan.chunks:
+        return decode
+    parts = [torch.full((chunk.end - chunk.start,), chunk.slot, device=decode.device) for chunk in plan.chunks]
+    return torch.cat((decode, *parts))

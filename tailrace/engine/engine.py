@@ -1,0 +1,155 @@
+"""load_engine: from a model directory and options to something that runs plans."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tailrace.checkpoint.model_config import DTYPES, ModelConfig, load_model_config
+from tailrace.engine.batch import BatchState
+from tailrace.engine.kv_cache import KVCache
+from tailrace.engine.models.loading import load_decoder, open_source
+from tailrace.engine.runner import ModelRunner
+from tailrace.engine.sampler import SamplingState
+from tailrace.engine.weights import Progress
+from tailrace.errors import ConfigError
+from tailrace.kv.layout import KVLayout, LayerGroup
+
+NUMERICS_VERSION = 1
+"""Part of every layout: raise it whenever the engine computes keys or values differently."""
+LOAD_FORMATS = ("auto", "dummy")
+_DEVICES = ("auto", "cpu", "cuda")
+_MIN_BLOCKS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What a worker chooses. The rest follows from the model."""
+
+    model_dir: Path
+    dtype: str = "auto"
+    """auto: the checkpoint's, or bfloat16 where it names none."""
+    block_size: int = 16
+    """Tokens a block."""
+    num_blocks: int | None = None
+    """None: as many as kv_cache_bytes hold."""
+    kv_cache_bytes: int = 1 << 30
+    max_num_seqs: int = 64
+    max_model_len: int | None = None
+    """None: the model's."""
+    load_format: str = "auto"
+    """auto: safetensors; dummy: random weights of the right shapes."""
+    num_threads: int = 1
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A loaded model with its memory. One thread runs it."""
+
+    config: ModelConfig
+    layout: KVLayout
+    cache: KVCache
+    runner: ModelRunner
+    max_model_len: int
+
+
+def load_engine(options: EngineOptions, *, progress: Progress | None = None) -> Engine:
+    """`progress(label, bytes done, bytes in all)` is called as weights load. Sets torch's number of threads.
+
+    Raises ConfigError naming the option, or CheckpointError naming the file.
+    """
+    _check(options)
+    torch.set_num_threads(options.num_threads)
+    config = load_model_config(options.model_dir)
+    max_model_len = _max_model_len(options, config)
+    dtype, device = _dtype(options, config), _device(options)
+    source = open_source(options.model_dir, config, options.load_format)
+    layout = _layout(config, source.digest, options.block_size, dtype)
+    num_blocks = _num_blocks(options, layout, max_model_len)
+    with torch.inference_mode():
+        model = load_decoder(
+            source,
+            config,
+            dtype=getattr(torch, dtype),
+            device=device,
+            max_model_len=max_model_len,
+            progress=progress,
+        )
+    cache = KVCache(layout, num_blocks, device)
+    batch = BatchState(options.max_num_seqs, max_model_len, options.block_size, device)
+    sampling = SamplingState(options.max_num_seqs, config.vocab_size, config.eos_token_ids, device)
+    return Engine(config, layout, cache, ModelRunner(model, cache, batch, sampling), max_model_len)
+
+
+def _check(options: EngineOptions) -> None:
+    for name, least in (("block_size", 1), ("max_num_seqs", 1), ("num_threads", 1), ("kv_cache_bytes", 1)):
+        if getattr(options, name) < least:
+            raise ConfigError(f"{name} must be at least {least}, not {getattr(options, name)}", param=name)
+    for name, choices in (("dtype", ("auto", *DTYPES)), ("load_format", LOAD_FORMATS), ("device", _DEVICES)):
+        if getattr(options, name) not in choices:
+            given = getattr(options, name)
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {given!r}", param=name)
+
+
+def _max_model_len(options: EngineOptions, config: ModelConfig) -> int:
+    limit = config.max_position_embeddings
+    chosen = limit if options.max_model_len is None else options.max_model_len
+    if not 1 <= chosen <= limit:
+        raise ConfigError(
+            f"max_model_len must be 1 to {limit}, the model's max_position_embeddings, not {chosen}",
+            param="max_model_len",
+        )
+    return chosen
+
+
+def _dtype(options: EngineOptions, config: ModelConfig) -> str:
+    return (config.dtype or "bfloat16") if options.dtype == "auto" else options.dtype
+
+
+def _device(options: EngineOptions) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not has_cuda:
+        raise ConfigError("device is cuda, but torch sees no CUDA device", param="device")
+    if options.device == "auto":
+        return torch.device("cuda" if has_cuda else "cpu")
+    return torch.device(options.device)
+
+
+def _layout(config: ModelConfig, weights_digest: str, block_size: int, dtype: str) -> KVLayout:
+    full = tuple(layer for layer in range(config.num_layers) if layer not in config.windowed_layers)
+    groups: tuple[LayerGroup, ...] = (LayerGroup("full", full),) if full else ()
+    if config.windowed_layers:
+        groups += (LayerGroup("sliding_window", config.windowed_layers, config.window),)
+    return KVLayout(
+        model_digest=config.digest,
+        weights_digest=weights_digest,
+        quantization="none",
+        numerics_version=NUMERICS_VERSION,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=block_size,
+        kv_dtype=dtype,
+        groups=groups,
+    )
+
+
+def _num_blocks(options: EngineOptions, layout: KVLayout, max_model_len: int) -> int:
+    """Must hold one sequence of the longest kind, else a request that was accepted could never be finished."""
+    needed = max(_MIN_BLOCKS, -(-max_model_len // layout.block_size))
+    if options.num_blocks is not None:
+        if options.num_blocks < needed:
+            raise ConfigError(
+                f"num_blocks = {options.num_blocks} is too few: max_model_len {max_model_len} takes {needed}",
+                param="num_blocks",
+            )
+        return options.num_blocks
+    num_blocks = options.kv_cache_bytes // layout.block_bytes
+    if num_blocks < needed:
+        raise ConfigError(
+            f"kv_cache_bytes = {options.kv_cache_bytes} is too little: max_model_len {max_model_len} takes "
+            f"{needed * layout.block_bytes}; raise it or lower max_model_len",
+            param="kv_cache_bytes",
+        )
+    return num_blocks

@@ -1,0 +1,106 @@
+"""The decoder-only transformer that all served families are: ModelConfig says in what they differ."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tailrace.checkpoint.model_config import ModelConfig
+from tailrace.engine.batch import AttentionRows, StepInputs
+from tailrace.engine.kernels.attention_decode import attention_decode
+from tailrace.engine.kernels.attention_prefill import attention_prefill
+from tailrace.engine.kernels.kv_write import kv_write
+from tailrace.engine.kernels.rms_norm import rms_norm
+from tailrace.engine.kernels.rope import rope_
+from tailrace.engine.kernels.silu_mul import silu_mul
+from tailrace.engine.models.linear import Linear
+from tailrace.engine.models.rotary import RotaryTable
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """Projections of one input are fused: queries, keys and values; gates and values of the feed-forward layer."""
+
+    attention_norm: Tensor
+    qkv: Linear
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    attention_out: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    embedding: Tensor
+    """[vocab, hidden]"""
+    layers: Sequence[LayerWeights]
+    final_norm: Tensor
+    lm_head: Linear
+
+
+class Decoder:
+    """Stateless apart from its weights: keys and values live in the pool it is given."""
+
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, rotary: RotaryTable) -> None:
+        self.config = config
+        self._weights = weights
+        self._rotary = rotary
+        self._windows = tuple(
+            config.window if layer in config.windowed_layers else 0 for layer in range(config.num_layers)
+        )
+
+    def forward(self, inputs: StepInputs, pool: Tensor) -> Tensor:
+        """Hidden states [tokens, hidden] after the last layer, before the final norm; writes the tokens' KV to `pool`.
+
+        pool: [num_blocks, layers, 2, kv_heads, block, head_dim], changed in place.
+        """
+        cos, sin = self._rotary.cos[inputs.positions], self._rotary.sin[inputs.positions]
+        hidden = F.embedding(inputs.token_ids, self._weights.embedding)
+        eps = self.config.rms_norm_eps
+        for layer, weights in enumerate(self._weights.layers):
+            qkv = self._project(weights, rms_norm(hidden, weights.attention_norm, eps), cos, sin)
+            attended = self._attend(qkv, pool, layer, inputs)
+            hidden = hidden + weights.attention_out(attended)
+            hidden = hidden + weights.down(silu_mul(weights.gate_up(rms_norm(hidden, weights.mlp_norm, eps))))
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [rows, hidden] of `forward`. Returns [rows, vocab] float32."""
+        normed = rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
+        return self._weights.lm_head(normed).float()
+
+    def _project(self, weights: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[tokens, heads + 2 * kv_heads, head_dim]: query, key and value heads, the first two rotated."""
+        config = self.config
+        qkv = weights.qkv(x).view(x.shape[0], -1, config.head_dim)
+        queries, keys = qkv[:, : config.num_heads], qkv[:, config.num_heads : -config.num_kv_heads]
+        if weights.query_norm is not None and weights.key_norm is not None:
+            queries.copy_(rms_norm(queries, weights.query_norm, config.rms_norm_eps))
+            keys.copy_(rms_norm(keys, weights.key_norm, config.rms_norm_eps))
+        rope_(qkv[:, : -config.num_kv_heads], cos, sin)
+        return qkv
+
+    def _attend(self, qkv: Tensor, pool: Tensor, layer: int, inputs: StepInputs) -> Tensor:
+        """[tokens, heads * head_dim]"""
+        queries, keys_values = qkv[:, : self.config.num_heads], qkv[:, self.config.num_heads :]
+        kv_write(pool, layer, inputs.write_rows, keys_values)
+        rows = inputs.attention[self._windows[layer]]
+        if not rows.chunks:
+            assert rows.decode is not None
+            return attention_decode(queries, pool, layer, rows.decode).flatten(1)
+        return torch.cat(_attend_mixed(queries, keys_values, pool, layer, rows)).flatten(1)
+
+
+def _attend_mixed(queries: Tensor, keys_values: Tensor, pool: Tensor, layer: int, rows: AttentionRows) -> list[Tensor]:
+    """Decode rows come first in a step's tokens, then chunk after chunk."""
+    parts = []
+    if rows.decode is not None:
+        parts.append(attention_decode(queries[: rows.num_decode], pool, layer, rows.decode))
+    for chunk in rows.chunks:
+        own = slice(chunk.begin, chunk.end)
+        parts.append(attention_prefill(queries[own], keys_values[own], pool, layer, chunk.span))
+    return parts

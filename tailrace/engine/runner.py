@@ -1,0 +1,85 @@
+"""ModelRunner: executes StepPlans, one batched forward pass a step."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tailrace.engine.batch import BatchState, Draws
+from tailrace.engine.kv_cache import KVCache
+from tailrace.engine.models.decoder import Decoder
+from tailrace.engine.sampler import SamplingState, sample
+from tailrace.plan import StepOutput, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """What a step computed, before anything is drawn."""
+
+    hidden: Tensor
+    """[tokens, hidden]: decode rows, then chunk after chunk; `Decoder.logits` turns any of them into logits."""
+    draws: Draws
+    logits: Tensor
+    """[draws, vocab] float32"""
+
+
+class ModelRunner:
+    """Owns the batch's rows. Used by one thread.
+
+    A plan must keep these: slots below max_num_seqs, chunks within their slot's tokens, enough blocks in a slot's table
+    for every token it computes, and no sequence longer than max_model_len.
+    """
+
+    def __init__(self, model: Decoder, cache: KVCache, batch: BatchState, sampling: SamplingState) -> None:
+        self.model = model
+        self.batch = batch
+        self._cache = cache
+        self._sampling = sampling
+        config = model.config
+        is_windowed = set(config.windowed_layers)
+        self._windows = tuple({config.window if layer in is_windowed else 0 for layer in range(config.num_layers)})
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Raises ValueError for a plan that names rows or tokens that do not exist."""
+        began = time.perf_counter()
+        with torch.inference_mode():
+            step = self.forward(plan)
+            output = self._draw(step) if step is not None and len(step.draws.slots) else StepOutput()
+        output.elapsed_s = time.perf_counter() - began
+        return output
+
+    @torch.inference_mode()
+    def forward(self, plan: StepPlan) -> StepLogits | None:
+        """Applies the plan and computes its tokens, but draws none. None when there is nothing to compute."""
+        self._apply(plan)
+        if plan.is_empty:
+            return None
+        draws = self.batch.draws(plan)
+        hidden = self.model.forward(self.batch.inputs(plan, self._cache.tensor, self._windows), self._cache.tensor)
+        rows = hidden if draws.rows is None else hidden[draws.rows]
+        logits = self.model.logits(rows)
+        return StepLogits(hidden, draws, logits if draws.logit_rows is None else logits[draws.logit_rows])
+
+    def _apply(self, plan: StepPlan) -> None:
+        for slot in plan.released:
+            self._sampling.clear(slot)
+        for start in plan.started:
+            self.batch.start(start)
+            self._sampling.set(start.slot, start.sampling, start.num_prompt_tokens)
+        for append in plan.appended:
+            self.batch.append_blocks(append)
+        for copy in plan.copies:
+            self._cache.copy_block(copy.source, copy.target)
+
+    def _draw(self, step: StepLogits) -> StepOutput:
+        draws = step.draws
+        result = sample(step.logits, self._sampling, draws.slots, draws.choices, draws.positions, self.batch.tokens)
+        self.batch.take(draws, result.token_ids)
+        return StepOutput(
+            slots=draws.slots.tolist(),
+            choices=draws.choices.tolist(),
+            positions=draws.positions.tolist(),
+            tokens=result.token_ids.tolist(),
+            logprobs=result.logprobs,
+        )
