@@ -1,0 +1,278 @@
+"""From logits to tokens, for all rows of a step at once.
+
+Order, as in vLLM: logit_bias, min_tokens, repetition, presence and frequency penalties, temperature, min-p, top-k,
+top-p, draw. A feature that no slot uses costs nothing; one that some rows use is computed for those rows only.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from tailrace.engine.kernels.sampling import naive
+from tailrace.engine.kernels.sampling.logprobs import token_logprobs
+from tailrace.engine.kernels.sampling.philox import uniforms
+from tailrace.types import SamplingParams, TokenLogprob
+
+_LOW_32 = 0xFFFFFFFF
+_COLDEST, _HOTTEST = 1e-30, 1e30
+"""Beyond these a temperature changes nothing, but a denormal or infinite one would make NaN of 0 / 0 or inf / inf."""
+
+
+class _Feature(IntEnum):
+    """What a slot may use beyond argmax; the number is its row in `SamplingState.flags`."""
+
+    DRAW = 0
+    BIAS = 1
+    MIN_TOKENS = 2
+    PENALTIES = 3
+    MIN_P = 4
+    TOP_K = 5
+    TOP_P = 6
+    LOGPROBS = 7
+
+
+class _Float(IntEnum):
+    TEMPERATURE = 0
+    TOP_P = 1
+    MIN_P = 2
+    REPETITION = 3
+    PRESENCE = 4
+    FREQUENCY = 5
+
+
+class _Int(IntEnum):
+    SEED_LOW = 0
+    SEED_HIGH = 1
+    TOP_K = 2
+    MIN_TOKENS = 3
+    PROMPT_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResult:
+    """`token_ids` [R] int64. `logprobs` has an entry per row, or is None when no row asked.
+
+    `bad_rows` are the rows whose logits cannot be drawn from: a NaN, +inf, or no token left unmasked. Their token is 0
+    and means nothing; the other rows are not affected.
+    """
+
+    token_ids: Tensor
+    logprobs: list[TokenLogprob | None] | None = None
+    bad_rows: tuple[int, ...] = ()
+
+
+class _AddedLogits:
+    """For each slot a list of (token id, value to add to its logit), as rows padded with (0, 0.0)."""
+
+    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
+        self.ids = torch.zeros(max_num_seqs, 0, dtype=torch.int64, device=device)
+        self.values = torch.zeros(max_num_seqs, 0, dtype=torch.float32, device=device)
+
+    def set(self, slot: int, entries: Sequence[tuple[int, float]]) -> None:
+        missing = len(entries) - self.ids.shape[1]
+        if missing > 0:
+            self.ids = torch.nn.functional.pad(self.ids, (0, missing))
+            self.values = torch.nn.functional.pad(self.values, (0, missing))
+        self.ids[slot] = 0
+        self.values[slot] = 0.0
+        if entries:
+            ids, values = zip(*entries, strict=True)
+            self.ids[slot, : len(entries)] = torch.tensor(ids, device=self.ids.device)
+            self.values[slot, : len(entries)] = torch.tensor(values, device=self.ids.device)
+
+
+class SamplingState:
+    """The sampling parameters of every slot, as tensors; written once when a sequence begins.
+
+    Which features are in use is kept up to date by `set` and `clear`, never looked for in a step.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device | str
+    ) -> None:
+        self.device = torch.device(device)
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+        self.floats = torch.zeros(max_num_seqs, len(_Float), dtype=torch.float32, device=self.device)
+        self.ints = torch.zeros(max_num_seqs, len(_Int), dtype=torch.int64, device=self.device)
+        self.flags = torch.zeros(len(_Feature), max_num_seqs, dtype=torch.bool, device=self.device)
+        self.bias = _AddedLogits(max_num_seqs, self.device)
+        self.forbidden = _AddedLogits(max_num_seqs, self.device)
+        self.num_logprobs = [0] * max_num_seqs
+        self._users: dict[_Feature, set[int]] = {feature: set() for feature in _Feature}
+
+    def set(self, slot: int, params: SamplingParams, num_prompt_tokens: int) -> None:
+        """A sequence with `params` takes `slot`; what the slot held before is forgotten.
+
+        Token ids beyond the vocabulary in logit_bias and stop_token_ids cannot be drawn anyway and have no effect.
+        """
+        floats = _float_columns(params)
+        self.floats[slot] = torch.tensor(floats, dtype=torch.float32, device=self.device)
+        self.ints[slot] = torch.tensor(_int_columns(params, num_prompt_tokens), device=self.device)
+        bias = [entry for entry in params.logit_bias if 0 <= entry[0] < self.vocab_size]
+        forbidden = self._ending_tokens(params) if params.min_tokens > 0 else []
+        self.bias.set(slot, bias)
+        self.forbidden.set(slot, [(token, -torch.inf) for token in forbidden])
+        self.num_logprobs[slot] = params.logprobs or 0
+        self._use(slot, _features(params, has_bias=bool(bias), has_forbidden=bool(forbidden)))
+
+    def clear(self, slot: int) -> None:
+        """The slot is empty. A cleared slot that is sampled from all the same is greedy."""
+        self._use(slot, frozenset())
+
+    def uses(self, feature: _Feature) -> bool:
+        return bool(self._users[feature])
+
+    def rows_using(self, feature: _Feature, slots: Tensor) -> Tensor | None:
+        """Indices into `slots` of the rows that use `feature`; None when there are none."""
+        if not self._users[feature]:
+            return None
+        rows = self.flags[feature, slots].nonzero().flatten()
+        return rows if rows.numel() else None
+
+    def _use(self, slot: int, features: frozenset[_Feature]) -> None:
+        for feature, users in self._users.items():
+            (users.add if feature in features else users.discard)(slot)
+        self.flags[:, slot] = torch.tensor([feature in features for feature in _Feature], device=self.device)
+
+    def _ending_tokens(self, params: SamplingParams) -> list[int]:
+        eos = () if params.ignore_eos else self.eos_token_ids
+        return sorted(token for token in {*eos, *params.stop_token_ids} if 0 <= token < self.vocab_size)
+
+
+def _float_columns(params: SamplingParams) -> list[float]:
+    columns = {
+        _Float.TEMPERATURE: min(max(params.temperature, _COLDEST), _HOTTEST),
+        _Float.TOP_P: params.top_p,
+        _Float.MIN_P: params.min_p,
+        _Float.REPETITION: params.repetition_penalty,
+        _Float.PRESENCE: params.presence_penalty,
+        _Float.FREQUENCY: params.frequency_penalty,
+    }
+    return [columns[column] for column in _Float]
+
+
+def _int_columns(params: SamplingParams, num_prompt_tokens: int) -> list[int]:
+    columns = {
+        _Int.SEED_LOW: params.seed & _LOW_32,
+        _Int.SEED_HIGH: (params.seed >> 32) & _LOW_32,
+        _Int.TOP_K: params.top_k,
+        _Int.MIN_TOKENS: params.min_tokens,
+        _Int.PROMPT_TOKENS: num_prompt_tokens,
+    }
+    return [columns[column] for column in _Int]
+
+
+def _features(params: SamplingParams, *, has_bias: bool, has_forbidden: bool) -> frozenset[_Feature]:
+    # top_k 1 is greedy: the one way in which "ties stay" would surprise.
+    draws = params.temperature > 0 and params.top_k != 1
+    used = {
+        _Feature.DRAW: draws,
+        _Feature.BIAS: has_bias,
+        _Feature.MIN_TOKENS: has_forbidden,
+        _Feature.PENALTIES: params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty),
+        _Feature.MIN_P: draws and params.min_p > 0,
+        _Feature.TOP_K: draws and params.top_k > 0,
+        _Feature.TOP_P: draws and params.top_p < 1,
+        _Feature.LOGPROBS: params.logprobs is not None,
+    }
+    return frozenset(feature for feature, is_used in used.items() if is_used)
+
+
+def sample(
+    logits: Tensor,  # [R, vocab] float32, left as it is
+    state: SamplingState,
+    slots: Tensor,  # [R] int64
+    choices: Tensor,  # [R] int64
+    positions: Tensor,  # [R] int64: of the token being drawn, which is the number of tokens before it
+    tokens: Tensor,  # [max_num_seqs, max_model_len] int32: prompt and output so far of each slot
+) -> SampleResult:
+    """Draw one token per row. Several rows may share a slot (the choices of one prompt).
+
+    A row's token depends on its logits, parameters, choice and position alone, never on the other rows. Greedy takes
+    the lowest of equally likely ids.
+    """
+    adjusted = _adjust(logits, state, slots, positions, tokens)
+    largest, token_ids = adjusted.max(dim=-1)
+    rows = state.rows_using(_Feature.DRAW, slots)
+    if rows is not None:
+        token_ids[rows] = _draw(adjusted[rows], state, slots[rows], choices[rows], positions[rows])
+    is_bad = ~largest.isfinite()
+    bad_rows: tuple[int, ...] = tuple(is_bad.nonzero().flatten().tolist())
+    if bad_rows:
+        token_ids[is_bad] = 0
+    return SampleResult(token_ids, _logprobs(logits, token_ids, state, slots, bad_rows), bad_rows)
+
+
+def _adjust(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """The logits after bias, min_tokens and penalties: `logits` itself where nothing of that is in use."""
+    if not any(map(state.uses, (_Feature.BIAS, _Feature.MIN_TOKENS, _Feature.PENALTIES))):
+        return logits
+    adjusted = logits.clone()
+    if state.uses(_Feature.BIAS):
+        values = torch.where(state.flags[_Feature.BIAS, slots][:, None], state.bias.values[slots], 0.0)
+        adjusted.scatter_add_(1, state.bias.ids[slots], values)
+    if state.uses(_Feature.MIN_TOKENS):
+        ints = state.ints[slots]
+        is_early = positions - ints[:, _Int.PROMPT_TOKENS] < ints[:, _Int.MIN_TOKENS]
+        is_early &= state.flags[_Feature.MIN_TOKENS, slots]
+        values = torch.where(is_early[:, None], state.forbidden.values[slots], 0.0)
+        adjusted.scatter_add_(1, state.forbidden.ids[slots], values)
+    rows = state.rows_using(_Feature.PENALTIES, slots)
+    if rows is not None:
+        adjusted[rows] = _penalized(adjusted[rows], state, slots[rows], positions[rows], tokens)
+    return adjusted
+
+
+def _penalized(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """`logits` [R, vocab], penalised in place, for rows that all use penalties."""
+    floats = state.floats[slots]
+    naive.penalize(
+        logits,
+        tokens[:, : int(positions.max())].index_select(0, slots).long(),
+        positions,
+        state.ints[slots, _Int.PROMPT_TOKENS],
+        repetition=floats[:, _Float.REPETITION],
+        presence=floats[:, _Float.PRESENCE],
+        frequency=floats[:, _Float.FREQUENCY],
+    )
+    return logits
+
+
+def _draw(logits: Tensor, state: SamplingState, slots: Tensor, choices: Tensor, positions: Tensor) -> Tensor:
+    """Token ids [R] for rows that all have a temperature."""
+    floats, ints = state.floats[slots], state.ints[slots]
+    probs = naive.probabilities(logits, floats[:, _Float.TEMPERATURE])
+    _mask(naive.mask_min_p, probs, floats[:, _Float.MIN_P], state.rows_using(_Feature.MIN_P, slots))
+    _mask(naive.mask_top_k, probs, ints[:, _Int.TOP_K], state.rows_using(_Feature.TOP_K, slots))
+    _mask(naive.mask_top_p, probs, floats[:, _Float.TOP_P], state.rows_using(_Feature.TOP_P, slots))
+    seeds = ints[:, [_Int.SEED_LOW, _Int.SEED_HIGH]]
+    return naive.draw(probs, uniforms(seeds, choices, positions)).clamp_(max=logits.shape[-1] - 1)
+
+
+def _mask(mask: Callable[[Tensor, Tensor], None], probs: Tensor, bound: Tensor, rows: Tensor | None) -> None:
+    """Apply `mask` in place to the given rows: to all of `probs` where they are all, without a copy."""
+    if rows is None:
+        return
+    if rows.numel() == probs.shape[0]:
+        return mask(probs, bound)
+    part = probs[rows]
+    mask(part, bound[rows])
+    probs[rows] = part
+
+
+def _logprobs(
+    logits: Tensor, token_ids: Tensor, state: SamplingState, slots: Tensor, bad_rows: tuple[int, ...]
+) -> list[TokenLogprob | None] | None:
+    """Of the logits as the model gave them; None for rows that did not ask and for bad ones."""
+    rows = state.rows_using(_Feature.LOGPROBS, slots)
+    if rows is None:
+        return None
+    result: list[TokenLogprob | None] = [None] * len(slots)
+    counts = [state.num_logprobs[slot] for slot in slots[rows].tolist()]
+    for row, entry in zip(rows.tolist(), token_logprobs(logits[rows], token_ids[rows], counts), strict=True):
+        result[row] = None if row in bad_rows else entry
+    return result

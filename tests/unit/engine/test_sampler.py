@@ -1,0 +1,331 @@
+"""The sampler against a naive one, its distribution, its independence of the batch, and its edges."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tailrace.engine.kernels.sampling.naive import draw, probabilities
+from tailrace.engine.kernels.sampling.philox import philox4x32, uniforms
+from tailrace.engine.sampler import SampleResult, SamplingState, sample
+from tailrace.types import SamplingParams
+from tests.helpers import naive_sampler
+from tests.helpers.naive_sampler import Row
+
+EOS = (3, 5)
+
+
+def run(rows: Sequence[Row], eos: tuple[int, ...] = EOS) -> SampleResult:
+    """Every row in a slot of its own; slots and rows are in different orders on purpose."""
+    num, vocab = len(rows), len(rows[0].logits)
+    slots = [(7 * index + 3) % num if math.gcd(7, num) == 1 else index for index in range(num)]
+    state = SamplingState(num, vocab, eos, "cpu")
+    tokens = torch.full((num, 64), vocab - 1, dtype=torch.int32)
+    for slot, row in zip(slots, rows, strict=True):
+        state.set(slot, row.params, len(row.prompt))
+        tokens[slot, : row.position] = torch.tensor([*row.prompt, *row.output], dtype=torch.int32)
+    logits = torch.tensor(np.stack([row.logits for row in rows]), dtype=torch.float32)
+    before = logits.clone()
+    choices, positions = [row.choice for row in rows], [row.position for row in rows]
+    result = sample(logits, state, torch.tensor(slots), torch.tensor(choices), torch.tensor(positions), tokens)
+    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
+    return result
+
+
+def random_row(seed: int, params: SamplingParams, vocab: int = 200) -> Row:
+    """A prompt of 1 to 8 and an output of 0 to 12 tokens, repeats among them."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 2.5, vocab).astype(np.float32).astype(np.float64)
+    prompt = rng.integers(0, 30, rng.integers(1, 9)).tolist()
+    output = rng.integers(0, 30, rng.integers(0, 13)).tolist()
+    return Row(logits, replace(params, seed=seed * 7919 + (seed << 40)), prompt, output, choice=seed % 3)
+
+
+def hot(logits: Sequence[float], **params: float) -> Row:
+    return Row(np.array(logits, dtype=np.float64), SamplingParams(**params), prompt=[0], output=[])  # type: ignore[arg-type]
+
+
+FEATURES = {
+    "greedy": SamplingParams(temperature=0.0),
+    "temperature": SamplingParams(temperature=0.7),
+    "hot": SamplingParams(temperature=1.9),
+    "top_k": SamplingParams(top_k=7),
+    "top_k_beyond_vocabulary": SamplingParams(top_k=100_000),
+    "top_p": SamplingParams(top_p=0.8),
+    "min_p": SamplingParams(min_p=0.1),
+    "repetition": SamplingParams(repetition_penalty=1.4),
+    "repetition_reward": SamplingParams(repetition_penalty=0.7),
+    "presence": SamplingParams(presence_penalty=1.5),
+    "frequency": SamplingParams(frequency_penalty=0.9),
+    "negative_penalties": SamplingParams(presence_penalty=-1.0, frequency_penalty=-0.5),
+    "bias": SamplingParams(logit_bias=((0, 4.0), (17, -100.0), (199, 3.0))),
+    "min_tokens": SamplingParams(min_tokens=6, stop_token_ids=(9, 2)),
+    "min_tokens_ignoring_eos": SamplingParams(min_tokens=6, ignore_eos=True, stop_token_ids=(9,)),
+    "masks": SamplingParams(temperature=1.3, top_k=30, top_p=0.9, min_p=0.02),
+    "greedy_penalised": SamplingParams(temperature=0.0, repetition_penalty=1.8, frequency_penalty=0.4),
+    "everything": SamplingParams(
+        temperature=1.2,
+        top_k=40,
+        top_p=0.95,
+        min_p=0.01,
+        repetition_penalty=1.2,
+        presence_penalty=0.3,
+        frequency_penalty=0.2,
+        logit_bias=((1, 2.0), (50, -3.0)),
+        min_tokens=4,
+        stop_token_ids=(11,),
+        logprobs=3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_each_feature_draws_what_the_naive_sampler_draws(name: str) -> None:
+    rows = [random_row(seed, FEATURES[name]) for seed in range(64)]
+    assert run(rows).token_ids.tolist() == [naive_sampler.draw(row, EOS) for row in rows]
+
+
+def test_rows_with_different_features_share_a_batch() -> None:
+    rows = [random_row(seed, params) for seed, params in enumerate(list(FEATURES.values()) * 3)]
+    assert run(rows).token_ids.tolist() == [naive_sampler.draw(row, EOS) for row in rows]
+
+
+def test_the_naive_sampler_is_exercised() -> None:
+    """Guards the comparisons above: each feature changes at least one of the tokens they compare."""
+    plain = {name: SamplingParams(temperature=params.temperature) for name, params in FEATURES.items()}
+    for name in FEATURES.keys() - {"greedy", "temperature", "hot", "top_k_beyond_vocabulary"}:
+        pairs = [(random_row(seed, FEATURES[name]), random_row(seed, plain[name])) for seed in range(64)]
+        assert any(naive_sampler.draw(one, EOS) != naive_sampler.draw(other, EOS) for one, other in pairs), name
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers_of_random123(counter: list[int], key: list[int], expected: list[int]) -> None:
+    assert philox4x32(torch.tensor([counter]), torch.tensor([key])).tolist() == [expected]
+    assert list(naive_sampler.philox4x32(tuple(counter), tuple(key))) == expected
+
+
+def test_each_part_of_the_key_decides() -> None:
+    seeds = [0, 1, 1 << 32, (1 << 64) - 1]
+    keys = list(itertools.product(seeds, [0, 1], [1, 2, 100_000]))
+    drawn = uniforms(
+        torch.tensor([[seed & 0xFFFFFFFF, seed >> 32] for seed, _, _ in keys]),
+        torch.tensor([choice for _, choice, _ in keys]),
+        torch.tensor([position for _, _, position in keys]),
+    )
+    assert drawn.tolist() == [naive_sampler.uniform(*key) for key in keys]
+    assert len(set(drawn.tolist())) == len(keys)
+    assert 0 <= float(drawn.min()) <= float(drawn.max()) < 1
+
+
+@pytest.mark.parametrize("params", [SamplingParams(temperature=0.8), SamplingParams(temperature=1.5, top_p=0.9)])
+def test_draws_follow_the_distribution(params: SamplingParams) -> None:
+    """Pearson's chi-square over 40,000 positions; the bound is five standard deviations above its mean."""
+    num, vocab = 40_000, 40
+    row = replace(random_row(5, params, vocab), prompt=[0], output=[])
+    state = SamplingState(1, vocab, (), "cpu")
+    state.set(0, replace(params, seed=1234), 1)
+    logits = torch.tensor(row.logits, dtype=torch.float32).expand(num, -1)
+    zeros = torch.zeros(num, dtype=torch.int64)
+    drawn = sample(logits, state, zeros, zeros, torch.arange(1, num + 1), torch.zeros(1, 8, dtype=torch.int32))
+    expected = naive_sampler.distribution(row) * num
+    observed = np.bincount(drawn.token_ids.numpy(), minlength=vocab)
+    possible = expected > 0
+    assert observed[~possible].sum() == 0
+    statistic = float((((observed - expected) ** 2)[possible] / expected[possible]).sum())
+    freedom = int(possible.sum()) - 1
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("vocab", [1003, 49_152])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_row_is_drawn_alike_alone_and_in_any_batch(vocab: int, num_threads: int) -> None:
+    rows = [random_row(seed, list(FEATURES.values())[seed % len(FEATURES)], vocab) for seed in range(2, 18)]
+    rows = [replace(row, params=replace(row.params, logprobs=index % 4)) for index, row in enumerate(rows)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        together, backwards, alone = run(rows), run(rows[::-1]), [run([row]) for row in rows]
+    finally:
+        torch.set_num_threads(threads)
+    tokens = [int(result.token_ids) for result in alone]
+    assert together.token_ids.tolist() == tokens
+    assert backwards.token_ids.tolist() == tokens[::-1]
+    assert together.logprobs is not None
+    assert backwards.logprobs is not None
+    single = [result.logprobs[0] for result in alone if result.logprobs is not None]
+    assert together.logprobs == single
+    assert backwards.logprobs == single[::-1]
+
+
+def test_probabilities_are_bit_equal_alone_and_in_a_batch() -> None:
+    """Tokens can agree by luck; what they are drawn from must not differ in a bit, whatever the row length."""
+    for vocab in (1000, 1001, 1007, 4099):
+        logits = torch.randn(16, vocab, generator=torch.Generator().manual_seed(vocab)) * 3
+        temperature = torch.linspace(0.2, 2.0, 16)
+        together = probabilities(logits, temperature)
+        for row in range(16):
+            assert torch.equal(
+                together[row : row + 1], probabilities(logits[row : row + 1], temperature[row : row + 1])
+            )
+
+
+def test_choices_of_one_slot_are_drawn_apart() -> None:
+    state = SamplingState(4, 1000, (), "cpu")
+    state.set(2, SamplingParams(temperature=1.0, seed=9), 3)
+    slots, positions = torch.full((64,), 2), torch.full((64,), 3)
+    drawn = sample(
+        torch.zeros(64, 1000), state, slots, torch.arange(64), positions, torch.zeros(4, 8, dtype=torch.int32)
+    )
+    expected = [int(naive_sampler.uniform(9, choice, 3) * 1000) for choice in range(64)]
+    assert drawn.token_ids.tolist() == expected
+
+
+def test_greedy_takes_the_lowest_of_equal_ids() -> None:
+    assert run([hot([1, 5, 2, 5, 5, 0], temperature=0.0)] * 3).token_ids.tolist() == [1, 1, 1]
+
+
+def test_top_k_of_one_is_greedy_even_in_a_tie() -> None:
+    rows = [hot([1, 5, 2, 5, 5, 0], temperature=2.0, top_k=1, seed=seed) for seed in range(20)]
+    assert set(run(rows).token_ids.tolist()) == {1}
+
+
+def test_tokens_tied_with_the_last_one_kept_stay() -> None:
+    kept = {
+        tuple(sorted(set(run([hot([0, 3, 3, 3, 1], seed=seed, **params) for seed in range(60)]).token_ids.tolist())))
+        for params in ({"top_k": 2}, {"top_p": 0.4}, {"min_p": 1.0})
+    }
+    assert kept == {(1, 2, 3)}
+
+
+def test_a_flat_row_is_sorted_whole_for_top_p() -> None:
+    """More tokens than the candidates of the fast way are needed to reach the bound."""
+    rows = [random_row(seed, SamplingParams(temperature=30.0, top_p=0.93), vocab=5000) for seed in range(40)]
+    assert run(rows).token_ids.tolist() == [naive_sampler.draw(row, EOS) for row in rows]
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-30, 1e-5])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    rows = [random_row(seed, SamplingParams(temperature=temperature)) for seed in range(20)]
+    assert run(rows).token_ids.tolist() == [int(row.logits.argmax()) for row in rows]
+
+
+@pytest.mark.parametrize("temperature", [1e20, 1e38, math.inf])
+def test_a_huge_temperature_is_flat_over_what_is_not_masked(temperature: float) -> None:
+    rows = [hot([-math.inf, 2.0, 900.0, -math.inf], temperature=temperature, seed=seed) for seed in range(40)]
+    assert set(run(rows).token_ids.tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize("params", [{"top_p": 1e-9}, {"top_p": 0.0}, {"min_p": 1.0}])
+def test_the_tightest_bounds_leave_the_most_likely_token(params: dict[str, float]) -> None:
+    rows = [random_row(seed, SamplingParams(**params)) for seed in range(20)]  # type: ignore[arg-type]
+    assert run(rows).token_ids.tolist() == [int(row.logits.argmax()) for row in rows]
+
+
+def test_the_only_unmasked_token_is_drawn_wherever_it_is() -> None:
+    logits = np.full((5, 5), -math.inf)
+    np.fill_diagonal(logits, 0.0)
+    rows = [hot(row.tolist(), seed=seed) for row in logits for seed in range(8)]
+    assert run(rows, eos=()).token_ids.tolist() == [index for index in range(5) for _ in range(8)]
+
+
+def test_the_largest_uniform_never_draws_a_masked_token() -> None:
+    probs = torch.softmax(torch.randn(200, 77, generator=torch.Generator().manual_seed(0)), dim=-1)
+    probs[:, 60:] = 0
+    probs[:, :4] = 0
+    last = draw(probs, torch.full((200,), 1 - 2.0**-53, dtype=torch.float64))
+    first = draw(probs, torch.zeros(200, dtype=torch.float64))
+    assert set(last.tolist()) == {59}
+    assert set(first.tolist()) == {4}
+
+
+def test_rows_that_cannot_be_drawn_from_are_named_and_leave_the_others_alone() -> None:
+    good = [random_row(seed, params) for seed, params in enumerate(FEATURES.values())]
+    rows = list(good)
+    nan, infinite, nothing = (replace(good[0], logits=good[0].logits.copy()) for _ in range(3))
+    nan.logits[7], infinite.logits[7] = math.nan, math.inf
+    nothing.logits[:] = -math.inf
+    sampled = replace(nan, params=FEATURES["everything"])
+    for index, row in ((0, nan), (3, infinite), (5, nothing), (9, sampled)):
+        rows.insert(index, row)
+    result = run(rows)
+    assert result.bad_rows == (0, 3, 5, 9)
+    drawn = [token for index, token in enumerate(result.token_ids.tolist()) if index not in result.bad_rows]
+    assert drawn == [naive_sampler.draw(row, EOS) for row in good]
+    assert result.logprobs is not None
+    assert result.logprobs[9] is None
+
+
+def test_a_bias_that_forbids_everything_is_reported() -> None:
+    everything = tuple((token, -math.inf) for token in range(6))
+    rows = [
+        replace(hot([0.0] * 6), params=SamplingParams(logit_bias=everything)),
+        hot([0.0] * 5 + [50.0], temperature=1.0),
+    ]
+    result = run(rows, eos=())
+    assert result.bad_rows == (0,)
+    assert result.token_ids.tolist() == [0, 5]
+
+
+def test_logprobs_are_of_the_raw_distribution() -> None:
+    params = SamplingParams(temperature=0.3, repetition_penalty=1.5, logit_bias=((4, 50.0),), top_k=3, logprobs=5)
+    row = random_row(4, params)
+    result = run([row, random_row(5, SamplingParams()), replace(row, params=replace(params, logprobs=0))])
+    assert result.logprobs is not None
+    entry, unasked, only_chosen = result.logprobs
+    raw = row.logits - row.logits.max() - math.log(np.exp(row.logits - row.logits.max()).sum())
+    assert entry is not None
+    assert entry.logprob == pytest.approx(raw[4], abs=1e-5)
+    assert [token for token, _ in entry.top] == np.argsort(-raw)[:5].tolist()
+    assert [value for _, value in entry.top] == pytest.approx(sorted(raw, reverse=True)[:5], abs=1e-5)
+    assert unasked is None
+    assert only_chosen is not None
+    assert only_chosen.top == ()
+    assert only_chosen.logprob == entry.logprob
+
+
+def test_of_equally_likely_tokens_the_lower_ids_are_reported_first() -> None:
+    logits = [0.0, 2.0, 1.0, 2.0, 1.0, 1.0, -3.0, 1.0]
+    counts = [1, 3, 4, 8]
+    result = run([hot(logits, temperature=0.0, logprobs=count) for count in counts])
+    assert result.logprobs is not None
+    order = [1, 3, 2, 4, 5, 7, 0, 6]
+    assert [[token for token, _ in entry.top] for entry in result.logprobs if entry] == [order[:n] for n in counts]
+
+
+def test_no_row_asked_for_logprobs() -> None:
+    assert run([hot([0.0, 1.0])]).logprobs is None
+
+
+def test_ids_beyond_the_vocabulary_have_no_effect() -> None:
+    params = SamplingParams(temperature=0.0, logit_bias=((9, 100.0), (-1, 100.0)), min_tokens=2, stop_token_ids=(8, -4))
+    row = replace(hot([0.0, 3.0, 1.0]), params=params)
+    assert run([row], eos=(77,)).token_ids.tolist() == [1]
+
+
+def test_a_slot_forgets_who_had_it_before() -> None:
+    state = SamplingState(2, 50, (), "cpu")
+    logits = torch.tensor(random_row(1, SamplingParams(), 50).logits, dtype=torch.float32)[None]
+    one, tokens = torch.tensor([1]), torch.zeros(2, 8, dtype=torch.int32)
+    for params in FEATURES.values():
+        kept = [entry for entry in params.logit_bias if entry[0] < 50]
+        state.set(1, replace(params, logit_bias=(*kept, (20, 500.0))), 1)
+        state.clear(1)
+    assert sample(logits, state, one, one, one, tokens).token_ids.tolist() == [int(logits.argmax())]
+    state.set(1, SamplingParams(temperature=0.0), 1)
+    assert sample(logits, state, one, one, one, tokens).token_ids.tolist() == [int(logits.argmax())]
+    assert not any(state.uses(feature) for feature in state._users)
