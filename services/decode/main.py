@@ -1,0 +1,70 @@
+"""The decode worker's process."""
+
+import asyncio
+import sys
+
+from setproctitle import setproctitle
+
+from services.decode.service import DecodeService
+from services.decode.worker import DecodeWorker
+from tailrace.config import WorkerConfig
+from tailrace.engine.engine import Engine
+from tailrace.errors import TailraceError
+from tailrace.kv.block_pool import BlockPool
+from tailrace.policy.decode_scheduler import DecodeScheduler
+from tailrace.rpc.server import Server
+from tailrace.telemetry.log import configure_logging
+from tailrace.types import Role
+from tailrace.worker.attach import Attachments
+from tailrace.worker.engine_thread import EngineThread
+from tailrace.worker.host import Identity, Parts, Wiring, die, load_parts, open_plane, serve, worker_info
+from tailrace.worker.peers import OwnerPeers
+from tailrace.worker.requests import RequestMaker
+
+
+def main() -> None:
+    setproctitle("tailrace decode")
+    config = WorkerConfig.or_exit()
+    secrets = (config.secret.get_secret_value(),)
+    configure_logging(
+        role="decode", worker_id=config.worker_id, level=config.log_level, style=config.log_format, secrets=secrets
+    )
+    try:
+        asyncio.run(run(config, *load_parts(config, Role.DECODE)))
+    except TailraceError as error:
+        sys.exit(f"tailrace decode: {error.message}")
+
+
+async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: BlockPool) -> None:
+    """Wire the role up and serve."""
+    server = Server(identity.secret)
+    port = server.bind(config.host, config.port)
+    parts = Parts(config, identity, engine, pool, await open_plane(config, identity, engine, pool))
+    scheduler = DecodeScheduler(
+        pool,
+        block_size=engine.layout.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        stop=parts.stop_rule,
+    )
+    worker = DecodeWorker(engine.runner, scheduler, pool, block_bytes=engine.layout.block_bytes)
+    peers = OwnerPeers(
+        parts.transfer.needer,
+        engine.layout,
+        worker_id=identity.worker_id,
+        epoch=identity.epoch,
+        secret=identity.secret,
+    )
+    service = DecodeService(worker, RequestMaker(engine.layout), peers)
+    thread = EngineThread(worker, deliver=service.deliver, died=die)
+    attachments = Attachments(worker_info(config, identity, engine, port), service, steps=lambda: thread.num_steps)
+    service.connect(thread, attachments)
+    try:
+        await serve(parts, Wiring(thread, attachments, worker), server)
+    finally:
+        await service.close()
+        await peers.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""One request's prompt, pulled from the worker that prefills it, chunk by chunk while it still computes."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.decode.worker import DecodeWorker, Pull
+from tailrace.errors import ErrorCode, TailraceError, TransferError
+from tailrace.messages import KvSource, LendDone, LendTerms, LentBlocks
+from tailrace.policy.request import Request
+from tailrace.transfer import BlockRead, Link, PendingRead, ReadOutcome, ReadResult
+from tailrace.worker.engine_thread import EngineThread
+from tailrace.worker.report import Destination
+
+log = logging.getLogger(__name__)
+
+STALL_FACTOR = 5.0
+MIN_STALL_S = 1.0
+"""A read is stalled after five times what its link's measured rate promises, and never before a second."""
+_FATAL = frozenset({ErrorCode.LAYOUT_MISMATCH, ErrorCode.UNAUTHENTICATED})
+"""A wrong configuration: computing the prompt here would hide it."""
+
+
+class Peers(Protocol):
+    """Ways to owners."""
+
+    async def link(self, source: KvSource) -> Link: ...
+
+    def lend(self, source: KvSource, terms: LendTerms) -> contextlib.AbstractAsyncContextManager["LendEvents"]: ...
+
+    def identity(self) -> tuple[str, int]: ...
+
+
+class LendEvents(Protocol):
+    def __aiter__(self) -> "LendEvents": ...
+
+    async def __anext__(self) -> LentBlocks | LendDone: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Flight:
+    """A read that may still write its targets."""
+
+    read: PendingRead
+    targets: tuple[int, ...]
+    deadline: float
+
+
+class PromptPull:
+    """Books, pulls, joins. Ends in exactly one of: joined, recomputed here, dropped. Event loop only.
+
+    A destination stays landing until its read has settled, whatever becomes of the request: a read that outlives it
+    hands its blocks back when it ends.
+    """
+
+    def __init__(
+        self, request: Request, name: str, source: KvSource, engine: EngineThread, worker: DecodeWorker
+    ) -> None:
+        self._request = request
+        self._name = name
+        self._source = source
+        self._engine = engine
+        self._worker = worker
+        self._granted: asyncio.Future[Destination] = asyncio.get_running_loop().create_future()
+        self._flights: dict[PendingRead, _Flight] = {}
+        self._failure: ReadResult | None = None
+        self._settled = asyncio.Event()
+        self._is_over = False
+        self._began = 0.0
+        self._ended = 0.0
+        self._num_bytes = 0
+
+    def grant(self, destination: Destination) -> None:
+        if not self._granted.done():
+            self._granted.set_result(destination)
+
+    async def run(self, peers: Peers, attempt: tuple[str, int], *, failed: Callable[[TailraceError], None]) -> None:
+        """`failed` is called for an error that recomputing cannot mend. A cancel drops the request."""
+        try:
+            if await self._engine.call(self._worker.book, self._request, self._name):
+                await self._pull(peers, attempt)
+        except asyncio.CancelledError:
+            self._drop()
+            raise
+        except TailraceError as error:
+            if error.code in _FATAL:
+                self._drop()
+                failed(error)
+            else:
+                log.warning("%s: %s; its prompt is computed here instead", self._name, error.message)
+                self._recompute()
+
+    async def _pull(self, peers: Peers, attempt: tuple[str, int]) -> None:
+        link = await peers.link(self._source)
+        worker_id, epoch = peers.identity()
+        terms = LendTerms(*attempt, self._source.ticket, worker_id, epoch, link.transport)
+        async with peers.lend(self._source, terms) as events:
+            done = await self._follow(link, events)
+            await self._all_landed()
+        pull = Pull(self._ended - self._began, self._num_bytes, link.transport if self._num_bytes else "")
+        self._is_over = True
+        self._engine.post(self._worker.join, self._request.id, done.first_tokens, pull)
+
+    async def _follow(self, link: Link, events: LendEvents) -> LendDone:
+        """Start a read for whatever is ready, until the owner says that this was all."""
+        async for event in events:
+            if isinstance(event, LendDone):
+                return event
+            destination = await self._destination()
+            self._start(link, event, destination)
+        raise TransferError("the owner closed the stream before all blocks were lent")
+
+    async def _destination(self) -> Destination:
+        if not self._granted.done():
+            self._engine.post(self._worker.want_destination, self._request.id)
+        return await asyncio.shield(self._granted)
+
+    def _start(self, link: Link, lent: LentBlocks, destination: Destination) -> None:
+        reads = [
+            BlockRead(block, address, generation, destination.blocks[index])
+            for index, (block, address, generation) in enumerate(
+                zip(lent.blocks, lent.addresses, lent.generations, strict=True), start=lent.first_index
+            )
+            if index >= destination.num_local
+        ]
+        if not reads:
+            return
+        now = time.monotonic()
+        self._began = self._began or now
+        read = link.read(reads)
+        size = len(reads) * self._worker.block_bytes
+        self._flights[read] = _Flight(read, tuple(r.target_block for r in reads), now + stall_s(link, size))
+        self._num_bytes += size
+        read.settled.add_done_callback(lambda _: self._on_settled(read))
+
+    def _on_settled(self, read: PendingRead) -> None:
+        """Nothing can land any more: the blocks are ours, or nobody's."""
+        flight, result = self._flights.pop(read), read.settled.result()
+        self._ended = time.monotonic()
+        if self._is_over:
+            self._engine.post(self._worker.settle, flight.targets)
+        elif result.outcome is ReadOutcome.GOOD:
+            self._engine.post(self._worker.landed, self._request.id, flight.targets)
+        else:
+            self._failure = result
+        self._settled.set()
+
+    async def _all_landed(self) -> None:
+        """Raises TransferError for a read that failed, was stale or stalls."""
+        while self._flights and self._failure is None:
+            patience = min(flight.deadline for flight in self._flights.values()) - time.monotonic()
+            self._settled.clear()
+            try:
+                async with asyncio.timeout(max(0.0, patience)):
+                    await self._settled.wait()
+            except TimeoutError:
+                raise TransferError(f"{len(self._flights)} reads from {self._source.worker_id} stall") from None
+        if self._failure is not None:
+            raise TransferError(f"read from {self._source.worker_id}: {self._failure.message or self._failure.outcome}")
+
+    # -- the other ends -----------------------------------------------------------------------------------------------
+
+    def _in_flight(self) -> list[int]:
+        return [block for flight in self._flights.values() for block in flight.targets]
+
+    def _drop(self) -> None:
+        self._is_over = True
+        self._engine.post(self._worker.drop, self._request.id, (), self._in_flight())
+
+    def _recompute(self) -> None:
+        """Destinations that may still be written are quarantined: they come back when their reads settle."""
+        self._is_over = True
+        in_flight = self._in_flight()
+        self._engine.post(self._worker.recompute, self._request.id, in_flight)
+        if in_flight:
+            self._engine.post(self._worker.quarantine, in_flight)
+
+
+def stall_s(link: Link, num_bytes: int) -> float:
+    expected = num_bytes / link.bytes_per_s if link.bytes_per_s > 0 else 0.0
+    return max(MIN_STALL_S, STALL_FACTOR * expected)

@@ -1,0 +1,68 @@
+"""The decode worker as its event loop sees it: legs of gateways on one side, owners of KV on the other."""
+
+import asyncio
+from functools import partial
+
+from services.decode.pull import Peers, PromptPull
+from services.decode.worker import DecodeWorker
+from tailrace.worker.attach import Attachments, Leg
+from tailrace.worker.engine_thread import EngineThread
+from tailrace.worker.report import StepReport
+from tailrace.worker.requests import RequestMaker
+
+
+class DecodeService:
+    """Glue without decisions. Event loop only."""
+
+    def __init__(self, worker: DecodeWorker, requests: RequestMaker, peers: Peers) -> None:
+        self._worker = worker
+        self._requests = requests
+        self._peers = peers
+        self._pulls: dict[int, PromptPull] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._engine: EngineThread
+        self._attachments: Attachments
+
+    def connect(self, engine: EngineThread, attachments: Attachments) -> None:
+        """Everyone knows everyone, once, before anything runs."""
+        self._engine, self._attachments = engine, attachments
+
+    # -- LegHandler ---------------------------------------------------------------------------------------------------
+
+    def begin(self, leg: Leg) -> None:
+        request = self._requests.make(leg.id, leg.submission)
+        source = leg.submission.source
+        if source is None:
+            self._engine.post(self._worker.submit_local, request, leg.name)
+            return
+        pull = PromptPull(request, leg.name, source, self._engine, self._worker)
+        attempt = (leg.submission.request_id, leg.submission.attempt)
+        failed = partial(self._attachments.fail, leg.id)
+        task = asyncio.create_task(pull.run(self._peers, attempt, failed=failed), name=f"pull {leg.name}")
+        self._pulls[leg.id], self._tasks[leg.id] = pull, task
+        task.add_done_callback(lambda _: self._forget(leg.id))
+
+    def cancel(self, leg: Leg, choices: tuple[int, ...]) -> None:
+        """A pull that is under way drops the request itself: only it knows which blocks may still be written."""
+        if not choices and (task := self._tasks.get(leg.id)) is not None and not task.done():
+            task.cancel()
+        else:
+            self._engine.post(self._worker.drop, leg.id, choices)
+
+    def _forget(self, leg_id: int) -> None:
+        self._pulls.pop(leg_id, None)
+        self._tasks.pop(leg_id, None)
+
+    # -- the engine ---------------------------------------------------------------------------------------------------
+
+    def deliver(self, report: StepReport) -> None:
+        self._attachments.deliver(report)
+        for destination in report.granted:
+            if (pull := self._pulls.get(destination.request_id)) is not None:
+                pull.grant(destination)
+
+    async def close(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

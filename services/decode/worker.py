@@ -1,0 +1,242 @@
+"""The decode worker as its engine thread sees it: commands in, one report a step out."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tailrace.errors import InvalidRequestError, OverloadedError, TailraceError
+from tailrace.kv.block_pool import BlockPool, BlockState
+from tailrace.messages import ChoiceFinished, FirstToken, Holding, HoldingState, LegFailed, LegReport, Load
+from tailrace.plan import StepPlan
+from tailrace.policy.decode_scheduler import DecodeScheduler
+from tailrace.policy.request import DrawnToken, Request
+from tailrace.policy.sequence import DecodeStep
+from tailrace.worker.rates import Ewma
+from tailrace.worker.report import Destination, StepReport
+from tailrace.worker.runner import Runner
+
+MAX_WAITING = 4096
+"""Requests in line; one more is refused."""
+
+
+@dataclass(slots=True)
+class Pull:
+    """What the transfer of a request's prompt took."""
+
+    seconds: float
+    num_bytes: int
+    transport: str
+
+
+@dataclass(slots=True, eq=False)
+class _Life:
+    """A request from its acceptance to the end of its last choice."""
+
+    name: str
+    open_choices: set[int]
+    accepted: float
+    cached_tokens: int = 0
+    started: float = 0.0
+    first_local: float = 0.0
+    joined: float = 0.0
+    pull: Pull | None = None
+
+
+class DecodeWorker:
+    """Engine thread only."""
+
+    def __init__(self, runner: Runner, scheduler: DecodeScheduler, pool: BlockPool, *, block_bytes: int) -> None:
+        self.block_bytes = block_bytes
+        self._runner = runner
+        self._scheduler = scheduler
+        self._pool = pool
+        self._lives: dict[int, _Life] = {}
+        self._step_s = Ewma()
+        self._prefill_rate = Ewma()
+        self._report = StepReport()
+        """What commands left to say before the next step."""
+
+    # -- commands -----------------------------------------------------------------------------------------------------
+
+    def submit_local(self, request: Request, name: str) -> None:
+        """Prefill here. A prompt that cannot be held, or one too many in line, is refused in the next report."""
+        if self._admit(request, name):
+            self._scheduler.submit_local(request)
+
+    def book(self, request: Request, name: str) -> bool:
+        """Promise room for a prompt whose KV will be pulled. False: refused, and said so in the next report."""
+        if not self._admit(request, name):
+            return False
+        if self._scheduler.book(request):
+            return True
+        del self._lives[request.id]
+        free = self._pool.num_available
+        self._refuse(request.id, OverloadedError(f"{free} blocks free, all of them booked", retry_after_s=0.5))
+        return False
+
+    def _admit(self, request: Request, name: str) -> bool:
+        refusal = self._refusal(request)
+        if refusal is not None:
+            self._refuse(request.id, refusal)
+            return False
+        self._lives[request.id] = _Life(name, set(request.choices), time.monotonic())
+        return True
+
+    def _refusal(self, request: Request) -> TailraceError | None:
+        if not self._scheduler.fits(len(request.tokens)):
+            blocks = self._pool.num_blocks
+            return InvalidRequestError(
+                f"{len(request.tokens)} tokens do not fit the pool of {blocks} blocks", param="token_ids"
+            )
+        if self._scheduler.num_waiting >= MAX_WAITING:
+            return OverloadedError(f"{MAX_WAITING} requests wait already", retry_after_s=1.0)
+        return None
+
+    def _refuse(self, request_id: int, error: TailraceError) -> None:
+        self._report.failed.append(LegFailed(request_id, error))
+
+    def want_destination(self, request_id: int) -> None:
+        """Its owner has blocks ready; a later report grants the destination."""
+        self._scheduler.want_destination(request_id)
+
+    def landed(self, request_id: int, blocks: Sequence[int]) -> None:
+        """A read ended well."""
+        self._scheduler.landed(request_id, blocks)
+
+    def settle(self, blocks: Sequence[int]) -> None:
+        """A read ended into blocks that nobody waits for."""
+        self._scheduler.settle(blocks)
+
+    def quarantine(self, blocks: Sequence[int]) -> None:
+        """A read into these blocks stalls."""
+        self._scheduler.quarantine(blocks)
+
+    def join(self, request_id: int, first: Sequence[FirstToken], pull: Pull) -> None:
+        """Every block has landed."""
+        if (life := self._lives.get(request_id)) is None:
+            self._scheduler.drop(request_id)
+            return
+        life.pull, life.joined = pull, time.monotonic()
+        drawn = [DrawnToken(t.choice, t.token_id, t.logprob, t.finish_reason) for t in first]
+        self._tell(self._scheduler.join(request_id, drawn), self._report)
+
+    def recompute(self, request_id: int, in_flight: Sequence[int]) -> None:
+        """The pull failed: prefill here. Blocks `in_flight` may still be written; `settle` follows for them."""
+        self._scheduler.recompute(request_id, in_flight)
+
+    def drop(self, request_id: int, choices: Sequence[int] = (), in_flight: Sequence[int] = ()) -> None:
+        """Cancelled: some choices, or all. Idempotent."""
+        if (life := self._lives.get(request_id)) is None:
+            return
+        self._scheduler.drop(request_id, choices, in_flight)
+        life.open_choices.difference_update(choices or tuple(life.open_choices))
+        self._end_if_over(request_id, self._report)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def step(self) -> StepReport:
+        report, self._report = self._report, StepReport()
+        plan = self._scheduler.schedule()
+        if plan.changes_anything:
+            self._run(plan, report)
+        for arrival in self._scheduler.grant():
+            report.granted.append(Destination(arrival.request.id, tuple(arrival.blocks), arrival.num_local))
+        report.kv_events = self._pool.drain_events()
+        report.load = self.load()
+        return report
+
+    def _run(self, plan: StepPlan, report: StepReport) -> None:
+        self._note_local_starts(plan)
+        out = self._runner.run(plan)
+        report.computed = not plan.is_empty
+        if plan.decode and not plan.chunks:
+            self._step_s.add(out.elapsed_s)
+        elif plan.chunks and not plan.decode and out.elapsed_s > 0:
+            self._prefill_rate.add(plan.num_tokens / out.elapsed_s)
+        self._tell(self._scheduler.finish(plan, out), report)
+
+    def _note_local_starts(self, plan: StepPlan) -> None:
+        """A request's first local chunk: its queueing ends, and what was found cached is known."""
+        now = time.monotonic()
+        for chunk in plan.chunks:
+            request_id = self._scheduler.request_in(chunk.slot)
+            life = self._lives[request_id]
+            if not life.started and not life.joined:
+                life.started, life.cached_tokens = now, chunk.start
+
+    def _tell(self, step: DecodeStep, report: StepReport) -> None:
+        now = time.monotonic()
+        for key, position, token in zip(step.keys, step.positions, step.drawn, strict=True):
+            life = self._lives[key.handle]
+            life.first_local = life.first_local or now
+            report.tokens.add(key.handle, key.choice, position, token.token_id, token.logprob)
+        for finish in step.finished:
+            report.finished.append(ChoiceFinished(finish.key.handle, finish.key.choice, finish.reason))
+            self._lives[finish.key.handle].open_choices.discard(finish.key.choice)
+        for request_id in {finish.key.handle for finish in step.finished}:
+            self._end_if_over(request_id, report)
+
+    def _end_if_over(self, request_id: int, report: StepReport) -> None:
+        life = self._lives[request_id]
+        if life.open_choices:
+            return
+        report.reports.append(_leg_report(request_id, life, time.monotonic()))
+        report.ended.append(request_id)
+        del self._lives[request_id]
+
+    # -- books --------------------------------------------------------------------------------------------------------
+
+    def load(self) -> Load:
+        ledger = self._pool.ledger()
+        return Load(
+            num_waiting=self._scheduler.num_waiting,
+            num_running=self._scheduler.num_running,
+            waiting_tokens=self._scheduler.waiting_tokens,
+            free_blocks=ledger.free,
+            cached_blocks=ledger.cached,
+            total_blocks=ledger.total,
+            booked_blocks=self._scheduler.booked_blocks,
+            prefill_tokens_per_s=self._prefill_rate.value,
+            decode_step_s=self._step_s.value,
+        )
+
+    def holdings(self) -> list[Holding]:
+        """Who holds what, and why. Landing blocks of a request that is gone have no name any more."""
+        now = time.monotonic()
+        held = [
+            Holding(self._name(s.request.id), HoldingState.ACTIVE, tuple(s.blocks), self._age(s.request.id, now))
+            for s in self._scheduler.sequences()
+        ]
+        for arrival in self._scheduler.arrivals():
+            landing = tuple(b for b in arrival.blocks if self._pool.state(b) is BlockState.LANDING)
+            if landing:
+                request_id = arrival.request.id
+                held.append(Holding(self._name(request_id), HoldingState.LANDING, landing, self._age(request_id, now)))
+        return held
+
+    def _name(self, request_id: int) -> str:
+        return self._lives[request_id].name if request_id in self._lives else f"#{request_id}"
+
+    def _age(self, request_id: int, now: float) -> float:
+        return now - self._lives[request_id].accepted if request_id in self._lives else 0.0
+
+    def check_integrity(self) -> None:
+        self._pool.check_integrity()
+
+
+def _leg_report(request_id: int, life: _Life, now: float) -> LegReport:
+    """A request that joined was prefilled elsewhere; else queue, prefill and cached tokens are this worker's own."""
+    pull = life.pull or Pull(0.0, 0, "")
+    began = life.joined or life.first_local or now
+    local = not life.joined and life.started > 0
+    return LegReport(
+        request_id,
+        queue_s=life.started - life.accepted if local else 0.0,
+        prefill_s=began - life.started if local else 0.0,
+        transfer_s=pull.seconds,
+        transfer_bytes=pull.num_bytes,
+        transport=pull.transport,
+        decode_s=now - began,
+        cached_tokens=life.cached_tokens if local else 0,
+        cached_by_tier={"worker": life.cached_tokens} if local and life.cached_tokens else {},
+    )

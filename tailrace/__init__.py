@@ -1,0 +1,3 @@
+"""Tailrace: LLM serving with prefill and decode on separate workers."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,225 @@
+"""What gateway and workers say to each other, as plain values.
+
+`tailrace.rpc.convert` puts them on the wire and takes them off.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from tailrace.errors import TailraceError
+from tailrace.kv.events import KVEvent
+from tailrace.kv.layout import KVLayout
+from tailrace.types import FinishReason, Role, SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """Who a worker is; fixed for its life."""
+
+    worker_id: str
+    epoch: int
+    role: Role
+    layout: KVLayout
+    model: str
+    max_model_len: int
+    max_num_seqs: int
+    num_blocks: int
+    address: str
+    """host:port of its gRPC server, as its peers reach it."""
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy a worker is. Rates are measured, exponentially weighted, 0 before the first measurement."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    waiting_tokens: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    total_blocks: int = 0
+    booked_blocks: int = 0
+    prefill_tokens_per_s: float = 0.0
+    decode_step_s: float = 0.0
+    transfer_bytes_per_s: float = 0.0
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KvSource:
+    """Where a decode worker finds a prompt's blocks."""
+
+    worker_id: str
+    epoch: int
+    address: str
+    ticket: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One leg of one attempt of a request. `handle` is its short name on the stream that carries it."""
+
+    handle: int
+    request_id: str
+    attempt: int
+    tokens: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    choices: tuple[int, ...]
+    priority: int
+    deadline_s: float
+    ticket: bytes = b""
+    cache_salt: str = ""
+    source: KvSource | None = None
+    traceparent: str = ""
+    tracestate: str = ""
+
+
+@dataclass(slots=True)
+class TokenColumns:
+    """Drawn tokens, column by column; `logprobs` is None when nobody asked."""
+
+    handles: list[int] = field(default_factory=list)
+    choices: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob | None] | None = None
+
+    def add(self, handle: int, choice: int, position: int, token_id: int, logprob: TokenLogprob | None) -> None:
+        if logprob is not None and self.logprobs is None:
+            self.logprobs = [None] * len(self.handles)
+        if self.logprobs is not None:
+            self.logprobs.append(logprob)
+        self.handles.append(handle)
+        self.choices.append(choice)
+        self.positions.append(position)
+        self.token_ids.append(token_id)
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceFinished:
+    handle: int
+    choice: int
+    reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class LegFailed:
+    handle: int
+    error: TailraceError
+
+
+@dataclass(frozen=True, slots=True)
+class LegReport:
+    """Where a leg's time went, in seconds; sent once."""
+
+    handle: int
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    transfer_bytes: int = 0
+    transport: str = ""
+    decode_s: float = 0.0
+    join_s: float = 0.0
+    cached_tokens: int = 0
+    cached_by_tier: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class KvEventBatch:
+    """Changes of what a worker has cached. A gap before `first_sequence` means that a snapshot is needed."""
+
+    epoch: int
+    first_sequence: int
+    events: list[KVEvent]
+
+
+@dataclass(slots=True)
+class StepEvents:
+    """What one engine step had to say to one gateway, or a beat."""
+
+    epoch: int = 0
+    step: int = 0
+    info: WorkerInfo | None = None
+    load: Load | None = None
+    tokens: TokenColumns = field(default_factory=TokenColumns)
+    finished: list[ChoiceFinished] = field(default_factory=list)
+    failed: list[LegFailed] = field(default_factory=list)
+    reports: list[LegReport] = field(default_factory=list)
+    kv_events: KvEventBatch | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LentBlocks:
+    """Completely written blocks; the lists run side by side, from entry `first_index` of the request's table on."""
+
+    first_index: int
+    blocks: list[int]
+    addresses: list[int]
+    generations: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    choice: int
+    token_id: int
+    logprob: TokenLogprob | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class LendDone:
+    """All blocks of the prompt have been reported ready."""
+
+    first_tokens: tuple[FirstToken, ...]
+    last_block_tokens: int
+    cached_tokens: int
+    queue_s: float
+    prefill_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LendTerms:
+    """What a needer asks an owner to lend: the blocks of the request that `ticket` names."""
+
+    request_id: str
+    attempt: int
+    ticket: bytes
+    needer_id: str
+    needer_epoch: int
+    transport: str
+    skip_blocks: int = 0
+
+
+class HoldingState(StrEnum):
+    ACTIVE = "active"
+    LENT = "lent"
+    LANDING = "landing"
+    QUARANTINED = "quarantined"
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Who holds which blocks, and why."""
+
+    holder: str
+    state: HoldingState
+    blocks: tuple[int, ...]
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerReport:
+    """free + active + cached + lent + landing + quarantined == total."""
+
+    worker_id: str
+    epoch: int
+    total: int
+    free: int
+    active: int
+    cached: int
+    lent: int
+    landing: int
+    quarantined: int
+    holdings: tuple[Holding, ...] = ()

@@ -1,0 +1,213 @@
+"""The prefill worker's schedule: whole prompts in chunks under a token budget, first come, first served in each priority.
+
+A request is waiting (no blocks), running (all its blocks, partly computed) or held (computed, its blocks lent until its needer
+has pulled them). Held blocks are the buffer between prefill and decode; it is bounded by half the pool.
+"""
+
+import heapq
+from dataclasses import dataclass, field
+
+from tailrace.kv.block_pool import BlockPool
+from tailrace.plan import Chunk, SequenceStart, StepOutput, StepPlan
+from tailrace.policy.request import DrawnToken, Request, StopRule, blocks_for
+from tailrace.policy.slots import Slots
+
+
+@dataclass(slots=True, eq=False)
+class PrefillJob:
+    """A request with its blocks. `num_computed` tokens have their KV written; `num_ready` blocks are completely written."""
+
+    request: Request
+    slot: int
+    blocks: list[int]
+    num_computed: int
+    num_ready: int
+    num_cached_tokens: int
+    first_tokens: tuple[DrawnToken, ...] = ()
+
+    @property
+    def is_computed(self) -> bool:
+        return self.num_computed == len(self.request.tokens)
+
+
+@dataclass(slots=True)
+class PrefillStep:
+    """What one step changed, by request id."""
+
+    progressed: list[PrefillJob] = field(default_factory=list)
+    """More blocks are ready, or all is computed."""
+    computed_tokens: int = 0
+
+
+class PrefillScheduler:
+    """Owns the requests of a prefill worker; `pool` is written here only."""
+
+    def __init__(
+        self, pool: BlockPool, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, stop: StopRule
+    ) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._budget = max_num_batched_tokens
+        self._slots = Slots(max_num_seqs)
+        self._stop = stop
+        self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._cancelled_waiting: set[int] = set()
+        self._running: dict[int, PrefillJob] = {}
+        self._held: dict[int, PrefillJob] = {}
+        self._waiting_tokens = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) - len(self._cancelled_waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Accepted and not computed yet."""
+        return self._waiting_tokens + sum(len(j.request.tokens) - j.num_computed for j in self._running.values())
+
+    @property
+    def has_work(self) -> bool:
+        """A step would compute something, or could after blocks come free."""
+        return bool(self._running) or (self.num_waiting > 0 and self._may_admit())
+
+    def fits(self, num_tokens: int) -> bool:
+        """Could a prompt of this length ever be held? Half the pool is the most that one needer's wait may block."""
+        return blocks_for(num_tokens, self._block_size) <= self._pool.num_blocks
+
+    def submit(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (request.rank, request))
+        self._waiting_tokens += len(request.tokens)
+
+    def job(self, request_id: int) -> PrefillJob | None:
+        return self._running.get(request_id) or self._held.get(request_id)
+
+    def jobs(self) -> list[PrefillJob]:
+        """Running, then held."""
+        return [*self._running.values(), *self._held.values()]
+
+    def drop(self, request_id: int) -> None:
+        """Cancelled, or pulled: give everything back. Unknown ids are fine: a request may end twice."""
+        if (job := self._running.pop(request_id, None)) is not None:
+            self._slots.give_back(job.slot)
+            self._pool.release(job.blocks)
+        elif (job := self._held.pop(request_id, None)) is not None:
+            self._pool.unlend(job.blocks)
+        else:
+            self._drop_waiting(request_id)
+
+    def _drop_waiting(self, request_id: int) -> None:
+        for _, request in self._waiting:
+            if request.id == request_id and request_id not in self._cancelled_waiting:
+                self._cancelled_waiting.add(request_id)
+                self._waiting_tokens -= len(request.tokens)
+
+    def schedule(self) -> StepPlan:
+        """Continue what runs, then admit what waits, until the token budget is used."""
+        chunks: list[Chunk] = []
+        budget = self._budget
+        for job in self._running.values():
+            if budget == 0:
+                break
+            budget -= self._add_chunk(job, budget, chunks)
+        started: list[SequenceStart] = []
+        while budget > 0 and (job := self._admit()) is not None:
+            started.append(self._start(job))
+            budget -= self._add_chunk(job, budget, chunks)
+        return StepPlan(released=self._slots.drain_released(), started=started, chunks=chunks)
+
+    def _add_chunk(self, job: PrefillJob, budget: int, chunks: list[Chunk]) -> int:
+        total = len(job.request.tokens)
+        end = min(total, job.num_computed + budget)
+        chunks.append(Chunk(job.slot, job.num_computed, end, job.request.choices if end == total else ()))
+        return end - job.num_computed
+
+    def _start(self, job: PrefillJob) -> SequenceStart:
+        request = job.request
+        return SequenceStart(
+            slot=job.slot,
+            tokens=request.tokens,
+            num_prompt_tokens=request.num_prompt_tokens,
+            sampling=request.sampling,
+            choice=request.choices[0],
+            blocks=job.blocks,
+        )
+
+    def _may_admit(self) -> bool:
+        held = sum(len(job.blocks) for job in self._held.values())
+        return len(self._slots) > 0 and (held <= self._pool.num_blocks // 2 or not self._held)
+
+    def _admit(self) -> PrefillJob | None:
+        """Head of the line only: a prompt that does not fit is not overtaken by a smaller one."""
+        self._forget_cancelled()
+        if not self._waiting or not self._may_admit():
+            return None
+        request = self._waiting[0][1]
+        table = self._claim(request)
+        if table is None:
+            return None
+        heapq.heappop(self._waiting)
+        self._waiting_tokens -= len(request.tokens)
+        slot = self._slots.take()
+        assert slot is not None, "_may_admit counted the slots"
+        blocks, num_cached = table
+        computed = num_cached * self._block_size
+        job = PrefillJob(request, slot, blocks, computed, num_cached, computed)
+        self._running[request.id] = job
+        return job
+
+    def _forget_cancelled(self) -> None:
+        while self._waiting and self._waiting[0][1].id in self._cancelled_waiting:
+            self._cancelled_waiting.remove(heapq.heappop(self._waiting)[1].id)
+
+    def _claim(self, request: Request) -> tuple[list[int], int] | None:
+        """Blocks for the whole prompt, cached ones first. At least one token is left to compute: somebody must draw."""
+        reusable = (len(request.tokens) - 1) // self._block_size
+        cached = self._pool.find_prefix(request.hashes[:reusable])
+        self._pool.acquire(cached)
+        fresh = self._pool.allocate(blocks_for(len(request.tokens), self._block_size) - len(cached))
+        if fresh is None:
+            self._pool.release(cached)
+            return None
+        return [*cached, *fresh], len(cached)
+
+    def finish(self, plan: StepPlan, out: StepOutput) -> PrefillStep:
+        """Book what the runner did: blocks become findable, computed requests become held."""
+        step = PrefillStep(computed_tokens=plan.num_tokens)
+        by_slot = {job.slot: job for job in self._running.values()}
+        row = 0
+        for chunk in plan.chunks:
+            job = by_slot[chunk.slot]
+            job.num_computed = chunk.end
+            self._mark_ready(job)
+            if chunk.choices:
+                self._complete(job, out, row)
+                row += len(chunk.choices)
+            step.progressed.append(job)
+        return step
+
+    def _mark_ready(self, job: PrefillJob) -> None:
+        full = job.num_computed // self._block_size
+        for index in range(job.num_ready, full):
+            self._pool.register(job.blocks[index], job.request.hashes[index])
+        job.num_ready = len(job.blocks) if job.is_computed else full
+
+    def _complete(self, job: PrefillJob, out: StepOutput, row: int) -> None:
+        request = job.request
+        job.first_tokens = tuple(
+            DrawnToken(
+                choice,
+                out.tokens[at],
+                out.logprobs[at] if out.logprobs is not None else None,
+                self._stop.finish_reason(out.tokens[at], len(request.tokens) + 1, request),
+            )
+            for at, choice in enumerate(request.choices, start=row)
+        )
+        del self._running[request.id]
+        self._slots.give_back(job.slot)
+        self._pool.lend(job.blocks)
+        self._pool.release(job.blocks)
+        self._held[request.id] = job

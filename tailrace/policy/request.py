@@ -1,0 +1,58 @@
+"""What both schedulers say about a request: its tokens, where it stands in line, when a choice is over."""
+
+from dataclasses import dataclass, field
+
+from tailrace.types import FinishReason, SamplingParams, TokenLogprob
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One leg of a request as a scheduler sees it. `id` is the worker's own, in order of arrival."""
+
+    id: int
+    tokens: list[int]
+    """Prompt, then tokens replayed from an earlier attempt."""
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    choices: tuple[int, ...] = (0,)
+    priority: int = 0
+    hash_seed: bytes = b""
+    hashes: list[bytes] = field(default_factory=list)
+    """Of every full block of `tokens`."""
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower runs first: priority, then first come, first served."""
+        return (self.priority, self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnToken:
+    """A token drawn for a choice; `finish_reason` is set when it is the choice's last."""
+
+    choice: int
+    token_id: int
+    logprob: TokenLogprob | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """What ends a choice on this worker, whatever the request says."""
+
+    eos_token_ids: frozenset[int]
+    max_model_len: int
+
+    def finish_reason(self, token_id: int, num_tokens: int, request: Request) -> FinishReason | None:
+        """`num_tokens` counts the sequence with `token_id` as its last token."""
+        sampling = request.sampling
+        is_stop = token_id in sampling.stop_token_ids or (token_id in self.eos_token_ids and not sampling.ignore_eos)
+        if is_stop and num_tokens - request.num_prompt_tokens > sampling.min_tokens:
+            return FinishReason.STOP
+        if num_tokens - request.num_prompt_tokens >= sampling.max_tokens or num_tokens >= self.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)

@@ -1,0 +1,192 @@
+"""Calls from one member of the cluster to another, in the values of `tailrace.messages`."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+
+from tailrace.errors import (
+    InvalidRequestError,
+    LayoutMismatchError,
+    NotFoundError,
+    OverloadedError,
+    TailraceError,
+    UnauthenticatedError,
+    UnavailableError,
+    WorkerLostError,
+)
+from tailrace.kv.layout import KVLayout
+from tailrace.messages import (
+    KvEventBatch,
+    LedgerReport,
+    LendDone,
+    LendTerms,
+    LentBlocks,
+    Load,
+    StepEvents,
+    Submission,
+)
+from tailrace.rpc import convert
+from tailrace.rpc.auth import AUTH_HEADER, control_token
+from tailrace.rpc.gen import control_pb2, control_pb2_grpc, kv_pb2, kv_pb2_grpc, worker_pb2, worker_pb2_grpc
+from tailrace.rpc.options import CHANNEL_OPTIONS, PEER_LOSS_S
+from tailrace.transfer.endpoints import PeerEndpoints
+
+M = TypeVar("M")
+T = TypeVar("T")
+_STATUS: dict[grpc.StatusCode, type[TailraceError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
+    grpc.StatusCode.FAILED_PRECONDITION: LayoutMismatchError,
+}
+
+
+def error_of(failure: grpc.aio.AioRpcError, address: str) -> TailraceError:
+    """What a failed call means; a broken connection means that the peer is lost."""
+    kind = _STATUS.get(failure.code(), WorkerLostError)
+    return kind(f"{address}: {failure.details() or failure.code().name.lower()}")
+
+
+class Peer:
+    """A channel to one member. Opened lazily by gRPC, shared by all calls; close it when the member is gone."""
+
+    def __init__(self, address: str, secret: bytes) -> None:
+        self.address = address
+        self._metadata = ((AUTH_HEADER, control_token(secret)),)
+        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._worker = worker_pb2_grpc.WorkerServiceStub(self._channel)
+        self._owner = kv_pb2_grpc.KvOwnerServiceStub(self._channel)
+        self._control = control_pb2_grpc.ControlServiceStub(self._channel)
+        self._membership = control_pb2_grpc.MembershipServiceStub(self._channel)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    # -- needer -> owner ----------------------------------------------------------------------------------------------
+
+    async def meet(
+        self, worker_id: str, epoch: int, layout: KVLayout, transports: tuple[str, ...]
+    ) -> tuple[PeerEndpoints, KVLayout]:
+        """First contact. Raises LayoutMismatchError, naming the fields, when the owner refuses the layout."""
+        request = kv_pb2.MeetRequest(
+            worker_id=worker_id, epoch=epoch, layout=convert.layout_to_proto(layout), transports=transports
+        )
+        response = await self._unary(self._owner.Meet(request, metadata=self._metadata, timeout=PEER_LOSS_S))
+        return convert.endpoints_from_proto(response), convert.layout_from_proto(response.layout)
+
+    @asynccontextmanager
+    async def lend(self, terms: LendTerms) -> AsyncIterator[AsyncIterator[LentBlocks | LendDone]]:
+        """Leaving the block closes the stream, which gives the blocks back."""
+        call = self._owner.Lend(convert.terms_to_proto(terms), metadata=self._metadata)
+        try:
+            yield self._read(call, convert.lend_event_from_proto)
+        finally:
+            call.cancel()
+
+    # -- gateway -> worker --------------------------------------------------------------------------------------------
+
+    def attach(self, gateway_id: str, gateway_epoch: int) -> "AttachCall":
+        return AttachCall(self, self._worker.Attach(metadata=self._metadata), gateway_id, gateway_epoch)
+
+    async def ledger(self) -> LedgerReport:
+        request = control_pb2.GetLedgerRequest()
+        call = self._control.GetLedger(request, metadata=self._metadata, timeout=PEER_LOSS_S)
+        return convert.ledger_from_proto((await self._unary(call)).ledger)
+
+    async def load(self) -> Load:
+        request = control_pb2.GetLoadRequest()
+        call = self._control.GetLoad(request, metadata=self._metadata, timeout=PEER_LOSS_S)
+        return convert.load_from_proto((await self._unary(call)).load)
+
+    async def drain(self) -> None:
+        call = self._control.Drain(control_pb2.DrainRequest(), metadata=self._metadata, timeout=PEER_LOSS_S)
+        await self._unary(call)
+
+    async def snapshot(self) -> AsyncIterator[KvEventBatch]:
+        """Every cached block, in pieces; `first_sequence` of each is that of the next event to come."""
+        call = self._control.Snapshot(control_pb2.SnapshotRequest(), metadata=self._metadata, timeout=30.0)
+        async for batch in self._read(call, lambda message: convert.kv_events_from_proto(message.events)):
+            yield batch
+
+    # -- worker -> gateway --------------------------------------------------------------------------------------------
+
+    async def join(self, address: str, joined: Callable[[str], None]) -> None:
+        """Be a member until the stream ends. Raises TailraceError when it does; `joined` gets the gateway's id."""
+        call = self._membership.Join(metadata=self._metadata)
+        try:
+            await call.write(control_pb2.JoinRequest(address=address))
+            async for response in call:
+                joined(response.gateway_id)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as failure:
+            raise await self._failure(call, failure) from None
+        finally:
+            call.cancel()
+        raise UnavailableError(f"{self.address}: the gateway ended our membership")
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    async def _unary(self, call: "grpc.aio.UnaryUnaryCall[object, M]") -> M:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as failure:
+            raise error_of(failure, self.address) from None
+
+    async def _read(
+        self, call: "grpc.aio.UnaryStreamCall[object, M]", convert_one: Callable[[M], T]
+    ) -> AsyncIterator[T]:
+        try:
+            async for message in call:
+                yield convert_one(message)
+        except grpc.aio.AioRpcError as failure:
+            raise error_of(failure, self.address) from None
+
+    async def _failure(self, call: "grpc.aio.Call", failure: Exception) -> TailraceError:
+        """A write to a stream that has ended says nothing of why it ended; its status does."""
+        if isinstance(failure, grpc.aio.AioRpcError):
+            return error_of(failure, self.address)
+        return WorkerLostError(f"{self.address}: {await call.details() or 'the stream is closed'}")
+
+
+class AttachCall:
+    """One `Attach` stream. Writes are serialized here: gRPC allows one at a time."""
+
+    def __init__(
+        self,
+        peer: Peer,
+        call: "grpc.aio.StreamStreamCall[worker_pb2.AttachRequest, worker_pb2.AttachResponse]",
+        gateway_id: str,
+        gateway_epoch: int,
+    ) -> None:
+        self._peer = peer
+        self._call = call
+        self._lock = asyncio.Lock()
+        self._greeting = worker_pb2.Greeting(gateway_id=gateway_id, gateway_epoch=gateway_epoch)
+
+    async def events(self) -> AsyncIterator[StepEvents]:
+        """Greets, then yields what the worker says until the stream ends. Raises TailraceError when it breaks."""
+        await self._write(worker_pb2.AttachRequest(greeting=self._greeting))
+        async for event in self._peer._read(self._call, convert.step_events_from_proto):
+            yield event
+
+    async def submit(self, submission: Submission) -> None:
+        """Raises WorkerLostError when the stream is gone."""
+        await self._write(worker_pb2.AttachRequest(submit=convert.submission_to_proto(submission)))
+
+    async def cancel(self, handle: int, choices: tuple[int, ...] = ()) -> None:
+        """Raises WorkerLostError when the stream is gone."""
+        await self._write(worker_pb2.AttachRequest(cancel=worker_pb2.Cancel(handle=handle, choices=choices)))
+
+    def close(self) -> None:
+        self._call.cancel()
+
+    async def _write(self, message: worker_pb2.AttachRequest) -> None:
+        try:
+            async with self._lock:
+                await self._call.write(message)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as failure:
+            raise await self._peer._failure(self._call, failure) from None

@@ -1,0 +1,1 @@
+"""What prefill and decode workers share: the engine's thread, the gateways attached to it, joining and lending."""

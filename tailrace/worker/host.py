@@ -1,0 +1,288 @@
+"""A worker process: what prefill and decode set up alike, from the configuration to the last goodbye."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from tailrace import __version__
+from tailrace.checkpoint.resolve import resolve_model
+from tailrace.config import WorkerConfig
+from tailrace.engine.engine import Engine, EngineOptions, load_engine
+from tailrace.errors import ConfigError, TailraceError
+from tailrace.kv.block_pool import BlockPool
+from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.kv.layout import KVLayout
+from tailrace.messages import Holding, KvEventBatch, LedgerReport, LendDone, LendTerms, LentBlocks, Load, WorkerInfo
+from tailrace.policy.request import StopRule
+from tailrace.rpc.client import Peer
+from tailrace.rpc.gen import control_pb2_grpc, kv_pb2_grpc, worker_pb2_grpc
+from tailrace.rpc.options import PEER_LOSS_S
+from tailrace.rpc.server import ControlServicer, KvOwnerServicer, Server, WorkerServicer
+from tailrace.transfer import PeerEndpoints, PoolMemory, TlsFiles, TransferOptions, TransferPlane, open_transfer
+from tailrace.types import Role
+from tailrace.worker.attach import Attachments
+from tailrace.worker.engine_thread import EngineThread
+from tailrace.worker.lending import Lender
+
+log = logging.getLogger(__name__)
+
+REJOIN_S = 0.5
+SNAPSHOT_BLOCKS = 4096
+"""Hashes in one message of a snapshot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """`epoch` names this life of the worker: 32 bits that go up with every restart."""
+
+    role: Role
+    worker_id: str
+    epoch: int
+    secret: bytes
+
+    @classmethod
+    def draw(cls, config: WorkerConfig, role: Role) -> "Identity":
+        """Raises ConfigError when no cluster secret is set."""
+        secret = config.secret.get_secret_value().encode()
+        if not secret:
+            raise ConfigError("secret: set TAILRACE_SECRET to the same value for the gateway and all workers")
+        worker_id = config.worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
+        return cls(role, worker_id, _new_epoch(), secret)
+
+
+def _new_epoch() -> int:
+    """Eighths of a second since late 2023: fits 32 bits for 17 years, and no worker starts twice in one."""
+    return max(1, int((time.time() - 1_700_000_000) * 8) & 0xFFFFFFFF)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What exists before a role is built on it."""
+
+    config: WorkerConfig
+    identity: Identity
+    engine: Engine
+    pool: BlockPool
+    transfer: TransferPlane
+
+    @property
+    def layout(self) -> KVLayout:
+        return self.engine.layout
+
+    @property
+    def stop_rule(self) -> StopRule:
+        return StopRule(frozenset(self.engine.config.eos_token_ids), self.engine.max_model_len)
+
+
+class BooksOfWorker(Protocol):
+    """What the host asks of a role's worker, on its engine thread."""
+
+    def holdings(self) -> list[Holding]: ...
+
+    def check_integrity(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Wiring:
+    """A role, wired up by its `main` and run by `serve`."""
+
+    engine: EngineThread
+    attachments: Attachments
+    worker: BooksOfWorker
+    lender: Lender | None = None
+    """None: this role lends nothing."""
+
+
+def load_parts(config: WorkerConfig, role: Role) -> tuple[Identity, Engine, BlockPool]:
+    """The slow part of starting, before there is an event loop. Raises ConfigError or CheckpointError."""
+    identity = Identity.draw(config, role)
+    directory = resolve_model(config.model, revision=config.revision, cache_dir=config.cache_dir)
+    engine = load_engine(
+        EngineOptions(
+            model_dir=directory,
+            dtype=config.dtype,
+            block_size=config.block_size,
+            num_blocks=config.num_blocks,
+            kv_cache_bytes=config.kv_cache_memory,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            load_format="dummy" if config.load_format == "dummy" else "auto",
+            num_threads=config.num_threads,
+            device=config.device,
+        ),
+    )
+    pool = BlockPool(engine.cache.num_blocks, epoch=identity.epoch, prefix_caching=config.prefix_caching)
+    return identity, engine, pool
+
+
+async def open_plane(config: WorkerConfig, identity: Identity, engine: Engine, pool: BlockPool) -> TransferPlane:
+    cache = engine.cache
+    on_cpu = cache.tensor.device.type == "cpu"
+    memory = PoolMemory(
+        address=cache.address,
+        block_bytes=cache.block_bytes,
+        num_blocks=cache.num_blocks,
+        view=cache.memory if on_cpu else None,
+        stamps=pool.stamps,
+        memory="dram" if on_cpu else "vram",
+        device=cache.tensor.device.index or 0,
+    )
+    tls = None
+    if config.tls_cert is not None and config.tls_key is not None:
+        tls = TlsFiles(config.tls_cert, config.tls_key, config.tls_ca or config.tls_cert)
+    return await open_transfer(
+        memory,
+        TransferOptions(
+            worker_id=identity.worker_id,
+            epoch=identity.epoch,
+            role=identity.role,
+            secret=identity.secret,
+            preference=config.transport,
+            net_device=config.net_device,
+            tls=tls,
+            stream_host=config.data_host or config.host,
+            advertised_host=config.advertise.partition(":")[0],
+        ),
+    )
+
+
+class WorkerHost:
+    """Answers for a worker as a whole: Meet, Lend, Control."""
+
+    def __init__(self, parts: Parts, wiring: Wiring) -> None:
+        self.layout = parts.layout
+        self._parts = parts
+        self._wiring = wiring
+
+    # -- Owning -------------------------------------------------------------------------------------------------------
+
+    def meet(self, needer_id: str, needer_epoch: int) -> PeerEndpoints:
+        log.info("met by %s", needer_id)
+        self._parts.transfer.owner.note_meeting()
+        return self._parts.transfer.owner.endpoints()
+
+    async def lend(self, terms: LendTerms) -> AsyncIterator[LentBlocks | LendDone]:
+        if self._wiring.lender is None:
+            raise ConfigError(f"{self._parts.identity.worker_id} lends nothing", param="ticket")
+        with self._parts.transfer.owner.lending(terms.transport):
+            async with contextlib.aclosing(self._wiring.lender.lend(terms)) as events:
+                async for event in events:
+                    yield event
+
+    # -- Controlled ---------------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        log.info("draining: %d legs left", self._wiring.attachments.num_legs)
+        self._wiring.attachments.is_draining = True
+
+    def load(self) -> Load:
+        return self._wiring.attachments.load
+
+    async def ledger(self) -> LedgerReport:
+        """Checked against the pool's own books, on the engine's thread."""
+        return await self._wiring.engine.call(self._ledger)
+
+    def _ledger(self) -> LedgerReport:
+        self._wiring.worker.check_integrity()
+        books, identity = self._parts.pool.ledger(), self._parts.identity
+        return LedgerReport(
+            worker_id=identity.worker_id,
+            epoch=identity.epoch,
+            total=books.total,
+            free=books.free,
+            active=books.active,
+            cached=books.cached,
+            lent=books.lent,
+            landing=books.landing,
+            quarantined=books.quarantined,
+            holdings=tuple(self._wiring.worker.holdings()),
+        )
+
+    async def snapshot(self) -> AsyncIterator[KvEventBatch]:
+        hashes = await self._wiring.engine.call(self._parts.pool.cached_hashes)
+        # Events of the steps before have been delivered by now, and those after it may repeat what it says.
+        sequence, epoch = self._wiring.attachments.kv_sequence, self._parts.identity.epoch
+        for start in range(0, max(1, len(hashes)), SNAPSHOT_BLOCKS):
+            piece = hashes[start : start + SNAPSHOT_BLOCKS]
+            yield KvEventBatch(epoch, sequence, [KVEvent(KVEventKind.PUBLISH, block_hash) for block_hash in piece])
+
+
+def worker_info(config: WorkerConfig, identity: Identity, engine: Engine, port: int) -> WorkerInfo:
+    host = config.advertise or config.host
+    return WorkerInfo(
+        worker_id=identity.worker_id,
+        epoch=identity.epoch,
+        role=identity.role,
+        layout=engine.layout,
+        model=config.model_names[0],
+        max_model_len=engine.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        num_blocks=engine.cache.num_blocks,
+        address=host if ":" in host else f"{host}:{port}",
+        version=__version__,
+    )
+
+
+async def serve(parts: Parts, wiring: Wiring, server: Server) -> None:
+    """Run until SIGTERM or SIGINT, or until the engine fails (then raises). Ends by closing everything, in order."""
+    host = WorkerHost(parts, wiring)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(wiring.attachments), server.grpc)
+    kv_pb2_grpc.add_KvOwnerServiceServicer_to_server(KvOwnerServicer(host), server.grpc)
+    control_pb2_grpc.add_ControlServiceServicer_to_server(ControlServicer(host), server.grpc)
+    wiring.engine.start()
+    await server.start()
+    address = wiring.attachments.info.address
+    log.info("ready on %s: %d blocks of %d tokens", address, parts.pool.num_blocks, parts.layout.block_size)
+    joins = [asyncio.create_task(stay_joined(gateway, address, parts.identity.secret)) for gateway in parts.config.join]
+    try:
+        await until_told(parts.config.parent_pid)
+    finally:
+        for task in joins:
+            task.cancel()
+        await asyncio.gather(*joins, return_exceptions=True)
+        await server.stop()
+        await wiring.engine.stop()
+        await parts.transfer.close()
+
+
+async def stay_joined(gateway: str, address: str, secret: bytes) -> None:
+    """A member of the gateway for as long as it is there; joins again when it comes back."""
+    peer = Peer(gateway, secret)
+    try:
+        while True:
+            try:
+                await peer.join(address, lambda name: log.info("joined gateway %s at %s", name, gateway))
+            except TailraceError as error:
+                log.info("not a member of %s: %s", gateway, error.message)
+            await asyncio.sleep(REJOIN_S)
+    finally:
+        await peer.close()
+
+
+async def until_told(parent_pid: int | None) -> None:
+    """Returns at SIGTERM or SIGINT, or when the process that started us is gone."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    while not stop.is_set():
+        try:
+            async with asyncio.timeout(PEER_LOSS_S if parent_pid else None):
+                await stop.wait()
+        except TimeoutError:
+            if parent_pid is not None and os.getppid() != parent_pid:
+                log.warning("the process that started this one is gone; stopping")
+                return
+
+
+def die(error: BaseException) -> None:
+    """The engine's thread is gone, and with it the books: only a new process can go on."""
+    log.critical("stopping: %r", error)
+    os._exit(70)

@@ -1,0 +1,40 @@
+"""What the engine's thread hands to the event loop after a step. Ids are the worker's own request ids."""
+
+from dataclasses import dataclass, field
+
+from tailrace.kv.events import KVEvent
+from tailrace.messages import ChoiceFinished, LegFailed, LegReport, LendDone, LentBlocks, Load, TokenColumns
+
+
+@dataclass(frozen=True, slots=True)
+class LendProgress:
+    """Blocks of a request that are completely written; `done` when there are no more to come."""
+
+    request_id: int
+    ready: LentBlocks
+    done: LendDone | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """A booked request got its block table; entries from `num_local` on are to be pulled."""
+
+    request_id: int
+    blocks: tuple[int, ...]
+    num_local: int
+
+
+@dataclass(slots=True)
+class StepReport:
+    computed: bool = False
+    """The engine ran: another step may follow at once."""
+    load: Load = field(default_factory=Load)
+    tokens: TokenColumns = field(default_factory=TokenColumns)
+    finished: list[ChoiceFinished] = field(default_factory=list)
+    failed: list[LegFailed] = field(default_factory=list)
+    reports: list[LegReport] = field(default_factory=list)
+    ended: list[int] = field(default_factory=list)
+    """Requests that this worker has forgotten."""
+    kv_events: list[KVEvent] = field(default_factory=list)
+    lends: list[LendProgress] = field(default_factory=list)
+    granted: list[Destination] = field(default_factory=list)
