@@ -3,11 +3,12 @@
 All functions are synchronous and know no network; the app runs them off the event loop, because they tokenize.
 """
 
-import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic_core import from_json
 
 from services.gateway.detokenizer import decode
 from services.gateway.http_errors import ContextLengthError
@@ -224,7 +225,7 @@ def _message(index: int, message: ChatMessage) -> dict[str, Any]:
 
 def _tool_call(call: ToolCall) -> dict[str, Any]:
     try:
-        arguments = json.loads(call.function.arguments)
-    except (ValueError, RecursionError):
+        arguments = from_json(call.function.arguments)
+    except ValueError:
         arguments = call.function.arguments
     return {"id": call.id, "type": call.type, "function": {"name": call.function.name, "arguments": arguments}}

@@ -124,6 +124,10 @@ class CommonBody(_Lenient):
         return self.n or 1
 
     @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
     def num_logprobs(self) -> int | None:
         """None: not asked for; k: of the chosen token and the k most likely ones."""
         raise NotImplementedError

@@ -1,0 +1,163 @@
+"""The two routes that generate, from the body to the whole answer or its stream."""
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+
+from services.gateway.answer import Answer, Origin
+from services.gateway.choice import Delta
+from services.gateway.disconnect import unless_client_leaves
+from services.gateway.generation import Dispatcher
+from services.gateway.http_errors import BodyTimeoutError, BodyTooLargeError, ModelNotFoundError
+from services.gateway.http_metrics import AnswerTimer, HttpMetrics
+from services.gateway.openai_response import AnswerFormat, ChatFormat, CompletionFormat, Envelope
+from services.gateway.prepare import Job, RequestLimits, ServedModel, prepare_chat, prepare_completion
+from services.gateway.schemas import ChatBody, CommonBody, CompletionBody, parse_body
+from services.gateway.sse import EventStream, StreamOptions
+from services.gateway.tokenizer import TokenizerPool
+from tailrace.errors import CancelledByClientError
+from tailrace.types import FinishReason
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_MAX_TRACESTATE = 512
+
+
+@dataclass(frozen=True, slots=True)
+class HttpOptions:
+    api_keys: tuple[str, ...] = ()
+    """Empty: everyone may ask."""
+    max_body_bytes: int = 16 << 20
+    body_timeout_s: float = 60.0
+    request_deadline_s: float = 600.0
+    limits: RequestLimits = field(default_factory=RequestLimits)
+    stream: StreamOptions = field(default_factory=StreamOptions)
+    num_tokenizer_threads: int = 2
+
+
+class Endpoints:
+    def __init__(self, dispatcher: Dispatcher, model: ServedModel, options: HttpOptions, metrics: HttpMetrics) -> None:
+        self._dispatcher = dispatcher
+        self._model = model
+        self._options = options
+        self._metrics = metrics
+        self._tokenizers = TokenizerPool(num_threads=options.num_tokenizer_threads)
+
+    async def completions(self, request: Request) -> Response:
+        body = parse_body(CompletionBody, await read_body(request, self._options))
+        return await self._answer(request, body, lambda: prepare_completion(body, self._model, self._options.limits))
+
+    async def chat(self, request: Request) -> Response:
+        body = parse_body(ChatBody, await read_body(request, self._options))
+        return await self._answer(request, body, lambda: prepare_chat(body, self._model, self._options.limits))
+
+    async def _answer(self, request: Request, body: CommonBody, prepare: Callable[[], Job]) -> Response:
+        if body.model not in self._model.names:
+            raise no_such_model(body.model, self._model)
+        try:
+            return await unless_client_leaves(request.receive, self._generate(request, body, prepare))
+        except CancelledByClientError:
+            self._metrics.disconnects.labels("left").inc()
+            raise
+
+    async def _generate(self, request: Request, body: CommonBody, prepare: Callable[[], Job]) -> Response:
+        job = await self._tokenizers.run(prepare)
+        envelope = _envelope(body)
+        answer = self._new_answer(job, request)
+        try:
+            await answer.start(self._dispatcher, self._origin(request, envelope))
+            if body.stream:
+                return self._stream(answer, body, envelope, request)
+            result = await _collect(answer, self._format(body, envelope))
+        except BaseException:
+            await answer.aclose()
+            raise
+        await answer.aclose()
+        return Response(result, media_type="application/json")
+
+    def _new_answer(self, job: Job, request: Request) -> Answer:
+        timer = AnswerTimer(self._metrics, len(job.prompts) * job.num_choices, request.state.arrived_at)
+        return Answer(job, self._model.tokenizer.vocabulary, timer)
+
+    def _stream(self, answer: Answer, body: CommonBody, envelope: Envelope, request: Request) -> EventStream:
+        return EventStream(
+            answer,
+            self._format(body, envelope),
+            self._metrics,
+            self._options.stream,
+            include_usage=body.includes_usage,
+            request_id=request.state.request_id,
+        )
+
+    def _format(self, body: CommonBody, envelope: Envelope) -> AnswerFormat:
+        kind = ChatFormat if isinstance(body, ChatBody) else CompletionFormat
+        return kind(
+            envelope,
+            self._model.tokenizer.vocabulary,
+            logprobs=body.num_logprobs is not None,
+            include_usage=body.includes_usage,
+        )
+
+    def _origin(self, request: Request, envelope: Envelope) -> Origin:
+        traceparent = request.headers.get("traceparent", "")
+        is_traced = _TRACEPARENT.fullmatch(traceparent) is not None
+        return Origin(
+            # Not the client's X-Request-Id, which two requests may share.
+            request_id=envelope.id,
+            deadline_s=self._options.request_deadline_s - (time.monotonic() - request.state.arrived_at),
+            traceparent=traceparent if is_traced else "",
+            tracestate=request.headers.get("tracestate", "")[:_MAX_TRACESTATE] if is_traced else "",
+        )
+
+
+def _envelope(body: CommonBody) -> Envelope:
+    prefix = "chatcmpl" if isinstance(body, ChatBody) else "cmpl"
+    return Envelope(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), body.model)
+
+
+def no_such_model(name: str, model: ServedModel) -> ModelNotFoundError:
+    served = ", ".join(model.names)
+    return ModelNotFoundError(f"the model {name[:200]!r} does not exist here; served: {served}", param="model")
+
+
+async def _collect(answer: Answer, answer_format: AnswerFormat) -> bytes:
+    texts = [Delta() for _ in range(answer.num_choices)]
+    parts: list[list[str]] = [[] for _ in texts]
+    reasons: dict[int, FinishReason] = {}
+
+    def take(index: int, delta: Delta, reason: FinishReason | None) -> None:
+        parts[index].append(delta.text)
+        texts[index].tokens.extend(delta.tokens)
+        if reason is not None:
+            reasons[index] = reason
+
+    await answer.run(take)
+    for text, pieces in zip(texts, parts, strict=True):
+        text.text = "".join(pieces)
+    return answer_format.body(texts, [reasons[index] for index in range(len(texts))], answer.usage)
+
+
+async def read_body(request: Request, options: HttpOptions) -> bytes:
+    """Raises BodyTooLargeError without having read more than the limit, BodyTimeoutError for a client that stalls."""
+    limit = options.max_body_bytes
+    too_large = BodyTooLargeError(f"the body has more than {limit} bytes, the limit")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(options.body_timeout_s):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise BodyTimeoutError(f"the body did not arrive within {options.body_timeout_s:g} s") from None
+    except ClientDisconnect:
+        raise CancelledByClientError("the client left before its body was read") from None
+    return bytes(body)

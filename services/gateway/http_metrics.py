@@ -1,0 +1,78 @@
+"""What the edge measures, with the standard definitions: TTFT, TPOT and ICL as clients see them."""
+
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_FINE_SECONDS = (0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 10, 30)
+
+
+class HttpMetrics:
+    """A registry of its own, so that several apps can live in one process."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "tailrace_http_requests", "HTTP requests answered.", ["method", "route", "status"], registry=registry
+        )
+        self.in_flight = Gauge("tailrace_http_requests_in_flight", "HTTP requests being answered.", registry=registry)
+        self.disconnects = Counter(
+            "tailrace_http_disconnects",
+            "Requests whose client left, or was cut for not reading.",
+            ["why"],
+            registry=registry,
+        )
+        self.ttft = Histogram(
+            "tailrace_http_ttft_seconds", "First content minus arrival.", buckets=_SECONDS, registry=registry
+        )
+        self.tpot = Histogram(
+            "tailrace_http_tpot_seconds",
+            "(latency - TTFT) / (tokens - 1), a choice.",
+            buckets=_FINE_SECONDS,
+            registry=registry,
+        )
+        self.icl = Histogram(
+            "tailrace_http_icl_seconds",
+            "Every gap between contents of a choice.",
+            buckets=_FINE_SECONDS,
+            registry=registry,
+        )
+        self.tokens = Counter(
+            "tailrace_http_tokens", "Tokens of finished requests.", ["kind"], registry=registry
+        )  # prompt, cached, completion
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class AnswerTimer:
+    """Times one request's choices from its arrival on."""
+
+    def __init__(
+        self, metrics: HttpMetrics, num_choices: int, arrived_at: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._metrics = metrics
+        self._arrived_at = arrived_at
+        self._now = now
+        self._first: list[float | None] = [None] * num_choices
+        self._last = [arrived_at] * num_choices
+        self._has_content = False
+
+    def content(self, choice: int) -> None:
+        """New text of a choice is ready to be sent."""
+        now = self._now()
+        if not self._has_content:
+            self._has_content = True
+            self._metrics.ttft.observe(now - self._arrived_at)
+        if self._first[choice] is None:
+            self._first[choice] = now
+        else:
+            self._metrics.icl.observe(now - self._last[choice])
+        self._last[choice] = now
+
+    def end(self, choice: int, num_tokens: int) -> None:
+        first = self._first[choice]
+        if first is not None and num_tokens > 1:
+            self._metrics.tpot.observe((self._last[choice] - first) / (num_tokens - 1))
