@@ -94,7 +94,7 @@ class BlockPool:
         self._free = list(range(num_blocks - 1, -1, -1))
         self._evictable: OrderedDict[int, None] = OrderedDict()
         """Cached blocks, the first to be evicted first."""
-        self._events: dict[bytes, KVEvent] = {}
+        self._events: list[KVEvent] = []
 
     def __repr__(self) -> str:
         return f"<BlockPool {self.num_blocks}: {self.ledger()}>"
@@ -133,7 +133,7 @@ class BlockPool:
         return self._hashes[self._known(block)]
 
     def cached_hashes(self) -> list[bytes]:
-        """Every findable hash, whoever holds its block; for a snapshot, after `drain_events`."""
+        """Every findable hash, whoever holds its block. Events not drained yet may repeat what it says."""
         return list(self._by_hash)
 
     # -- sequences of this worker -------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class BlockPool:
         if self._prefix_caching and block_hash not in self._by_hash:
             self._hashes[block] = block_hash
             self._by_hash[block_hash] = block
-            self._announce(KVEventKind.PUBLISH, block_hash)
+            self._events.append(KVEvent(KVEventKind.PUBLISH, block_hash))
 
     # -- blocks that peers read ---------------------------------------------------------------------------------------
 
@@ -220,12 +220,11 @@ class BlockPool:
     # -- books --------------------------------------------------------------------------------------------------------
 
     def drain_events(self) -> list[KVEvent]:
-        """Net changes of what is findable since the last drain, in order.
+        """Every change of what is findable since the last drain, in order. To be called each step: they pile up.
 
-        A hash that came and went in between is not mentioned, so what waits here is bounded, drained or not.
+        A hash that came and went in between is mentioned twice: whoever took a snapshot in the middle needs the second.
         """
-        events = list(self._events.values())
-        self._events.clear()
+        events, self._events = self._events, []
         return events
 
     def ledger(self) -> Ledger:
@@ -271,7 +270,7 @@ class BlockPool:
             raise AssertionError(f"cached block {block} has no hash")
         self._hashes[block] = None
         del self._by_hash[block_hash]
-        self._announce(KVEventKind.RETRACT, block_hash)
+        self._events.append(KVEvent(KVEventKind.RETRACT, block_hash))
         self._move(block, BlockState.FREE)
         return block
 
@@ -305,11 +304,6 @@ class BlockPool:
             self._free.append(block)
         elif state is BlockState.CACHED:
             self._evictable[block] = None
-
-    def _announce(self, kind: KVEventKind, block_hash: bytes) -> None:
-        # An event that waits for this hash can only be the opposite one: together they are no change.
-        if self._events.pop(block_hash, None) is None:
-            self._events[block_hash] = KVEvent(kind, block_hash)
 
     def _derived(self, block: int) -> BlockState:
         """What the state must be, by the other books."""

@@ -378,14 +378,22 @@ def test_reuse_is_no_event() -> None:
     assert pool.drain_events() == []
 
 
-def test_what_came_and_went_between_two_drains_is_not_mentioned() -> None:
+def test_what_came_and_went_between_two_drains_is_told_in_order() -> None:
     pool = make_pool(1)
     for name in "abc":
         cache_sequence(pool, name, 1)
-    assert pool.drain_events() == published("c", 0)
-    pool.release(evicted(pool, 1))
-    cache_sequence(pool, "c", 1)
-    assert pool.drain_events() == []
+    told = [*published("a", 0), *retracted("a", 0), *published("b", 0), *retracted("b", 0), *published("c", 0)]
+    assert pool.drain_events() == told
+
+
+def test_a_snapshot_before_the_drain_and_the_events_after_it_end_in_the_truth() -> None:
+    pool = make_pool(1)
+    cache_sequence(pool, "a", 1)
+    held = set(pool.cached_hashes())
+    cache_sequence(pool, "b", 1)
+    for event in pool.drain_events():
+        (held.add if event.kind is KVEventKind.PUBLISH else held.discard)(event.block_hash)
+    assert held == set(pool.cached_hashes()) == {b"b0"}
 
 
 def test_snapshot_names_every_findable_hash() -> None:
