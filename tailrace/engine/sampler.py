@@ -20,6 +20,8 @@ _LOW_32 = 0xFFFFFFFF
 _COLDEST, _HOTTEST = 1e-30, 1e30
 """Beyond these a temperature changes nothing, but a denormal or infinite one would make NaN of 0 / 0 or inf / inf."""
 
+_CACHED_ELEMENTS = 1 << 18
+
 
 class _Feature(IntEnum):
     """What a slot may use beyond argmax; the number is its row in `SamplingState.flags`."""
@@ -199,12 +201,20 @@ def sample(
     largest, token_ids = adjusted.max(dim=-1)
     rows = state.rows_using(_Feature.DRAW, slots)
     if rows is not None:
-        token_ids[rows] = _draw(adjusted[rows], state, slots[rows], choices[rows], positions[rows])
+        token_ids[rows] = _draw(adjusted, rows, state, slots, choices, positions)
     is_bad = ~largest.isfinite()
     bad_rows: tuple[int, ...] = tuple(is_bad.nonzero().flatten().tolist())
     if bad_rows:
         token_ids[is_bad] = 0
     return SampleResult(token_ids, _logprobs(logits, token_ids, state, slots, bad_rows), bad_rows)
+
+
+def _parts(rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+    """`rows` in parts to work on. On a CPU a few rows each: what lies between the steps then stays in its cache, and
+    the allocator keeps the memory instead of faulting it in anew.
+    """
+    size = max(1, _CACHED_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return torch.split(rows, size)
 
 
 def _adjust(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
@@ -222,8 +232,8 @@ def _adjust(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tens
         values = torch.where(is_early[:, None], state.forbidden.values[slots], 0.0)
         adjusted.scatter_add_(1, state.forbidden.ids[slots], values)
     rows = state.rows_using(_Feature.PENALTIES, slots)
-    if rows is not None:
-        adjusted[rows] = _penalized(adjusted[rows], state, slots[rows], positions[rows], tokens)
+    for part in () if rows is None else _parts(rows, logits):
+        adjusted[part] = _penalized(adjusted[part], state, slots[part], positions[part], tokens)
     return adjusted
 
 
@@ -242,15 +252,22 @@ def _penalized(logits: Tensor, state: SamplingState, slots: Tensor, positions: T
     return logits
 
 
-def _draw(logits: Tensor, state: SamplingState, slots: Tensor, choices: Tensor, positions: Tensor) -> Tensor:
-    """Token ids [R] for rows that all have a temperature."""
-    floats, ints = state.floats[slots], state.ints[slots]
+def _draw(
+    logits: Tensor, rows: Tensor, state: SamplingState, slots: Tensor, choices: Tensor, positions: Tensor
+) -> Tensor:
+    """Token ids for those `rows` that have a temperature, in their order; the other arguments are of all rows."""
+    seeds = state.ints[slots][:, [_Int.SEED_LOW, _Int.SEED_HIGH]]
+    uniform = uniforms(seeds, choices, positions)
+    return torch.cat([_draw_part(logits[part], state, slots[part], uniform[part]) for part in _parts(rows, logits)])
+
+
+def _draw_part(logits: Tensor, state: SamplingState, slots: Tensor, uniform: Tensor) -> Tensor:
+    floats = state.floats[slots]
     probs = naive.probabilities(logits, floats[:, _Float.TEMPERATURE])
     _mask(naive.mask_min_p, probs, floats[:, _Float.MIN_P], state.rows_using(_Feature.MIN_P, slots))
-    _mask(naive.mask_top_k, probs, ints[:, _Int.TOP_K], state.rows_using(_Feature.TOP_K, slots))
+    _mask(naive.mask_top_k, probs, state.ints[slots, _Int.TOP_K], state.rows_using(_Feature.TOP_K, slots))
     _mask(naive.mask_top_p, probs, floats[:, _Float.TOP_P], state.rows_using(_Feature.TOP_P, slots))
-    seeds = ints[:, [_Int.SEED_LOW, _Int.SEED_HIGH]]
-    return naive.draw(probs, uniforms(seeds, choices, positions)).clamp_(max=logits.shape[-1] - 1)
+    return naive.draw(probs, uniform).clamp_(max=logits.shape[-1] - 1)
 
 
 def _mask(mask: Callable[[Tensor, Tensor], None], probs: Tensor, bound: Tensor, rows: Tensor | None) -> None:
@@ -272,7 +289,9 @@ def _logprobs(
     if rows is None:
         return None
     result: list[TokenLogprob | None] = [None] * len(slots)
-    counts = [state.num_logprobs[slot] for slot in slots[rows].tolist()]
-    for row, entry in zip(rows.tolist(), token_logprobs(logits[rows], token_ids[rows], counts), strict=True):
-        result[row] = None if row in bad_rows else entry
+    for part in _parts(rows, logits):
+        counts = [state.num_logprobs[slot] for slot in slots[part].tolist()]
+        entries = token_logprobs(logits[part], token_ids[part], counts)
+        for row, entry in zip(part.tolist(), entries, strict=True):
+            result[row] = None if row in bad_rows else entry
     return result

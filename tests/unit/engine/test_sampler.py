@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tailrace.engine.kernels.sampling.naive import draw, probabilities
+from tailrace.engine.kernels.sampling.naive import draw, mask_top_p, probabilities
 from tailrace.engine.kernels.sampling.philox import philox4x32, uniforms
 from tailrace.engine.sampler import SampleResult, SamplingState, sample
 from tailrace.types import SamplingParams
@@ -212,8 +212,7 @@ def test_tokens_tied_with_the_last_one_kept_stay() -> None:
     assert kept == {(1, 2, 3)}
 
 
-def test_a_flat_row_is_sorted_whole_for_top_p() -> None:
-    """More tokens than the candidates of the fast way are needed to reach the bound."""
+def test_top_p_of_a_flat_row() -> None:
     rows = [random_row(seed, SamplingParams(temperature=30.0, top_p=0.93), vocab=5000) for seed in range(40)]
     assert run(rows).token_ids.tolist() == [naive_sampler.draw(row, EOS) for row in rows]
 
@@ -329,3 +328,19 @@ def test_a_slot_forgets_who_had_it_before() -> None:
     state.set(1, SamplingParams(temperature=0.0), 1)
     assert sample(logits, state, one, one, one, tokens).token_ids.tolist() == [int(logits.argmax())]
     assert not any(state.uses(feature) for feature in state._users)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 5.0, 40.0])
+def test_top_p_keeps_what_sorting_would_keep(scale: float) -> None:
+    """From flat rows, ties included, to rows of one likely token; probabilities down to denormal and zero."""
+    generator = torch.Generator().manual_seed(round(scale * 10))
+    logits = (torch.randn(24, 3000, generator=generator) * scale).bfloat16().float()
+    top_p = torch.rand(24, generator=generator)
+    probs = torch.softmax(logits, dim=-1)
+    masked = probs.clone()
+    mask_top_p(masked, top_p)
+    for row, bound, kept in zip(probs.double().numpy(), top_p.double().numpy(), masked, strict=True):
+        falling = np.sort(row)[::-1]
+        needed = int((np.cumsum(falling) < bound * row.sum()).sum())
+        assert torch.equal(kept.nonzero().flatten(), torch.tensor(row >= falling[needed]).nonzero().flatten())
+        assert torch.equal(kept[kept > 0].double(), torch.tensor(row[row >= falling[needed]]))

@@ -21,7 +21,7 @@ def top_tokens(values: Tensor, count: int) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, counts: list[int]) -> list[TokenLogprob]:
-    """For each row of `logits` [R, vocab] float32: the log-softmax of its token and of its `counts` most likely ones."""
+    """For each row of `logits` [R, vocab] float32 the log-softmax of its token and of its `counts` most likely ones."""
     values = torch.log_softmax(logits, dim=-1)
     chosen: list[float] = values.gather(1, token_ids[:, None])[:, 0].tolist()
     most = min(max(counts), values.shape[-1])

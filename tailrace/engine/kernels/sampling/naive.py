@@ -8,8 +8,9 @@ function is torch's softmax, whose kernel goes row by row.
 import torch
 from torch import Tensor
 
-TOP_P_CANDIDATES = 1024
-"""How many of the most likely tokens are sorted before a row is sorted whole."""
+_RADIX = 1024
+_LEAST_MASS = 2.0**-52
+"""What a probability counts as at least, if it counts at all."""
 
 
 def penalize(
@@ -65,20 +66,31 @@ def mask_top_p(probs: Tensor, top_p: Tensor) -> None:
 
     Tokens tied with the last of them stay, and the most likely one always does.
     """
-    wanted = top_p.double() * _exact(probs).sum(dim=-1)
-    floor, is_covered = _top_p_floor(probs.topk(min(TOP_P_CANDIDATES, probs.shape[-1]), dim=-1).values, wanted)
-    flat = (~is_covered).nonzero().flatten()
-    if flat.numel():
-        floor[flat], _ = _top_p_floor(probs[flat].sort(dim=-1, descending=True).values, wanted[flat])
-    probs.masked_fill_(probs < floor[:, None], 0.0)
+    mass = _exact(probs)
+    wanted = (top_p.double()[:, None] * mass.sum(dim=-1, keepdim=True)).clamp_(min=_LEAST_MASS)
+    probs.masked_fill_(probs < _nucleus_floor(probs, mass, wanted), 0.0)
 
 
-def _top_p_floor(largest: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the row's largest probabilities, falling: the last one needed to reach `wanted`, and whether they reach it."""
-    held = _exact(largest).cumsum(dim=-1)
-    needed = (held < wanted[:, None]).sum(dim=-1)
-    last = needed.clamp(max=largest.shape[-1] - 1)
-    return largest.gather(1, last[:, None])[:, 0], held[:, -1] >= wanted
+def _nucleus_floor(probs: Tensor, mass: Tensor, wanted: Tensor) -> Tensor:
+    """[R, 1]: the largest probability such that the tokens at least that likely hold `wanted` [R, 1].
+
+    A radix search, without sorting: floats above zero are ordered as their bits are, so the mass is summed by the
+    uppermost 10 of their 30 bits (none exceeds 1.0), then by the next 10 within the bin where the bound falls, and by
+    the last. Sums are exact, hence so is the result; it does not vary with how flat the row is.
+    """
+    bits = probs.view(torch.int32)
+    prefix = torch.zeros_like(wanted, dtype=torch.int32)
+    bins = torch.zeros(probs.shape[0], _RADIX, dtype=torch.float64, device=probs.device)
+    for shift in (20, 10, 0):
+        is_inside = (bits >> (shift + 10)) == prefix
+        digits = ((bits >> shift) & (_RADIX - 1)).long()
+        bins.zero_().scatter_add_(1, digits, torch.where(is_inside, mass, 0.0))
+        held = bins.flip(-1).cumsum(dim=-1)
+        above = (held < wanted).sum(dim=-1, keepdim=True).clamp_(max=_RADIX - 1)
+        held_above = held.gather(1, (above - 1).clamp_(min=0))
+        wanted = wanted - torch.where(above > 0, held_above, 0.0)
+        prefix = (prefix << 10) | (_RADIX - 1 - above).int()
+    return prefix.view(torch.float32)
 
 
 def _exact(probs: Tensor) -> Tensor:
@@ -93,7 +105,7 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
     of nearly equal probability that swap ranks leave the draw alone. A token of probability 0 is never drawn: it is the
     first one whose cumulative sum exceeds the target, capped at the first one that reaches the total.
     """
-    cumulative = _exact(probs).cumsum(dim=-1)
+    cumulative = _exact(probs).cumsum_(dim=-1)
     total = cumulative[:, -1:].contiguous()
     drawn = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
     last = torch.searchsorted(cumulative, total)

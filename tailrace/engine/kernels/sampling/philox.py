@@ -25,10 +25,9 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
 
 def _multiply(constant: int, words: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and low 32 bits of a 64-bit product, in halves so that no signed product overflows."""
-    low = constant * (words & 0xFFFF)
-    high = constant * (words >> 16) + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low 32 bits of an unsigned product: int64 wraps to its 64 bits, the mask drops copies of the sign."""
+    product = words * constant
+    return (product >> 32) & _LOW_32, product & _LOW_32
 
 
 def uniforms(seeds: Tensor, choices: Tensor, positions: Tensor) -> Tensor:
