@@ -92,7 +92,9 @@ Transport = Literal["auto", "nixl", "stream"]
 class CommonConfig(BaseSettings):
     """What every role has. Raises ConfigError, whose `param` names the field."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, use_attribute_docstrings=True
+    )
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "text", "json"] = "auto"

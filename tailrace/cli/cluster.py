@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import secrets
 import socket
 import sys
@@ -60,6 +61,7 @@ def plan_children(
     shared = {
         "model": str(model),
         "served_model_name": config.model_names,
+        "parent_pid": os.getpid(),
         "secret": config.secret.get_secret_value() or secrets.token_hex(32),
     }
     gateway = config.gateway(**shared, port=port, grpc_host="127.0.0.1", grpc_port=grpc_port)

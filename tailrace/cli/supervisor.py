@@ -188,7 +188,7 @@ class Supervisor:
             child.send(signal.SIGKILL)
 
     async def stop(self) -> None:
-        """SIGTERM, STOP_S of patience, SIGKILL. Idempotent."""
+        """SIGTERM, STOP_S of patience, SIGKILL. Cancelled in the meantime: SIGKILL at once. Idempotent."""
         self._is_stopping = True
         for task in self._tasks:
             if task.get_name() not in self._children:
@@ -196,9 +196,11 @@ class Supervisor:
         for child in self._children.values():
             child.send(signal.SIGTERM)
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=STOP_S)
-            self.kill()
-            await asyncio.wait(self._tasks)
+            try:
+                await asyncio.wait(self._tasks, timeout=STOP_S)
+            finally:
+                self.kill()
+                await asyncio.wait(self._tasks)
         self._failure.cancel()
 
     async def _tend(self, spec: ChildSpec) -> None:

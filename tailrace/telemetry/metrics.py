@@ -7,7 +7,6 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -77,40 +76,13 @@ class WorkerMetrics:
 
 
 class GatewayMetrics:
-    """What the gateway says about requests and about its workers."""
+    """What the gateway says about its workers and its choices; services.gateway.http_metrics tells of the HTTP edge."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._requests = Counter(
-            "tailrace_requests", "Requests answered, by route and HTTP status.", ["route", "status"], registry=registry
-        )
-        self._running = Gauge("tailrace_requests_in_flight", "Requests being answered.", registry=registry)
-        self._ttft = Histogram("tailrace_ttft_seconds", "Time to first token.", buckets=_SECONDS, registry=registry)
-        self._tpot = Histogram(
-            "tailrace_tpot_seconds", "Time per output token after the first.", buckets=_STEP_SECONDS, registry=registry
-        )
-        self._tokens = Counter("tailrace_tokens", "Tokens in and out.", ["direction"], registry=registry)
-        self._cached = Counter("tailrace_prefix_hit_tokens", "Prompt tokens not computed.", ["tier"], registry=registry)
         self._workers = Gauge("tailrace_workers", "Attached workers by role.", ["role"], registry=registry)
         self._lost = Counter("tailrace_workers_lost", "Workers that went away.", ["role"], registry=registry)
         self._replays = Counter("tailrace_replays", "Requests moved to another pair.", ["cause"], registry=registry)
-
-    def request_began(self) -> None:
-        self._running.inc()
-
-    def request_ended(self, route: str, status: int) -> None:
-        self._running.dec()
-        self._requests.labels(route, str(status)).inc()
-
-    def answered(self, *, prompt_tokens: int, completion_tokens: int, ttft_s: float, latency_s: float) -> None:
-        """Once a request that finished. TPOT is (latency - TTFT) / (output tokens - 1)."""
-        self._tokens.labels("in").inc(prompt_tokens)
-        self._tokens.labels("out").inc(completion_tokens)
-        self._ttft.observe(ttft_s)
-        if completion_tokens > 1:
-            self._tpot.observe(max(0.0, latency_s - ttft_s) / (completion_tokens - 1))
-
-    def cached(self, tokens: int, *, tier: str) -> None:
-        self._cached.labels(tier).inc(tokens)
+        self._cached = Counter("tailrace_prefix_hit_tokens", "Prompt tokens not computed.", ["tier"], registry=registry)
 
     def set_workers(self, role: str, count: int) -> None:
         self._workers.labels(role).set(count)
@@ -120,6 +92,9 @@ class GatewayMetrics:
 
     def replayed(self, cause: str) -> None:
         self._replays.labels(cause).inc()
+
+    def cached(self, tokens: int, *, tier: str) -> None:
+        self._cached.labels(tier).inc(tokens)
 
 
 def render(registry: CollectorRegistry) -> bytes:

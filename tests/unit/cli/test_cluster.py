@@ -9,6 +9,7 @@ from tailrace.cli.cluster import divide_cores, free_port, http_url, plan_childre
 from tailrace.cli.supervisor import ChildFailedError
 from tailrace.config import UpConfig
 from tailrace.errors import ConfigError
+from tests.helpers.fake_services import write_fake_services
 
 MODEL = Path("/models/m")
 
@@ -100,32 +101,9 @@ async def test_nothing_is_started_when_the_port_is_taken(monkeypatch):
                 pytest.fail("must not start")
 
 
-FAKE_SERVICE = """
-import http.server, os, sys
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    asked = 0
-    def do_GET(self):
-        Handler.asked += 1
-        never = os.environ.get("TAILRACE_MAX_MODEL_LEN") == "77"
-        self.send_response(200 if Handler.asked > 2 and not never else 503)
-        self.end_headers()
-    def log_message(self, *args): ...
-
-if __name__ == "__main__":
-    if os.environ.get("TAILRACE_DEVICE") == "cuda":
-        sys.exit("no GPU here")
-    http.server.HTTPServer(("127.0.0.1", int(os.environ["TAILRACE_PORT"])), Handler).serve_forever()
-"""
-
-
 @pytest.fixture
 def fake_services(tmp_path, monkeypatch):
-    for role, code in (("gateway", FAKE_SERVICE), ("prefill", "import time; time.sleep(60)"), ("decode", FAKE_SERVICE)):
-        (tmp_path / "services" / role).mkdir(parents=True)
-        code = code.replace('os.environ["TAILRACE_PORT"]', 'os.environ.get("TAILRACE_PORT", 0)')
-        (tmp_path / "services" / role / "main.py").write_text(code)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(write_fake_services(tmp_path))
 
 
 async def test_a_cluster_is_there_when_its_gateway_says_so(fake_services):

@@ -21,14 +21,12 @@ def test_pulls_are_counted_by_transport_and_outcome():
     assert registry.get_sample_value("tailrace_transfer_seconds_count", good) == 1
 
 
-def test_tpot_leaves_the_first_token_out():
+def test_replays_are_counted_by_cause():
     registry = CollectorRegistry()
     metrics = GatewayMetrics(registry)
-    metrics.answered(prompt_tokens=3, completion_tokens=5, ttft_s=1.0, latency_s=3.0)
-    metrics.answered(prompt_tokens=3, completion_tokens=1, ttft_s=1.0, latency_s=1.0)
-    assert registry.get_sample_value("tailrace_tpot_seconds_sum") == 0.5
-    assert registry.get_sample_value("tailrace_tpot_seconds_count") == 1
-    assert registry.get_sample_value("tailrace_ttft_seconds_count") == 2
+    metrics.replayed("worker_lost")
+    metrics.replayed("worker_lost")
+    assert registry.get_sample_value("tailrace_replays_total", {"cause": "worker_lost"}) == 2
 
 
 def test_two_registries_share_nothing():
