@@ -96,7 +96,8 @@ def test_a_service_gets_its_settings_by_environment(tmp_path):
     for package in (room.parent, room):
         (package / "__init__.py").touch()
     (room / "main.py").write_text(
-        "import json, os, sys; E = os.environ; print(json.dumps([sys.argv[1:], {n: E[n] for n in E if 'TAILRACE' in n}]))"
+        "import json, os, sys; E = os.environ\n"
+        "print(json.dumps([sys.argv[1:], {n: E[n] for n in E if 'TAILRACE' in n}]))"
     )
     done = subprocess.run(
         command("decode", "--join", "127.0.0.1:5", "--no-enable-prefix-caching", "--kv-cache-memory", "64MiB"),
