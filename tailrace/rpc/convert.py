@@ -190,8 +190,8 @@ def kv_events_to_proto(batch: KvEventBatch) -> kv_pb2.KvEvents:
 
 
 def kv_events_from_proto(message: kv_pb2.KvEvents) -> KvEventBatch:
-    """Events of a kind that we do not know are dropped: hints may be missing."""
-    events = [KVEvent(_EVENT_KINDS[e.kind], e.block_hash) for e in message.events if e.kind in _EVENT_KINDS]
+    """An event of a kind that we do not know is taken for a retract: hints may be missing, but their numbers may not."""
+    events = [KVEvent(_EVENT_KINDS.get(e.kind, KVEventKind.RETRACT), e.block_hash) for e in message.events]
     return KvEventBatch(message.epoch, message.first_sequence, events)
 
 

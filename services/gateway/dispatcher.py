@@ -1,0 +1,199 @@
+"""The gateway's Dispatcher: route, submit both legs at once, and start again elsewhere what was lost."""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+
+from services.gateway.generation import GenerationRequest
+from services.gateway.members import Member, Members
+from services.gateway.session import Attempt, Leg, RequestSession
+from tailrace.errors import (
+    DeadlineExceededError,
+    ErrorCode,
+    InvalidRequestError,
+    OverloadedError,
+    TailraceError,
+    UnavailableError,
+    WorkerLostError,
+)
+from tailrace.index.memory import MemoryIndex
+from tailrace.kv.hashing import chain_seed, hash_blocks
+from tailrace.kv.layout import KVLayout
+from tailrace.lifecycle import RequestState
+from tailrace.messages import KvSource, Submission
+from tailrace.policy.routing import Route, RouteRequest, choose
+from tailrace.rpc.auth import sign_ticket
+from tailrace.types import Role
+
+log = logging.getLogger(__name__)
+
+MAX_RETRIES = 3
+"""Of a request whose worker was lost."""
+MAX_REFUSALS = 60
+"""Of a request whose workers have no room; the pause between them is what the refusing worker asks for."""
+RETRY_AFTER_S = 1.0
+
+
+class PairDispatcher:
+    """Event loop only."""
+
+    def __init__(self, members: Members, index: MemoryIndex, *, secret: bytes, max_concurrent: int) -> None:
+        self._members = members
+        self._index = index
+        self._secret = secret
+        self._max_concurrent = max_concurrent
+        self._sessions: set[RequestSession] = set()
+        self.on_retry: Callable[[ErrorCode], None] = lambda code: None
+
+    @property
+    def num_running(self) -> int:
+        return len(self._sessions)
+
+    async def submit(self, request: GenerationRequest) -> RequestSession:
+        """Raises OverloadedError when too much runs already, UnavailableError when no pair can serve."""
+        if len(self._sessions) >= self._max_concurrent:
+            raise OverloadedError(f"{self._max_concurrent} requests are running", retry_after_s=RETRY_AFTER_S)
+        session = RequestSession(request, f"{request.request_id}~{uuid.uuid4().hex[:8]}", self)
+        route = self._route(request)
+        self._sessions.add(session)
+        choices = tuple(range(request.num_choices))
+        try:
+            await self._start(session, choices, route)
+        except WorkerLostError as lost:
+            await self.recover(session, choices, lost)
+        except BaseException:
+            await session.aclose()
+            raise
+        return session
+
+    def ended(self, session: RequestSession) -> None:
+        self._sessions.discard(session)
+
+    async def recover(self, session: RequestSession, choices: tuple[int, ...], error: TailraceError) -> None:
+        """Another pair for what was lost: the same seed and positions draw the same tokens."""
+        try:
+            self._count_retry(session, error)
+            await asyncio.sleep(min(error.retry_after_s, max(0.0, session.remaining_s)))
+            for group in self._groups(session, session.open_choices(choices)):
+                await self._start(session, group, self._route(session.request))
+        except WorkerLostError as lost:
+            await self.recover(session, choices, lost)
+        except TailraceError as final:
+            session.fail(final)
+
+    def _count_retry(self, session: RequestSession, error: TailraceError) -> None:
+        """Raises the error itself when there is no use or no time in trying again."""
+        session.num_retries += 1
+        limit = MAX_REFUSALS if error.code is ErrorCode.OVERLOADED else MAX_RETRIES
+        if session.remaining_s <= error.retry_after_s:
+            raise DeadlineExceededError(f"not done within its deadline; the last trouble was: {error.message}")
+        if not error.retryable or session.num_retries > limit:
+            raise error
+        self.on_retry(error.code)
+
+    def _groups(self, session: RequestSession, choices: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Choices that have begun have different tokens by now: each goes its own way."""
+        if not choices:
+            return []
+        fresh = all(not session.released(c) for c in choices)
+        is_range = choices == tuple(range(choices[0], choices[0] + len(choices)))
+        return [choices] if fresh and is_range else [(c,) for c in choices]
+
+    # -- routing ------------------------------------------------------------------------------------------------------
+
+    def _route(self, request: GenerationRequest) -> Route:
+        """Raises UnavailableError when there is no pair, InvalidRequestError when no pool can hold the prompt."""
+        prefills = [member.view() for member in self._members.of(Role.PREFILL)]
+        decodes = [member.view() for member in self._members.of(Role.DECODE)]
+        if not decodes:
+            raise UnavailableError("no decode worker is attached", retry_after_s=RETRY_AFTER_S)
+        layout = self._members.get(decodes[0].worker_id).info.layout
+        route = choose(
+            RouteRequest(len(request.prompt_tokens), layout.block_size, request.num_choices),
+            prefills,
+            decodes,
+            self._hits(request, layout),
+            self._pair_rates(),
+            layout.bytes_per_token,
+        )
+        if route is not None:
+            return route
+        needed = -(-(len(request.prompt_tokens) + 1) // layout.block_size)
+        if all(view.total_blocks < needed for view in decodes):
+            largest = max(view.total_blocks for view in decodes) * layout.block_size - 1
+            raise InvalidRequestError(
+                f"{len(request.prompt_tokens)} prompt tokens; the largest worker holds {largest}", param="prompt"
+            )
+        raise UnavailableError("no pair of workers can take requests now", retry_after_s=RETRY_AFTER_S)
+
+    def _hits(self, request: GenerationRequest, layout: KVLayout) -> dict[str, int]:
+        seed = chain_seed(layout.fingerprint, "", request.cache_salt)
+        return self._index.longest_prefix(hash_blocks(request.prompt_tokens, layout.block_size, seed))
+
+    def _pair_rates(self) -> dict[tuple[str, str], float]:
+        """A decode worker reports one rate for all its owners."""
+        owners = [member.info.worker_id for member in self._members.of(Role.PREFILL)]
+        return {
+            (owner, member.info.worker_id): member.load.transfer_bytes_per_s
+            for member in self._members.of(Role.DECODE)
+            if member.load.transfer_bytes_per_s > 0
+            for owner in owners
+        }
+
+    # -- submitting ---------------------------------------------------------------------------------------------------
+
+    async def _start(self, session: RequestSession, choices: tuple[int, ...], route: Route) -> None:
+        """Both legs at once. Raises WorkerLostError when either worker has gone since it was chosen."""
+        if not choices or session.is_over:
+            return
+        attempt = session.begin_attempt(choices)
+        session.move(RequestState.ROUTED)
+        try:
+            await self._submit_legs(session, attempt, route)
+        except BaseException:
+            session.abandon(attempt)
+            raise
+        if session.life.state is RequestState.ROUTED:
+            session.move(RequestState.QUEUED)
+
+    async def _submit_legs(self, session: RequestSession, attempt: Attempt, route: Route) -> None:
+        decode = self._members.get(route.decode_id)
+        source = None
+        if route.prefill_id is not None:
+            prefill = self._members.get(route.prefill_id)
+            source = self._source(session, attempt, prefill)
+            attempt.prefill = Leg(session, attempt, prefill, self._members.new_handle(), Role.PREFILL)
+            await self._submit(session, attempt.prefill, ticket=source.ticket)
+        attempt.decode = Leg(session, attempt, decode, self._members.new_handle(), Role.DECODE)
+        await self._submit(session, attempt.decode, source=source)
+
+    def _source(self, session: RequestSession, attempt: Attempt, prefill: Member) -> KvSource:
+        info = prefill.info
+        ticket = sign_ticket(self._secret, session.wire_id, attempt.number, info.worker_id, info.epoch)
+        return KvSource(info.worker_id, info.epoch, info.address, ticket)
+
+    async def _submit(
+        self, session: RequestSession, leg: Leg, *, ticket: bytes = b"", source: KvSource | None = None
+    ) -> None:
+        request, attempt = session.request, leg.attempt
+        await leg.member.submit(
+            Submission(
+                handle=leg.handle,
+                request_id=session.wire_id,
+                attempt=attempt.number,
+                tokens=[*request.prompt_tokens, *session.released(attempt.choices[0])],
+                num_prompt_tokens=len(request.prompt_tokens),
+                sampling=replace(request.sampling),
+                choices=attempt.choices,
+                priority=request.priority,
+                deadline_s=session.remaining_s,
+                ticket=ticket,
+                cache_salt=request.cache_salt,
+                source=source,
+                traceparent=request.traceparent,
+                tracestate=request.tracestate,
+            ),
+            leg,
+        )

@@ -1,0 +1,146 @@
+"""The gateway's process: HTTP for clients, gRPC for clients and workers."""
+
+import asyncio
+import os
+import secrets
+import socket
+import sys
+import time
+from pathlib import Path
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+from setproctitle import setproctitle
+
+from services.gateway.app import Readiness, Views, create_app
+from services.gateway.dispatcher import PairDispatcher
+from services.gateway.generate import HttpOptions
+from services.gateway.generation import Dispatcher
+from services.gateway.members import Members
+from services.gateway.membership import MembershipServicer
+from services.gateway.prepare import RequestLimits, ServedModel
+from services.gateway.tokenizer import Tokenizer
+from tailrace.checkpoint.model_config import load_model_config
+from tailrace.checkpoint.resolve import resolve_model
+from tailrace.config import GatewayConfig
+from tailrace.errors import ConfigError, TailraceError
+from tailrace.index.memory import MemoryIndex
+from tailrace.rpc.gen import control_pb2_grpc
+from tailrace.rpc.server import Server
+from tailrace.telemetry.log import configure_logging
+from tailrace.telemetry.metrics import GatewayMetrics, render
+from tailrace.types import Role
+
+DRAIN_S = 5
+"""Streams that are still open when we are told to stop get this long."""
+
+
+def main() -> None:
+    setproctitle("tailrace gateway")
+    config = GatewayConfig.or_exit()
+    hidden = (config.secret.get_secret_value(), *(key.get_secret_value() for key in config.api_key))
+    configure_logging(role="gateway", level=config.log_level, style=config.log_format, secrets=hidden)
+    try:
+        directory = resolve_model(config.model, revision=config.revision, cache_dir=config.cache_dir)
+        asyncio.run(run(config, serve_model(config, directory)))
+    except TailraceError as error:
+        sys.exit(f"tailrace gateway: {error.message}")
+
+
+def serve_model(config: GatewayConfig, directory: Path) -> ServedModel:
+    """Raises CheckpointError for a directory without a usable tokenizer, ConfigError for a length beyond the model's."""
+    model = load_model_config(directory)
+    longest = model.max_position_embeddings
+    if (config.max_model_len or 0) > longest:
+        raise ConfigError(f"max_model_len: at most {longest} for this model, got {config.max_model_len}")
+    return ServedModel(
+        names=config.model_names,
+        tokenizer=Tokenizer.load(directory),
+        max_model_len=config.max_model_len or longest,
+        vocab_size=model.vocab_size,
+        eos_token_ids=frozenset(model.eos_token_ids),
+        created=int(time.time()),
+    )
+
+
+class Gateway:
+    """The parts that live as long as the process."""
+
+    def __init__(self, config: GatewayConfig, model: ServedModel) -> None:
+        self.config = config
+        self.model = model
+        self.secret = config.secret.get_secret_value().encode()
+        if not self.secret:
+            raise ConfigError("secret: set TAILRACE_SECRET to the same value for the gateway and all workers")
+        epoch = secrets.randbits(32)
+        index = MemoryIndex()
+        gateway_id = f"gateway-{socket.gethostname()}-{os.getpid()}"
+        self.members = Members(gateway_id=gateway_id, epoch=epoch, secret=self.secret, index=index)
+        self.dispatcher = PairDispatcher(
+            self.members, index, secret=self.secret, max_concurrent=config.max_concurrent_requests
+        )
+        self.registry = CollectorRegistry()
+        self.metrics = GatewayMetrics(self.registry)
+        self.members.on_lost = lambda role: self.metrics.worker_lost(role)
+        self.dispatcher.on_retry = lambda code: self.metrics.replayed(code.name.lower())
+
+    def readiness(self) -> Readiness:
+        reasons = [] if self.members.of(Role.DECODE) else ["no decode worker is attached"]
+        prefills = self.members.of(Role.PREFILL)
+        for decode in self.members.of(Role.DECODE):
+            layouts = [member.info.layout.differences(decode.info.layout) for member in prefills]
+            if layouts and all(layouts):
+                reasons.append(f"{decode.info.worker_id} fits no prefill worker: {'; '.join(layouts[0])}")
+        return Readiness(tuple(reasons))
+
+    def metrics_text(self) -> bytes:
+        for role in Role:
+            self.metrics.set_workers(role, len(self.members.of(role)))
+        return render(self.registry)
+
+    async def debug_kv(self) -> object:
+        return {"workers": await self.members.ledgers()}
+
+    def http_app(self) -> uvicorn.Config:
+        config = self.config
+        dispatcher: Dispatcher = self.dispatcher
+        app = create_app(
+            dispatcher=dispatcher,
+            model=self.model,
+            options=HttpOptions(
+                api_keys=tuple(key.get_secret_value() for key in config.api_key),
+                max_body_bytes=config.max_body_bytes,
+                request_deadline_s=config.deadline_s,
+                limits=RequestLimits(max_choices_per_prompt=config.max_choices),
+            ),
+            views=Views(ready=self.readiness, metrics=self.metrics_text, debug_kv=self.debug_kv),
+        )
+        return uvicorn.Config(
+            app,
+            host=config.host,
+            port=config.port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=DRAIN_S,
+            lifespan="off",
+        )
+
+
+async def run(config: GatewayConfig, model: ServedModel) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    gateway = Gateway(config, model)
+    server = Server(gateway.secret, public=("tailrace.v1.InferenceService",))
+    control_pb2_grpc.add_MembershipServiceServicer_to_server(MembershipServicer(gateway.members), server.grpc)
+    server.bind(config.grpc_host, config.grpc_port)
+    await server.start()
+    for address in config.workers:
+        gateway.members.add(address)
+    try:
+        await uvicorn.Server(gateway.http_app()).serve()
+    finally:
+        await gateway.members.close()
+        await server.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""One request from its route to its last token.
+
+Its legs run on workers; their tokens are released in order and each once; when a pair is lost another takes over.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from services.gateway.generation import (
+    ChoiceEvent,
+    GenerationEvent,
+    GenerationRequest,
+    TokensEvent,
+    Usage,
+    UsageEvent,
+)
+from services.gateway.members import Member
+from tailrace.errors import InternalError, TailraceError
+from tailrace.lifecycle import Lifecycle, RequestState
+from tailrace.messages import LegReport
+from tailrace.types import FinishReason, Role, TokenLogprob
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Leg:
+    """What a request has on one worker. Tells its session what it hears; says nothing any more once it is detached."""
+
+    session: "RequestSession"
+    attempt: "Attempt"
+    member: Member
+    handle: int
+    role: Role
+
+    def on_tokens(self, choice: int, position: int, ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
+        self.attempt.has_joined = self.attempt.has_joined or self.role is Role.DECODE
+        self.session.take_tokens(choice, position, ids, logprobs, self.role)
+
+    def on_report(self, report: LegReport) -> None:
+        self.session.take_report(self, report)
+
+    def on_finished(self, choice: int, reason: FinishReason) -> None:
+        self.session.end_choice(choice, reason)
+
+    def on_failed(self, error: TailraceError) -> None:
+        self.session.leg_failed(self, error)
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One try at some choices of a request, on one pair."""
+
+    number: int
+    choices: tuple[int, ...]
+    prefill: Leg | None = None
+    decode: Leg | None = None
+    has_joined: bool = False
+    """The decode leg speaks: it needs its prefill leg no more."""
+
+    def legs(self) -> list[Leg]:
+        return [leg for leg in (self.prefill, self.decode) if leg is not None]
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What has been released of a choice."""
+
+    tokens: list[int] = field(default_factory=list)
+    is_over: bool = False
+
+
+class RequestSession:
+    """A Generation. `recover` is called, once a lost attempt, to start others; it owns the decision whether to."""
+
+    def __init__(self, request: GenerationRequest, wire_id: str, recovery: "Recovery") -> None:
+        self.request = request
+        self.wire_id = wire_id
+        """The request's id among the workers: unique, whatever the client called it."""
+        self.began = time.monotonic()
+        self.life = Lifecycle.begin(self.began)
+        self.num_attempts = 0
+        self.num_retries = 0
+        self._recovery = recovery
+        self._attempts: list[Attempt] = []
+        self._choices = [_Choice() for _ in range(request.num_choices)]
+        self._events: deque[GenerationEvent] = deque()
+        self._news = asyncio.Event()
+        self._error: TailraceError | None = None
+        self._is_over = False
+        self._first_token_at = 0.0
+        self._reports: dict[Role, LegReport] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- Generation ---------------------------------------------------------------------------------------------------
+
+    async def __aiter__(self) -> AsyncIterator[GenerationEvent]:
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                yield event
+                if isinstance(event, UsageEvent):
+                    return
+            if self._error is not None:
+                raise self._error
+            if self._is_over:
+                return
+            self._news.clear()
+            await self._news.wait()
+
+    def finish_choice(self, choice: int) -> None:
+        if self._choices[choice].is_over:
+            return
+        self._events = deque(e for e in self._events if not _is_of(e, choice))
+        for attempt in self._attempts:
+            if choice in attempt.choices and attempt.decode is not None:
+                self._later(attempt.decode.member.cancel(attempt.decode.handle, (choice,)))
+        self._close_choice(choice)
+
+    async def aclose(self) -> None:
+        if not self._is_over:
+            self._end(RequestState.CANCELLED)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=1.0)
+
+    # -- what the dispatcher does -------------------------------------------------------------------------------------
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_over
+
+    @property
+    def remaining_s(self) -> float:
+        return self.request.deadline_s - (time.monotonic() - self.began)
+
+    def open_choices(self, choices: Sequence[int]) -> tuple[int, ...]:
+        return tuple(c for c in choices if not self._choices[c].is_over)
+
+    def released(self, choice: int) -> list[int]:
+        """Tokens given to the client so far: what another worker must be told."""
+        return self._choices[choice].tokens
+
+    def begin_attempt(self, choices: tuple[int, ...]) -> Attempt:
+        attempt = Attempt(self.num_attempts, choices)
+        self.num_attempts += 1
+        self._attempts.append(attempt)
+        return attempt
+
+    def abandon(self, attempt: Attempt) -> None:
+        """Hear no more of it, and let its workers know; a leg that has ended there ignores the cancel. Idempotent."""
+        if attempt not in self._attempts:
+            return
+        self._attempts.remove(attempt)
+        for leg in attempt.legs():
+            leg.member.forget(leg.handle)
+            self._later(leg.member.cancel(leg.handle))
+
+    def fail(self, error: TailraceError) -> None:
+        """Ends the request with a terminal error."""
+        if not self._is_over:
+            self._error = error
+            self._end(RequestState.FAILED)
+
+    def move(self, state: RequestState, at: float | None = None) -> None:
+        self.life.move(state, time.monotonic() if at is None else at)
+
+    # -- what the legs say --------------------------------------------------------------------------------------------
+
+    def take_tokens(
+        self, choice: int, position: int, ids: list[int], logprobs: list[TokenLogprob] | None, role: Role
+    ) -> None:
+        """Release what is new. Both legs tell the first token; a worker that was replaced may tell old ones."""
+        if self._is_over or not 0 <= choice < len(self._choices) or self._choices[choice].is_over:
+            return
+        state = self._choices[choice]
+        expected = len(self.request.prompt_tokens) + len(state.tokens)
+        skip = expected - position
+        if skip < 0:
+            self.fail(InternalError(f"choice {choice}: token {position} came before token {expected}"))
+            return
+        if skip >= len(ids):
+            return
+        self._note_token(role)
+        state.tokens.extend(ids[skip:])
+        self._push(TokensEvent(choice, expected, ids[skip:], logprobs[skip:] if logprobs is not None else None))
+
+    def _note_token(self, role: Role) -> None:
+        now = time.monotonic()
+        self._first_token_at = self._first_token_at or now
+        if role is Role.DECODE and self.life.state is not RequestState.DECODING:
+            if self.life.state is RequestState.QUEUED:
+                self.move(RequestState.PREFILLING, now)
+            self.move(RequestState.DECODING, now)
+
+    def take_report(self, leg: Leg, report: LegReport) -> None:
+        self._reports[leg.role] = report
+        if leg.role is Role.PREFILL and self.life.state is RequestState.QUEUED:
+            now = time.monotonic()
+            self.move(RequestState.PREFILLING, now - report.prefill_s)
+            self.move(RequestState.TRANSFERRING, now)
+
+    def end_choice(self, choice: int, reason: FinishReason) -> None:
+        if self._is_over or self._choices[choice].is_over:
+            return
+        self._push(ChoiceEvent(choice, reason))
+        self._close_choice(choice)
+
+    def leg_failed(self, leg: Leg, error: TailraceError) -> None:
+        """The attempt is lost with either of its legs, unless prefill had done its part."""
+        attempt = leg.attempt
+        if self._is_over or attempt not in self._attempts or (leg.role is Role.PREFILL and attempt.has_joined):
+            return
+        self.abandon(attempt)
+        choices = self.open_choices(attempt.choices)
+        if choices:
+            log.warning("%s/%d: %s leg: %s", self.wire_id, attempt.number, leg.role, error.message)
+            self._later(self._recovery.recover(self, choices, error))
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _push(self, event: GenerationEvent) -> None:
+        self._events.append(event)
+        self._news.set()
+
+    def _close_choice(self, choice: int) -> None:
+        self._choices[choice].is_over = True
+        if all(state.is_over for state in self._choices):
+            self._push(UsageEvent(self._usage()))
+            self._end(RequestState.FINISHED)
+
+    def _end(self, state: RequestState) -> None:
+        self._is_over = True
+        if not self.life.is_over:
+            self.move(state)
+        for attempt in list(self._attempts):
+            self.abandon(attempt)
+        self._recovery.ended(self)
+        self._news.set()
+
+    def _later(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _usage(self) -> Usage:
+        now = time.monotonic()
+        decode = self._reports.get(Role.DECODE, LegReport(0))
+        prefill = self._reports.get(Role.PREFILL, decode)
+        first = self._first_token_at or now
+        return Usage(
+            prompt_tokens=len(self.request.prompt_tokens),
+            completion_tokens=sum(len(state.tokens) for state in self._choices),
+            cached_tokens=prefill.cached_tokens,
+            queue_s=prefill.queue_s,
+            prefill_s=prefill.prefill_s,
+            transfer_s=decode.transfer_s,
+            transfer_bytes=decode.transfer_bytes,
+            transport=decode.transport,
+            decode_s=decode.decode_s or now - first,
+            ttft_s=first - self.began,
+            cached_by_tier=dict(prefill.cached_by_tier),
+        )
+
+
+class Recovery(Protocol):
+    """Who may start a lost request again."""
+
+    async def recover(self, session: RequestSession, choices: tuple[int, ...], error: TailraceError) -> None: ...
+
+    def ended(self, session: RequestSession) -> None: ...
+
+
+def _is_of(event: GenerationEvent, choice: int) -> bool:
+    return isinstance(event, TokensEvent | ChoiceEvent) and event.choice == choice
