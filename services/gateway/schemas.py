@@ -7,7 +7,7 @@ the model to be judged (token ids, lengths) is judged in prepare.py.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from tailrace.errors import InvalidRequestError
@@ -102,7 +102,7 @@ class CommonBody(_Lenient):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOP_IDS), FailFast()] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOP_IDS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
@@ -136,6 +136,15 @@ class CommonBody(_Lenient):
     def token_limit(self) -> tuple[str, int | None]:
         """The field that limits the answer's tokens, and what it says."""
         return "max_tokens", self.max_tokens
+
+    def check(self) -> None:
+        """Raises InvalidRequestError for what the types cannot say: fields that need one another, or nobody here has."""
+        for name, value in self.unsupported().items():
+            # Empty lists, objects and strings ask for nothing.
+            if value is not None and value not in ([], {}, ""):
+                raise InvalidRequestError(f"{name} is not supported", param=name.split()[0])
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError("stream_options is allowed only with stream: true", param="stream_options")
 
     def unsupported(self) -> Mapping[str, Any]:
         """Fields that are refused when they say anything."""
@@ -178,12 +187,12 @@ class ChatMessage(_Lenient):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Any, AfterValidator(_content)] = None
     name: str | None = None
-    tool_calls: Annotated[list[ToolCall], FailFast()] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
 
 class ChatBody(CommonBody):
-    messages: Annotated[list[ChatMessage], Field(min_length=1), FailFast()]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -206,6 +215,11 @@ class ChatBody(CommonBody):
             return "max_completion_tokens", self.max_completion_tokens
         return super().token_limit
 
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError("top_logprobs is allowed only with logprobs: true", param="top_logprobs")
+
     def unsupported(self) -> Mapping[str, Any]:
         names = ("tools", "functions", "audio", "web_search_options")
         return {
@@ -223,12 +237,7 @@ def parse_body(kind: type[_Body], body: bytes) -> _Body:
         parsed = kind.model_validate_json(body)
     except ValidationError as error:
         raise _first_error(error) from None
-    for name, value in parsed.unsupported().items():
-        # Empty lists, objects and strings ask for nothing; false and 0 do not occur among these fields but logprobs.
-        if value is not None and value not in ([], {}, ""):
-            raise InvalidRequestError(f"{name} is not supported", param=name.split()[0])
-    if parsed.stream_options is not None and not parsed.stream:
-        raise InvalidRequestError("stream_options is allowed only with stream: true", param="stream_options")
+    parsed.check()
     return parsed
 
 

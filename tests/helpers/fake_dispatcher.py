@@ -1,0 +1,105 @@
+"""A dispatcher without workers: answers what it was told to, and remembers what was done to it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from services.gateway.generation import (
+    ChoiceEvent,
+    GenerationEvent,
+    GenerationRequest,
+    TokensEvent,
+    Usage,
+    UsageEvent,
+)
+from tailrace.errors import TailraceError
+from tailrace.types import FinishReason, TokenLogprob
+
+
+@dataclass
+class Script:
+    """What one request is answered with. Lists are one a choice; the last one serves the choices beyond."""
+
+    token_ids: Sequence[Sequence[int]]
+    reason: FinishReason = FinishReason.STOP
+    tokens_per_event: int = 1
+    delay_s: float = 0.0
+    fail_at: int | None = None
+    """Raise `error` instead of the event of this number."""
+    error: Exception = field(default_factory=lambda: TailraceError("secret detail"))
+    hang_at: int | None = None
+    """Wait for ever instead of the event of this number."""
+    usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
+
+
+class FakeGeneration:
+    def __init__(self, request: GenerationRequest, script: Script) -> None:
+        self.request = request
+        self.finished: list[int] = []
+        self.num_events = 0
+        self.closed = asyncio.Event()
+        self._script = script
+
+    async def __aiter__(self) -> AsyncIterator[GenerationEvent]:
+        for number, event in enumerate(self._events()):
+            if isinstance(event, TokensEvent | ChoiceEvent) and event.choice in self.finished:
+                continue
+            await asyncio.sleep(self._script.delay_s)
+            if number == self._script.fail_at:
+                raise self._script.error
+            if number == self._script.hang_at:
+                await asyncio.Event().wait()
+            assert not self.closed.is_set(), "iterated after aclose"
+            self.num_events += 1
+            yield event
+
+    def _events(self) -> list[GenerationEvent]:
+        events: list[GenerationEvent] = []
+        step, start = self._script.tokens_per_event, len(self.request.prompt_tokens)
+        ids = [self._ids(choice) for choice in range(self.request.num_choices)]
+        for at in range(0, max(map(len, ids)), step):
+            for choice, tokens in enumerate(ids):
+                if part := tokens[at : at + step]:
+                    events.append(TokensEvent(choice, start + at, part, self._logprobs(part)))
+        events += [ChoiceEvent(choice, self._script.reason) for choice in range(self.request.num_choices)]
+        return [*events, UsageEvent(self._script.usage)]
+
+    def _ids(self, choice: int) -> list[int]:
+        lists = self._script.token_ids
+        return list(lists[min(choice, len(lists) - 1)])
+
+    def _logprobs(self, tokens: list[int]) -> list[TokenLogprob] | None:
+        count = self.request.sampling.logprobs
+        if count is None:
+            return None
+        return [TokenLogprob(-0.5, tuple((token + i, -0.5 - i) for i in range(count))) for token in tokens]
+
+    def finish_choice(self, choice: int) -> None:
+        self.finished.append(choice)
+
+    async def aclose(self) -> None:
+        self.closed.set()
+
+
+class FakeDispatcher:
+    def __init__(self, script: Script | Callable[[GenerationRequest], Script]) -> None:
+        self.script = script
+        self.refusal: TailraceError | None = None
+        self.accepts = 0
+        """How many requests are taken before `refusal` is raised."""
+        self.generations: list[FakeGeneration] = []
+
+    @property
+    def requests(self) -> list[GenerationRequest]:
+        return [generation.request for generation in self.generations]
+
+    async def submit(self, request: GenerationRequest) -> FakeGeneration:
+        await asyncio.sleep(0)
+        if self.refusal is not None and len(self.generations) >= self.accepts:
+            raise self.refusal
+        script = self.script if isinstance(self.script, Script) else self.script(request)
+        self.generations.append(FakeGeneration(request, script))
+        return self.generations[-1]
+
+    def all_closed(self) -> bool:
+        return all(generation.closed.is_set() for generation in self.generations)
