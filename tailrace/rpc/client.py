@@ -1,5 +1,7 @@
 """Calls from one member of the cluster to another, in the values of `tailrace.messages`."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager

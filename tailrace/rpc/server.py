@@ -1,10 +1,12 @@
 """The gRPC servers of the cluster: authentication, error mapping, and the servicers that workers share."""
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 import grpc
 import grpc.aio
@@ -35,7 +37,7 @@ _CODES: dict[ErrorCode, grpc.StatusCode] = {
     ErrorCode.LAYOUT_MISMATCH: grpc.StatusCode.FAILED_PRECONDITION,
     ErrorCode.INTERNAL: grpc.StatusCode.INTERNAL,
 }
-Context = grpc.aio.ServicerContext[Any, Any]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 async def abort(context: Context, error: TailraceError) -> NoReturn:
