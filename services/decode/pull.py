@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 STALL_FACTOR = 5.0
 MIN_STALL_S = 1.0
 """A read is stalled after five times what its link's measured rate promises, and never before a second."""
+CANCEL_GRACE_S = 1.0
+"""An owner that has forgotten the request was most likely told to: the cancel of this leg is on its way."""
 _FATAL = frozenset({ErrorCode.LAYOUT_MISMATCH, ErrorCode.UNAUTHENTICATED})
 """A wrong configuration: computing the prompt here would hide it."""
 
@@ -79,20 +81,28 @@ class PromptPull:
             self._granted.set_result(destination)
 
     async def run(self, peers: Peers, attempt: tuple[str, int], *, failed: Callable[[TailraceError], None]) -> None:
-        """`failed` is called for an error that recomputing cannot mend. A cancel drops the request."""
+        """`failed` is called for an error that recomputing cannot mend. A cancel, at any moment, drops the request."""
         try:
             if await self._engine.call(self._worker.book, self._request, self._name):
-                await self._pull(peers, attempt)
+                await self._pull_or_recompute(peers, attempt, failed)
         except asyncio.CancelledError:
             self._drop()
             raise
+
+    async def _pull_or_recompute(
+        self, peers: Peers, attempt: tuple[str, int], failed: Callable[[TailraceError], None]
+    ) -> None:
+        try:
+            await self._pull(peers, attempt)
         except TailraceError as error:
             if error.code in _FATAL:
                 self._drop()
                 failed(error)
-            else:
-                log.warning("%s: %s; its prompt is computed here instead", self._name, error.message)
-                self._recompute()
+                return
+            if error.code is ErrorCode.NOT_FOUND:
+                await asyncio.sleep(CANCEL_GRACE_S)
+            log.warning("%s: %s; its prompt is computed here instead", self._name, error.message)
+            self._recompute()
 
     async def _pull(self, peers: Peers, attempt: tuple[str, int]) -> None:
         link = await peers.link(self._source)

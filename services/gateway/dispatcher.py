@@ -150,13 +150,12 @@ class PairDispatcher:
             return
         attempt = session.begin_attempt(choices)
         session.move(RequestState.ROUTED)
+        session.move(RequestState.QUEUED)
         try:
             await self._submit_legs(session, attempt, route)
         except BaseException:
             session.abandon(attempt)
             raise
-        if session.life.state is RequestState.ROUTED:
-            session.move(RequestState.QUEUED)
 
     async def _submit_legs(self, session: RequestSession, attempt: Attempt, route: Route) -> None:
         decode = self._members.get(route.decode_id)

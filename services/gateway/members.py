@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tailrace.errors import TailraceError, WorkerLostError
+from tailrace.errors import InternalError, TailraceError, WorkerLostError
 from tailrace.index.memory import MemoryIndex
 from tailrace.kv.events import KVEvent
 from tailrace.messages import KvEventBatch, LedgerReport, LegReport, Load, StepEvents, Submission, WorkerInfo
@@ -174,6 +174,8 @@ class Members:
             except TailraceError as error:
                 log.log(logging.DEBUG if error.message == last else logging.WARNING, "worker at %s", error.message)
                 last = error.message
+            except Exception:
+                log.exception("the stream to %s failed; it is opened again", address)
             finally:
                 await peer.close()
             await asyncio.sleep(REATTACH_S)
@@ -232,14 +234,15 @@ class Members:
             if (sink := member.sinks.get(handle)) is not None:
                 logprob = columns.logprobs[row] if columns.logprobs is not None else None
                 logprobs = [logprob] if logprob is not None else None
-                sink.on_tokens(columns.choices[row], columns.positions[row], [columns.token_ids[row]], logprobs)
+                token = (columns.choices[row], columns.positions[row], [columns.token_ids[row]], logprobs)
+                _tell(member, handle, sink.on_tokens, *token)
         # Reports before ends: the last end of a request asks for its usage.
         for report in event.reports:
             if (sink := member.sinks.get(report.handle)) is not None:
-                sink.on_report(report)
+                _tell(member, report.handle, sink.on_report, report)
         for finish in event.finished:
             if (sink := member.sinks.get(finish.handle)) is not None:
-                sink.on_finished(finish.choice, finish.reason)
+                _tell(member, finish.handle, sink.on_finished, finish.choice, finish.reason)
         for failure in event.failed:
             if (sink := member.sinks.get(failure.handle)) is not None:
                 member.forget(failure.handle)
@@ -261,6 +264,16 @@ class Members:
             sequence = batch.first_sequence
         info = member.info
         self._index.reset(info.worker_id, info.epoch, [event.block_hash for event in events], sequence)
+
+
+def _tell(member: Member, handle: int, function: Callable[..., None], *args: object) -> None:
+    """A defect in one request must not take the worker's stream, and with it every other request, down."""
+    try:
+        function(*args)
+    except Exception:
+        log.exception("leg %d of %s failed", handle, member.info.worker_id)
+        if (sink := member.sinks.pop(handle, None)) is not None:
+            sink.on_failed(InternalError("the gateway failed; its log says why"))
 
 
 class _Watch:

@@ -138,7 +138,7 @@ class CommonBody(_Lenient):
         return "max_tokens", self.max_tokens
 
     def check(self) -> None:
-        """Raises InvalidRequestError for what the types cannot say: fields that need one another, or nobody here has."""
+        """Raises InvalidRequestError for what types cannot say: fields that need one another, or nobody here has."""
         for name, value in self.unsupported().items():
             # Empty lists, objects and strings ask for nothing.
             if value is not None and value not in ([], {}, ""):

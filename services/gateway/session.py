@@ -64,7 +64,8 @@ class Attempt:
     """The decode leg speaks: it needs its prefill leg no more."""
 
     def legs(self) -> list[Leg]:
-        return [leg for leg in (self.prefill, self.decode) if leg is not None]
+        """Decode first: cancelled the other way round, it would take its owner's silence for a loss."""
+        return [leg for leg in (self.decode, self.prefill) if leg is not None]
 
 
 @dataclass(slots=True)
