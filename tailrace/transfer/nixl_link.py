@@ -21,7 +21,9 @@ from tailrace.transfer.reads import (
     plan_read,
 )
 
-_NUM_PROMPT_READS = 8
+_PROMPT_READS = 32
+"""In a row, at first contact."""
+_MAX_SLOW_READS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +74,22 @@ async def open_nixl(driver: NixlDriver, peer: PeerEndpoints, owner: NixlEndpoint
 
 
 class _FirstContact:
-    """Runs on the driver's thread; `met` belongs to the event loop."""
+    """Runs on the driver's thread; `met` belongs to the event loop.
+
+    The owner's nonce is read again and again: the first read waits for the connection, and one of those after it (the
+    8th to the 13th, measured) for another round trip, when UCX settles on its lanes. From then on a read by
+    cross-memory attach is over as soon as it is posted, and one emulated over TCP never is: it needs the owner's help.
+    """
 
     def __init__(self, driver: NixlDriver, owner: NixlEndpoint, attach: bool, loop: asyncio.AbstractEventLoop) -> None:
         self._driver = driver
         self._owner = owner
         self._loop = loop
         self._peer: Peer | None = None
-        self._left = _NUM_PROMPT_READS if attach else 0
+        self._attach = attach
+        self._num_wanted = _PROMPT_READS if attach else 1
+        self._num_prompt = 0
+        self._num_slow = 0
         self.met: asyncio.Future[Peer] = loop.create_future()
 
     def begin(self) -> None:
@@ -88,27 +98,42 @@ class _FirstContact:
         except AgentError as error:
             self._finish(str(error))
             return
-        self._read_nonce(self._arrived)
+        self._read_on(self._peer)
 
     def abandon(self) -> None:
         if self._peer is not None:
             self._driver.give_up(self._peer, "first contact took too long")
 
-    def _arrived(self, error: str) -> None:
-        """The first nonce, which may have waited for the connection. Those after it have no such excuse."""
-        while not error and self._left:
-            self._left -= 1
-            error = self._read_promptly()
-        self._finish(error)
+    def _read_on(self, peer: Peer) -> None:
+        while self._num_prompt < self._num_wanted:
+            error = self._read_promptly(peer)
+            if error is None:
+                return
+            if error:
+                self._finish(error)
+                return
+            self._num_prompt += 1
+        self._finish("")
 
-    def _read_promptly(self) -> str:
-        """A read emulated over TCP needs the owner's help and cannot be over at once; an attached one always is."""
+    def _read_promptly(self, peer: Peer) -> str | None:
+        """None when the read was not over as soon as it was posted: `_slow` goes on once it is."""
         ends: list[str] = []
-        self._read_nonce(ends.append)
-        return ends[0] if ends else "nixl does not read by cross-memory attach, though the kernel allows it"
+        posting = True
+        self._read_nonce(peer, lambda error: ends.append(error) if posting else self._slow(peer, error))
+        posting = False
+        return ends[0] if ends else None
 
-    def _read_nonce(self, on_end: Callable[[str], None]) -> None:
-        assert self._peer is not None
+    def _slow(self, peer: Peer, error: str) -> None:
+        self._num_slow += 1
+        self._num_prompt = 0
+        if error or not self._attach:
+            self._finish(error)
+        elif self._num_slow > _MAX_SLOW_READS:
+            self._finish("nixl does not read by cross-memory attach, though the kernel allows it")
+        else:
+            self._read_on(peer)
+
+    def _read_nonce(self, peer: Peer, on_end: Callable[[str], None]) -> None:
         if not self._driver.free_proofs:
             on_end("too many first contacts are still in flight")
             return
@@ -122,7 +147,7 @@ class _FirstContact:
             on_end("the nonce read through nixl is not the owner's" if wrong else error)
 
         local = Descriptor(int(landing.ctypes.data), NONCE_BYTES)
-        self._driver.read(self._peer, [local], [Descriptor(self._owner.nonce_address, NONCE_BYTES)], ended)
+        self._driver.read(peer, [local], [Descriptor(self._owner.nonce_address, NONCE_BYTES)], ended)
 
     def _finish(self, error: str) -> None:
         if error and self._peer is not None:

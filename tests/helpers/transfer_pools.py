@@ -30,12 +30,8 @@ def blocks_of(pool: PoolMemory) -> np.ndarray:
     return np.frombuffer(pool.view, dtype=np.uint8).reshape(pool.num_blocks, pool.block_bytes)
 
 
-def make_options(
-    worker_id: str = "needer", *, epoch: int = 1, preference: str = "auto", **changes: Any
-) -> TransferOptions:
-    return TransferOptions(
-        **{"worker_id": worker_id, "epoch": epoch, "role": "test", "secret": SECRET, "preference": preference} | changes
-    )
+def make_options(worker_id: str = "needer", **changes: Any) -> TransferOptions:
+    return TransferOptions(**{"worker_id": worker_id, "epoch": 1, "role": "test", "secret": SECRET} | changes)
 
 
 def make_reads(peer: PeerEndpoints, sources: list[int], targets: list[int]) -> list[BlockRead]:

@@ -1,0 +1,197 @@
+"""Who may read, and over what: secrets, proofs, fallbacks and what they say."""
+
+import asyncio
+import dataclasses
+import json
+import logging
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tailrace.errors import LayoutMismatchError, TransferError, UnauthenticatedError
+from tailrace.transfer import ReadOutcome, TlsFiles, open_transfer
+from tests.helpers.transfer_pools import make_options, make_pool, make_reads, peer_to_json
+from tests.helpers.transfer_worker import worker
+
+
+async def test_a_needer_with_another_secret_is_refused_and_the_owner_goes_on() -> None:
+    async with worker("owner", seed=3, preference="stream") as owner:
+        peer = await owner.meet()
+        stranger = await open_transfer(make_pool(), make_options(preference="stream", secret=b"another cluster's"))
+        with pytest.raises(UnauthenticatedError, match="same cluster secret"):
+            await stranger.needer.connect(peer)
+        friend = await open_transfer(make_pool(), make_options(preference="stream"))
+        link = await friend.needer.connect(peer)
+        assert (await link.read(make_reads(peer, [0], [0])).wait(5)).outcome is ReadOutcome.GOOD
+        await stranger.close()
+        await friend.close()
+
+
+async def test_an_owner_whose_nonce_is_not_there_is_read_over_a_stream(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="tailrace.transfer")
+    async with worker("owner", seed=3) as owner:
+        plane = await open_transfer(make_pool(), make_options())
+        peer = await owner.meet()
+        forged = dataclasses.replace(peer, nixl=dataclasses.replace(peer.nixl, nonce=bytes(32)))
+        assert (await plane.needer.connect(forged)).transport == "stream"
+        plane.needer.forget("owner", 1)
+        assert (await plane.needer.connect(forged)).transport == "stream"
+        await plane.close()
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "the nonce read by process_vm_readv is not the owner's" in warnings[0]
+    assert "needer reads from owner over stream" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"nonce": bytes(32)}, "nonce read by process_vm_readv is not the owner's"),
+        ({"boot_id": "another"}, "another host"),
+        ({"pid": 2**22 + 1}, "cannot be read by process_vm_readv: No such process"),
+        ({"agent_name": "someone"}, "not of someone"),
+        ({"agent_metadata": b"nonsense"}, "nixl"),
+    ],
+)
+async def test_nixl_that_cannot_be_proved_is_refused_by_reason_where_it_is_demanded(change: dict, reason: str) -> None:
+    async with worker("owner", seed=3) as owner:
+        plane = await open_transfer(make_pool(), make_options(preference="nixl"))
+        peer = await owner.meet()
+        forged = dataclasses.replace(peer, nixl=dataclasses.replace(peer.nixl, **change))
+        with pytest.raises(TransferError, match=reason):
+            await plane.needer.connect(forged)
+        with pytest.raises(TransferError, match="the owner does not offer it"):
+            await plane.needer.connect(dataclasses.replace(peer, nixl=None))
+        assert (await plane.needer.connect(peer)).transport == "nixl"
+        await plane.close()
+
+
+async def test_a_stopped_owner_fails_the_contact_within_its_deadlines() -> None:
+    async with worker("owner", seed=3) as owner:
+        options = make_options(proof_timeout_s=0.3, handshake_timeout_s=0.3)
+        plane = await open_transfer(make_pool(), options)
+        peer = await owner.meet()
+        owner.stop()
+        with pytest.raises(TransferError, match="handshake failed"):
+            await plane.needer.connect(peer)
+        owner.go_on()
+        await plane.close()
+
+
+async def test_another_worker_on_the_owners_port_is_not_taken_for_it() -> None:
+    async with worker("owner", epoch=2, preference="stream") as owner:
+        plane = await open_transfer(make_pool(), make_options(preference="stream"))
+        peer = await owner.meet()
+        with pytest.raises(TransferError, match="answers instead of"):
+            await plane.needer.connect(dataclasses.replace(peer, epoch=1))
+        with pytest.raises(LayoutMismatchError, match="block_bytes: owner=8192 needer=4096"):
+            await plane.needer.connect(dataclasses.replace(peer, block_bytes=8192))
+        await plane.close()
+
+
+NIXL_OVER_TCP = """
+import asyncio, json, os, sys
+os.environ["UCX_TLS"] = "tcp"
+from tailrace.errors import TransferError
+from tailrace.transfer import Needer
+from tailrace.transfer.nixl import start_nixl
+from tests.helpers.transfer_pools import make_options, make_pool, peer_from_json
+
+async def main():
+    pool, options = make_pool(), make_options(preference="nixl")
+    driver = start_nixl(pool, options)
+    driver.can_attach |= "--pretend" in sys.argv
+    try:
+        await Needer(pool, options, driver).connect(peer_from_json(json.loads(sys.argv[1])))
+    except TransferError as error:
+        print(error.message)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"), [([], "UCX_TLS leaves out cma"), (["--pretend"], "nixl does not read by cross-memory attach")]
+)
+async def test_nixl_never_reads_over_tcp_whatever_it_is_told(
+    flags: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    async with worker("owner", seed=3) as owner:
+        peer = await owner.meet()
+        command = ["-c", NIXL_OVER_TCP, json.dumps(peer_to_json(peer)), *flags]
+        needer = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=subprocess.PIPE)
+        output, _ = await asyncio.wait_for(needer.communicate(), 30)
+        assert reason in output.decode()
+
+
+async def test_two_ends_with_certificates_read_under_tls(tmp_path: Path) -> None:
+    files = make_certificate(tmp_path)
+    pool = make_pool()
+    owner = await open_transfer(make_pool(seed=3), make_options("owner", preference="stream", tls=files))
+    needer = await open_transfer(pool, make_options(preference="stream", tls=files))
+    peer = owner.owner.endpoints()
+    assert peer.stream.tls
+    link = await needer.needer.connect(peer)
+    result = await link.read(make_reads(peer, [3, 4, 9], [1, 2, 0])).wait(5)
+    assert result.outcome is ReadOutcome.GOOD
+    assert pool.bytes_of(0) == make_pool(seed=3).bytes_of(9)
+    plain = await open_transfer(make_pool(), make_options("plain", preference="stream"))
+    with pytest.raises(TransferError, match="TLS: owner=True needer=False"):
+        await plain.needer.connect(peer)
+    for plane in (needer, plain, owner):
+        assert await plane.close()
+
+
+async def test_a_certificate_of_another_authority_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    ours, theirs = make_certificate(tmp_path / "a"), make_certificate(tmp_path / "b")
+    owner = await open_transfer(make_pool(seed=3), make_options("owner", preference="stream", tls=ours))
+    needer = await open_transfer(make_pool(), make_options(preference="stream", tls=theirs))
+    with pytest.raises(TransferError, match=r"handshake failed.*certificate"):
+        await needer.needer.connect(owner.owner.endpoints())
+    await needer.close()
+    await owner.close()
+
+
+def make_certificate(directory: Path) -> TlsFiles:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl to make a certificate with")
+    files = TlsFiles(directory / "cert.pem", directory / "key.pem", directory / "cert.pem")
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    about = ["-nodes", "-days", "2", "-subj", "/CN=tailrace", "-keyout", files.key, "-out", files.cert]
+    subprocess.run([openssl, "req", "-x509", *curve, *about], check=True, capture_output=True)
+    return files
+
+
+async def test_strangers_on_the_port_are_hung_up_on() -> None:
+    options = make_options("owner", preference="stream", handshake_timeout_s=0.3, max_connections=1)
+    plane = await open_transfer(make_pool(seed=3), options)
+    peer = plane.owner.endpoints()
+    address = (peer.stream.host, peer.stream.port)
+    with socket.create_connection(address) as garbage:
+        garbage.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(200))
+        assert_hung_up(garbage)
+    with socket.create_connection(address) as silent, socket.create_connection(address) as one_too_many:
+        assert_hung_up(one_too_many)
+        assert_hung_up(silent)
+    needer = await open_transfer(make_pool(), make_options(preference="stream"))
+    link = await needer.needer.connect(peer)
+    assert (await link.read(make_reads(peer, [0], [0])).wait(5)).outcome is ReadOutcome.GOOD
+    await needer.close()
+    await plane.close()
+
+
+def assert_hung_up(sock: socket.socket) -> None:
+    sock.settimeout(5)
+    try:
+        while sock.recv(1024):
+            pass
+    except ConnectionResetError:
+        pass

@@ -1,0 +1,57 @@
+"""A connected pair that moves nothing costs nothing, and a pair that does is measured."""
+
+import asyncio
+
+import pytest
+
+from tailrace.errors import TransferError
+from tailrace.transfer import open_transfer
+from tailrace.transfer.measure import memcpy_bytes_per_s, pull_bytes_per_s
+from tests.helpers.transfer_pools import make_options, make_pool, make_reads, peer_to_json
+from tests.helpers.transfer_worker import worker
+
+
+@pytest.mark.parametrize("transport", ["stream", "nixl"])
+async def test_an_idle_pair_uses_under_two_percent_of_a_core(transport: str) -> None:
+    quick = {"preference": transport, "meeting_window_s": 0.3}
+    async with worker("owner", seed=3, **quick) as owner, worker("needer", **quick) as needer:
+        peer = await owner.meet()
+        await owner.call("lend", transport=transport)
+        assert await needer.pull(peer, make_reads(peer, [1], [2])) == ["good", ""]
+        await owner.call("unlend")
+        await asyncio.sleep(0.5)
+        before = [await process.call("cpu_s") for process in (owner, needer)]
+        await asyncio.sleep(2)
+        after = [await process.call("cpu_s") for process in (owner, needer)]
+        assert sum(after) - sum(before) < 0.02 * 2
+
+
+@pytest.mark.parametrize("transport", ["stream", "nixl"])
+async def test_a_lent_block_can_be_read_long_after_the_meeting(transport: str) -> None:
+    async with worker("owner", seed=3, preference=transport, meeting_window_s=0.0) as owner:
+        peer = await owner.meet()
+        await owner.call("lend", transport=transport)
+        async with worker("needer", preference=transport) as needer:
+            assert await needer.call("connect", peer=peer_to_json(peer)) == transport
+            await owner.call("unlend")
+            assert await needer.pull(peer, make_reads(peer, [1], [2])) == ["good", ""]
+
+
+@pytest.mark.parametrize("transport", ["stream", "nixl"])
+async def test_a_link_is_measured_on_good_reads_only(transport: str) -> None:
+    block_bytes = 65_536
+    async with worker("owner", seed=3, block_bytes=block_bytes, preference=transport) as owner:
+        plane = await open_transfer(make_pool(32, block_bytes), make_options(preference=transport))
+        peer = await owner.meet()
+        link = await plane.needer.connect(peer)
+        rate = await pull_bytes_per_s(link, make_reads(peer, list(range(32)), list(range(32))), repeats=2)
+        assert (rate.transport, rate.num_bytes) == (transport, 32 * block_bytes)
+        assert 1e7 < rate.bytes_per_s < 1e12
+        await owner.call("bump", blocks=[0])
+        with pytest.raises(TransferError, match="was stale"):
+            await pull_bytes_per_s(link, make_reads(peer, [0], [0]))
+        await plane.close()
+
+
+def test_memcpy_is_measured() -> None:
+    assert 1e8 < memcpy_bytes_per_s(65_536, num_blocks=16, repeats=1) < 1e12
