@@ -45,6 +45,13 @@ NOTICE
     fi
 }
 
+# An installed build of the right version stays, unless TORCH asks for the other kind.
+is_wanted_torch() {
+    local have=$1 want=$2 kind=cuda
+    if [[ $have == *+cpu ]]; then kind=cpu; fi
+    [[ ${have%%+*} == "${requirement#torch==}" ]] && [[ -z ${TORCH:-} || $kind == "$want" || $(uname -s) != Linux ]]
+}
+
 install_torch() {
     local want=${TORCH:-} have
     have=$(installed_torch)
@@ -53,9 +60,7 @@ install_torch() {
         if nvidia-smi -L >/dev/null 2>&1; then want=cuda; fi
     fi
     case "$want" in cpu | cuda) ;; *) echo "setup: TORCH must be cpu or cuda, got $want" >&2 && exit 2 ;; esac
-    if [[ ${have%%+*} == "${requirement#torch==}" ]] && { [ -z "${TORCH:-}" ] || [[ $want == cpu ]] == [[ $have == *+cpu ]]; }; then
-        return
-    fi
+    if is_wanted_torch "$have" "$want"; then return; fi
     echo "setup: installing $requirement for $want"
     if [[ $want == cpu && $(uname -s) == Linux ]]; then
         install_cpu_torch
@@ -68,4 +73,4 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 make_venv
 install_torch
 echo "setup: installing tailrace and what it needs (a few minutes the first time)"
-"$python" -m pip install --quiet --editable '.[all,dev]'
+PYTHONWARNINGS=ignore "$python" -m pip install --quiet --editable '.[all,dev]'

@@ -90,14 +90,20 @@ async def _ask(client: ChatClient) -> Answers:
 
 
 def transfer_findings(figures: Sequence[Breakdown], memcpy_bytes_per_s: float) -> list[Finding]:
-    """How KV moved, and the fastest hand-off beside what one core's memcpy does."""
-    transports = sorted({figure.transport for figure in figures})
-    if "" in transports:
+    """How KV moved, and the fastest hand-off beside what one core's memcpy does.
+
+    The router may well let the decode worker prefill a prompt that it finds cheaper there; some must be handed off.
+    """
+    moved = [figure for figure in figures if figure.transport]
+    if not moved:
         return [Finding(Verdict.FAIL, "hand-off", "the decode worker pulled no KV from the prefill worker")]
-    best = max(figures, key=lambda figure: figure.transfer_bytes_per_s)
+    transports = sorted({figure.transport for figure in moved})
+    best = max(moved, key=lambda figure: figure.transfer_bytes_per_s)
     memcpy = f"memcpy of one core: {memcpy_bytes_per_s / 1e9:.2f} GB/s"
     return [
-        Finding(Verdict.PASS, "transport", ", ".join(transports)),
+        Finding(
+            Verdict.PASS, "transport", f"{', '.join(transports)}; {len(moved)} of {len(figures)} prompts handed off"
+        ),
         Finding(Verdict.PASS, "hand-off", f"{describe_transfer(best)} while prefill computes; {memcpy}"),
     ]
 
