@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.tailrace-ready
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup check test bench proto demo up chaos kernels-full clean
+.PHONY: help setup check test bench proto docs demo up chaos kernels-full clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -33,6 +33,9 @@ bench: $(READY) ## the hand-off benchmark (options: ARGS="--json")
 proto: $(READY) ## generate the gRPC stubs after a change in proto/
 	@scripts/buf.sh lint
 	@scripts/proto.sh
+
+docs: $(READY) ## bring the module list of docs/structure.md up to date
+	@$(BIN)/python scripts/structure.py
 
 chaos: $(READY) ## the tests that kill and stop processes
 	@$(BIN)/pytest -q -m chaos $(ARGS)

@@ -25,6 +25,7 @@ check "mypy" mypy --no-error-summary
 check "import rules" lint-imports --no-cache
 check "repository rules" python scripts/hooks.py
 check "stubs are current" scripts/proto_drift.sh
+check "structure is current" python scripts/structure.py --check
 check "buf lint" scripts/buf.sh lint
 
 if [ ${#failed[@]} -gt 0 ]; then
