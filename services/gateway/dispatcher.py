@@ -60,7 +60,7 @@ class PairDispatcher:
         self._sessions.add(session)
         choices = tuple(range(request.num_choices))
         try:
-            await self._start(session, choices, route)
+            self._start(session, choices, route)
         except WorkerLostError as lost:
             await self.recover(session, choices, lost)
         except BaseException:
@@ -77,7 +77,7 @@ class PairDispatcher:
             self._count_retry(session, error)
             await asyncio.sleep(min(error.retry_after_s, max(0.0, session.remaining_s)))
             for group in self._groups(session, session.open_choices(choices)):
-                await self._start(session, group, self._route(session.request))
+                self._start(session, group, self._route(session.request))
         except WorkerLostError as lost:
             await self.recover(session, choices, lost)
         except TailraceError as final:
@@ -144,7 +144,7 @@ class PairDispatcher:
 
     # -- submitting ---------------------------------------------------------------------------------------------------
 
-    async def _start(self, session: RequestSession, choices: tuple[int, ...], route: Route) -> None:
+    def _start(self, session: RequestSession, choices: tuple[int, ...], route: Route) -> None:
         """Both legs at once. Raises WorkerLostError when either worker has gone since it was chosen."""
         if not choices or session.is_over:
             return
@@ -152,32 +152,32 @@ class PairDispatcher:
         session.move(RequestState.ROUTED)
         session.move(RequestState.QUEUED)
         try:
-            await self._submit_legs(session, attempt, route)
+            self._submit_legs(session, attempt, route)
         except BaseException:
             session.abandon(attempt)
             raise
 
-    async def _submit_legs(self, session: RequestSession, attempt: Attempt, route: Route) -> None:
+    def _submit_legs(self, session: RequestSession, attempt: Attempt, route: Route) -> None:
         decode = self._members.get(route.decode_id)
         source = None
         if route.prefill_id is not None:
             prefill = self._members.get(route.prefill_id)
             source = self._source(session, attempt, prefill)
             attempt.prefill = Leg(session, attempt, prefill, self._members.new_handle(), Role.PREFILL)
-            await self._submit(session, attempt.prefill, ticket=source.ticket)
+            self._submit(session, attempt.prefill, ticket=source.ticket)
         attempt.decode = Leg(session, attempt, decode, self._members.new_handle(), Role.DECODE)
-        await self._submit(session, attempt.decode, source=source)
+        self._submit(session, attempt.decode, source=source)
 
     def _source(self, session: RequestSession, attempt: Attempt, prefill: Member) -> KvSource:
         info = prefill.info
         ticket = sign_ticket(self._secret, session.wire_id, attempt.number, info.worker_id, info.epoch)
         return KvSource(info.worker_id, info.epoch, info.address, ticket)
 
-    async def _submit(
+    def _submit(
         self, session: RequestSession, leg: Leg, *, ticket: bytes = b"", source: KvSource | None = None
     ) -> None:
         request, attempt = session.request, leg.attempt
-        await leg.member.submit(
+        leg.member.submit(
             Submission(
                 handle=leg.handle,
                 request_id=session.wire_id,

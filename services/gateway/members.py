@@ -56,22 +56,18 @@ class Member:
     _reserved: dict[int, tuple[float, int, int]] = field(default_factory=dict)
     """By handle: when, tokens, sequences."""
 
-    async def submit(self, submission: Submission, sink: LegSink) -> None:
+    def submit(self, submission: Submission, sink: LegSink) -> None:
         """Raises WorkerLostError when the stream is gone; the sink hears nothing then."""
+        self.call.submit(submission)
         self.sinks[submission.handle] = sink
         self._reserved[submission.handle] = (time.monotonic(), len(submission.tokens), len(submission.choices))
-        try:
-            await self.call.submit(submission)
-        except BaseException:
-            self.forget(submission.handle)
-            raise
 
-    async def cancel(self, handle: int, choices: tuple[int, ...] = ()) -> None:
+    def cancel(self, handle: int, choices: tuple[int, ...] = ()) -> None:
         """A worker that is gone has cancelled already."""
         if not choices:
             self.forget(handle)
         try:
-            await self.call.cancel(handle, choices)
+            self.call.cancel(handle, choices)
         except TailraceError as error:
             log.debug("cancel at %s: %s", self.info.worker_id, error.message)
 

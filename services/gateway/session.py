@@ -120,14 +120,14 @@ class RequestSession:
         self._events = deque(e for e in self._events if not _is_of(e, choice))
         for attempt in self._attempts:
             if choice in attempt.choices and attempt.decode is not None:
-                self._later(attempt.decode.member.cancel(attempt.decode.handle, (choice,)))
+                attempt.decode.member.cancel(attempt.decode.handle, (choice,))
         self._close_choice(choice)
 
     async def aclose(self) -> None:
         if not self._is_over:
             self._end(RequestState.CANCELLED)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=1.0)
+        for task in self._tasks:
+            task.cancel()
 
     # -- what the dispatcher does -------------------------------------------------------------------------------------
 
@@ -158,8 +158,7 @@ class RequestSession:
             return
         self._attempts.remove(attempt)
         for leg in attempt.legs():
-            leg.member.forget(leg.handle)
-            self._later(leg.member.cancel(leg.handle))
+            leg.member.cancel(leg.handle)
 
     def fail(self, error: TailraceError) -> None:
         """Ends the request with a terminal error."""

@@ -39,6 +39,8 @@ from tailrace.transfer.endpoints import PeerEndpoints
 
 M = TypeVar("M")
 T = TypeVar("T")
+MAX_UNSENT = 16_384
+"""Commands that one worker may have waiting for it."""
 _STATUS: dict[grpc.StatusCode, type[TailraceError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
@@ -92,7 +94,7 @@ class Peer:
 
     # -- gateway -> worker --------------------------------------------------------------------------------------------
 
-    def attach(self, gateway_id: str, gateway_epoch: int) -> "AttachCall":
+    def attach(self, gateway_id: str, gateway_epoch: int) -> AttachCall:
         return AttachCall(self, self._worker.Attach(metadata=self._metadata), gateway_id, gateway_epoch)
 
     async def ledger(self) -> LedgerReport:
@@ -132,22 +134,28 @@ class Peer:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    async def _unary(self, call: "grpc.aio.UnaryUnaryCall[object, M]") -> M:
+    async def _unary(self, call: grpc.aio.UnaryUnaryCall[object, M]) -> M:
         try:
             return await call
         except grpc.aio.AioRpcError as failure:
             raise error_of(failure, self.address) from None
 
     async def _read(
-        self, call: "grpc.aio.UnaryStreamCall[object, M]", convert_one: Callable[[M], T]
+        self, call: grpc.aio.UnaryStreamCall[object, M], convert_one: Callable[[M], T]
     ) -> AsyncIterator[T]:
         try:
             async for message in call:
                 yield convert_one(message)
         except grpc.aio.AioRpcError as failure:
             raise error_of(failure, self.address) from None
+        except asyncio.CancelledError:
+            # gRPC raises it as well when somebody else has cancelled the call.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise WorkerLostError(f"{self.address}: the call was closed on this side") from None
 
-    async def _failure(self, call: "grpc.aio.Call", failure: Exception) -> TailraceError:
+    async def _failure(self, call: grpc.aio.Call, failure: Exception) -> TailraceError:
         """A write to a stream that has ended says nothing of why it ended; its status does."""
         if isinstance(failure, grpc.aio.AioRpcError):
             return error_of(failure, self.address)
@@ -155,40 +163,61 @@ class Peer:
 
 
 class AttachCall:
-    """One `Attach` stream. Writes are serialized here: gRPC allows one at a time."""
+    """One `Attach` stream.
+
+    Commands go through a queue and one writer: a gRPC write whose caller is cancelled would take the whole stream, and
+    with it everybody's requests, along.
+    """
 
     def __init__(
         self,
         peer: Peer,
-        call: "grpc.aio.StreamStreamCall[worker_pb2.AttachRequest, worker_pb2.AttachResponse]",
+        call: grpc.aio.StreamStreamCall[worker_pb2.AttachRequest, worker_pb2.AttachResponse],
         gateway_id: str,
         gateway_epoch: int,
     ) -> None:
         self._peer = peer
         self._call = call
-        self._lock = asyncio.Lock()
-        self._greeting = worker_pb2.Greeting(gateway_id=gateway_id, gateway_epoch=gateway_epoch)
+        self._commands: asyncio.Queue[worker_pb2.AttachRequest] = asyncio.Queue(MAX_UNSENT)
+        self._is_open = True
+        self._send(
+            worker_pb2.AttachRequest(greeting=worker_pb2.Greeting(gateway_id=gateway_id, gateway_epoch=gateway_epoch))
+        )
 
     async def events(self) -> AsyncIterator[StepEvents]:
-        """Greets, then yields what the worker says until the stream ends. Raises TailraceError when it breaks."""
-        await self._write(worker_pb2.AttachRequest(greeting=self._greeting))
-        async for event in self._peer._read(self._call, convert.step_events_from_proto):
-            yield event
+        """Yields what the worker says until the stream ends. Raises TailraceError when it breaks."""
+        writer = asyncio.create_task(self._write_all(), name=f"commands to {self._peer.address}")
+        try:
+            async for event in self._peer._read(self._call, convert.step_events_from_proto):
+                yield event
+        finally:
+            self._is_open = False
+            writer.cancel()
 
-    async def submit(self, submission: Submission) -> None:
-        """Raises WorkerLostError when the stream is gone."""
-        await self._write(worker_pb2.AttachRequest(submit=convert.submission_to_proto(submission)))
+    def submit(self, submission: Submission) -> None:
+        """Raises WorkerLostError when the stream is gone, or the worker does not read."""
+        self._send(worker_pb2.AttachRequest(submit=convert.submission_to_proto(submission)))
 
-    async def cancel(self, handle: int, choices: tuple[int, ...] = ()) -> None:
-        """Raises WorkerLostError when the stream is gone."""
-        await self._write(worker_pb2.AttachRequest(cancel=worker_pb2.Cancel(handle=handle, choices=choices)))
+    def cancel(self, handle: int, choices: tuple[int, ...] = ()) -> None:
+        """Raises WorkerLostError when the stream is gone, or the worker does not read."""
+        self._send(worker_pb2.AttachRequest(cancel=worker_pb2.Cancel(handle=handle, choices=choices)))
 
     def close(self) -> None:
+        self._is_open = False
         self._call.cancel()
 
-    async def _write(self, message: worker_pb2.AttachRequest) -> None:
+    def _send(self, command: worker_pb2.AttachRequest) -> None:
+        if not self._is_open:
+            raise WorkerLostError(f"{self._peer.address}: the stream is closed")
         try:
-            async with self._lock:
-                await self._call.write(message)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as failure:
-            raise await self._peer._failure(self._call, failure) from None
+            self._commands.put_nowait(command)
+        except asyncio.QueueFull:
+            raise WorkerLostError(f"{self._peer.address} does not read: {MAX_UNSENT} commands wait") from None
+
+    async def _write_all(self) -> None:
+        """Ends with the stream, whose reader says why."""
+        try:
+            while True:
+                await self._call.write(await self._commands.get())
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            self._is_open = False
