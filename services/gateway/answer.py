@@ -72,7 +72,16 @@ class Answer:
         """Returns when every generation has ended. Raises the first TailraceError of any of them."""
         if len(self._generations) == 1:
             await self._follow(0, sink)
-            return
+        else:
+            await self._follow_all(sink)
+        usage = self.usage
+        self._timer.total(
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+        )
+
+    async def _follow_all(self, sink: Sink) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 for index in range(len(self._generations)):

@@ -76,3 +76,9 @@ class AnswerTimer:
         first = self._first[choice]
         if first is not None and num_tokens > 1:
             self._metrics.tpot.observe((self._last[choice] - first) / (num_tokens - 1))
+
+    def total(self, *, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> None:
+        """Every choice has ended."""
+        self._metrics.tokens.labels("prompt").inc(prompt_tokens)
+        self._metrics.tokens.labels("cached").inc(cached_tokens)
+        self._metrics.tokens.labels("completion").inc(completion_tokens)

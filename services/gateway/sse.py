@@ -107,10 +107,11 @@ class EventStream(Response):
             else:
                 self._metrics.disconnects.labels("left").inc()
         finally:
-            try:
-                await self._answer.aclose()
-            finally:
-                await cancel_all(follower, writer, left)
+            # Cancelled first, so that nobody iterates what is closed.
+            for task in (follower, writer, left):
+                task.cancel()
+            await self._answer.aclose()
+            await cancel_all(follower, writer, left)
 
     async def _follow(self, outbox: Outbox) -> None:
         try:
