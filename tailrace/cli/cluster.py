@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import re
 import secrets
 import socket
 import sys
@@ -48,7 +49,7 @@ async def running_cluster(config: UpConfig, model: Path, listener: Listener) -> 
     specs = plan_children(config, model, port=port, grpc_port=free_port("127.0.0.1"), cores=available_cores())
     base_url = http_url(config.host, port)
     async with Supervisor(specs, listener, RestartPolicy(enabled=config.restart)) as supervisor:
-        await supervisor.during(_until_ready(base_url))
+        await supervisor.during(_until_ready(base_url, config))
         supervisor.mark_ready()
         yield Cluster(base_url, time.monotonic() - began, supervisor)
 
@@ -108,18 +109,30 @@ def http_url(host: str, port: int) -> str:
 
 def _child(name: str, role: str, environment: dict[str, str], cores: tuple[int, ...] = ()) -> ChildSpec:
     command = (sys.executable, "-m", f"services.{role}.main")
-    calm = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
-    return ChildSpec(name, command, {**base_environment(), **calm, **environment}, cores)
+    # Idle threads sleep; every line comes at once; gRPC's core does not tell of each connection that ends.
+    calm = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", "GRPC_VERBOSITY": "ERROR"}
+    # The gateway ends first: while its last answers are written, the workers are still there.
+    return ChildSpec(name, command, {**calm, **base_environment(), **environment}, cores, stops_first=role == "gateway")
 
 
-async def _until_ready(base_url: str) -> None:
+async def _until_ready(base_url: str, config: UpConfig) -> None:
     async with httpx.AsyncClient(base_url=base_url, trust_env=False, timeout=5.0) as client:
-        while not await _is_ready(client):  # noqa: ASYNC110 - the gateway is another process: nothing here to wait on
+        while not await _is_ready(client, config):  # noqa: ASYNC110 - another process: nothing here to wait on
             await asyncio.sleep(_POLL_S)
 
 
-async def _is_ready(client: httpx.AsyncClient) -> bool:
+async def _is_ready(client: httpx.AsyncClient, config: UpConfig) -> bool:
+    """The gateway can serve, and every worker that was asked for is there (it can serve before that)."""
     try:
-        return (await client.get("/ready")).status_code == httpx.codes.OK
+        if (await client.get("/ready")).status_code != httpx.codes.OK:
+            return False
+        metrics = (await client.get("/metrics")).text
     except httpx.TransportError:
         return False
+    return num_workers(metrics, "prefill") >= config.prefill and num_workers(metrics, "decode") >= config.decode
+
+
+def num_workers(metrics: str, role: str) -> int:
+    """Attached workers of a role, as the gateway's /metrics says."""
+    match = re.search(rf'^tailrace_workers{{role="{role}"}} ([0-9.]+)', metrics, re.MULTILINE)
+    return int(float(match[1])) if match else 0

@@ -34,6 +34,8 @@ class ChildSpec:
     environment: Mapping[str, str] = field(repr=False)
     cores: tuple[int, ...] = ()
     """Cores that it may use; empty: all."""
+    stops_first: bool = False
+    """It is asked to end, and has ended, before the others are asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,15 +195,23 @@ class Supervisor:
         for task in self._tasks:
             if task.get_name() not in self._children:
                 task.cancel()
-        for child in self._children.values():
-            child.send(signal.SIGTERM)
-        if self._tasks:
-            try:
-                await asyncio.wait(self._tasks, timeout=STOP_S)
-            finally:
-                self.kill()
-                await asyncio.wait(self._tasks)
+        try:
+            async with asyncio.timeout(STOP_S):
+                await self._terminate([spec.name for spec in self._specs if spec.stops_first])
+                await self._terminate([spec.name for spec in self._specs])
+        except TimeoutError:
+            pass
+        finally:
+            self.kill()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         self._failure.cancel()
+
+    async def _terminate(self, names: Sequence[str]) -> None:
+        for name in names:
+            if (child := self._children.get(name)) is not None:
+                child.send(signal.SIGTERM)
+        if tasks := [task for task in self._tasks if task.get_name() in names]:
+            await asyncio.wait(tasks)
 
     async def _tend(self, spec: ChildSpec) -> None:
         num_deaths = 0

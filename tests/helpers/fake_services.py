@@ -15,6 +15,8 @@ USAGE = {
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         never = os.environ.get("TAILRACE_MAX_MODEL_LEN") == "77"
+        if self.path == "/metrics":
+            return self.answer(200, 'tailrace_workers{role="decode"} 2.0\\ntailrace_workers{role="prefill"} 2.0\\n')
         status = 503 if self.path == "/ready" and never else 200
         self.answer(status, {"data": [{"id": os.environ["TAILRACE_SERVED_MODEL_NAME"]}]})
 
@@ -33,7 +35,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, status, body):
         self.send_response(status)
         self.end_headers()
-        self.wfile.write(json.dumps(body).encode())
+        self.wfile.write((body if isinstance(body, str) else json.dumps(body)).encode())
 
     def log_message(self, *args): ...
 

@@ -4,11 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
-from tailrace.cli.cluster import divide_cores, free_port, http_url, plan_children, running_cluster
+from tailrace.cli.cluster import divide_cores, free_port, http_url, num_workers, plan_children, running_cluster
 from tailrace.cli.supervisor import ChildFailedError
 from tailrace.config import UpConfig
 from tailrace.errors import ConfigError
+from tailrace.telemetry.metrics import GatewayMetrics, render
 from tests.helpers.fake_services import write_fake_services
 
 MODEL = Path("/models/m")
@@ -85,6 +87,13 @@ def test_a_port_in_use_is_named():
 )
 def test_the_url_can_be_dialled(host, url):
     assert http_url(host, 80) == url
+
+
+def test_workers_are_counted_from_the_metrics_of_the_gateway():
+    registry = CollectorRegistry()
+    GatewayMetrics(registry).set_workers("prefill", 3)
+    assert num_workers(render(registry).decode(), "prefill") == 3
+    assert num_workers(render(registry).decode(), "decode") == 0
 
 
 class Silent:

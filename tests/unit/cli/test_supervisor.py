@@ -127,6 +127,26 @@ async def test_a_child_that_ignores_sigterm_is_killed(monkeypatch):
     assert not psutil.pid_exists(pid)
 
 
+async def test_what_stops_first_has_ended_before_the_others_are_asked():
+    recorder = Recorder()
+    code = """
+        import signal, sys, time
+        def end(*_):
+            time.sleep({pause})
+            print("{name} ends", flush=True)
+            sys.exit()
+        signal.signal(signal.SIGTERM, end)
+        print("up", flush=True)
+        time.sleep(60)
+    """
+    slow = child("front", code.format(name="front", pause=0.3), stops_first=True)
+    quick = child("back", code.format(name="back", pause=0))
+    async with Supervisor([slow, quick], recorder, FAST):
+        await recorder.until(num_up(2))
+    assert [text for _, text in recorder.lines if text != "up"] == ["front ends", "back ends"]
+    assert recorder.deaths == []
+
+
 async def test_kill_does_not_wait():
     recorder = Recorder()
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" + SERVE
