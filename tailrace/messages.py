@@ -36,9 +36,13 @@ class Load:
     num_waiting: int = 0
     num_running: int = 0
     waiting_tokens: int = 0
-    free_blocks: int = 0
-    cached_blocks: int = 0
     total_blocks: int = 0
+    free_blocks: int = 0
+    active_blocks: int = 0
+    cached_blocks: int = 0
+    lent_blocks: int = 0
+    landing_blocks: int = 0
+    quarantined_blocks: int = 0
     booked_blocks: int = 0
     prefill_tokens_per_s: float = 0.0
     decode_step_s: float = 0.0

@@ -90,5 +90,7 @@ class StepOutput:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob | None] | None = None
     """None when no row asked for them."""
+    bad_rows: Sequence[int] = ()
+    """Rows whose logits nothing could be drawn from (NaN, or every token masked): their token is meaningless."""
     elapsed_s: float = 0.0
     """Of the whole run, measured by the runner."""

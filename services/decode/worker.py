@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tailrace.errors import InvalidRequestError, OverloadedError, TailraceError
+from tailrace.errors import InternalError, InvalidRequestError, OverloadedError, TailraceError
 from tailrace.kv.block_pool import BlockPool, BlockState
 from tailrace.messages import ChoiceFinished, FirstToken, Holding, HoldingState, LegFailed, LegReport, Load
 from tailrace.plan import StepPlan
@@ -12,9 +12,10 @@ from tailrace.policy.decode_scheduler import DecodeScheduler
 from tailrace.policy.request import DrawnToken, Request
 from tailrace.policy.sequence import DecodeStep
 from tailrace.worker.rates import Ewma
-from tailrace.worker.report import Destination, StepReport
+from tailrace.worker.report import Destination, StepReport, with_ledger
 from tailrace.worker.runner import Runner
 
+NO_LOGITS = "the model gave nothing to draw a token from: its logits are not numbers, or all tokens are masked"
 MAX_WAITING = 4096
 """Requests in line; one more is refused."""
 
@@ -53,6 +54,7 @@ class DecodeWorker:
         self._lives: dict[int, _Life] = {}
         self._step_s = Ewma()
         self._prefill_rate = Ewma()
+        self._pull_rate = Ewma()
         self._report = StepReport()
         """What commands left to say before the next step."""
 
@@ -117,6 +119,8 @@ class DecodeWorker:
             self._scheduler.drop(request_id)
             return
         life.pull, life.joined = pull, time.monotonic()
+        if pull.num_bytes:
+            self._pull_rate.add(pull.num_bytes / max(pull.seconds, 1e-6))
         drawn = [DrawnToken(t.choice, t.token_id, t.logprob, t.finish_reason) for t in first]
         self._tell(self._scheduler.join(request_id, drawn), self._report)
 
@@ -167,14 +171,23 @@ class DecodeWorker:
     def _tell(self, step: DecodeStep, report: StepReport) -> None:
         now = time.monotonic()
         for key, position, token in zip(step.keys, step.positions, step.drawn, strict=True):
-            life = self._lives[key.handle]
+            if (life := self._lives.get(key.handle)) is None:
+                continue
+            if token.is_bad:
+                self._fail(key.handle, report)
+                continue
             life.first_local = life.first_local or now
             report.tokens.add(key.handle, key.choice, position, token.token_id, token.logprob)
         for finish in step.finished:
-            report.finished.append(ChoiceFinished(finish.key.handle, finish.key.choice, finish.reason))
-            self._lives[finish.key.handle].open_choices.discard(finish.key.choice)
-        for request_id in {finish.key.handle for finish in step.finished}:
-            self._end_if_over(request_id, report)
+            if (life := self._lives.get(finish.key.handle)) is not None:
+                report.finished.append(ChoiceFinished(finish.key.handle, finish.key.choice, finish.reason))
+                life.open_choices.discard(finish.key.choice)
+                self._end_if_over(finish.key.handle, report)
+
+    def _fail(self, request_id: int, report: StepReport) -> None:
+        self._scheduler.drop(request_id)
+        del self._lives[request_id]
+        report.failed.append(LegFailed(request_id, InternalError(NO_LOGITS)))
 
     def _end_if_over(self, request_id: int, report: StepReport) -> None:
         life = self._lives[request_id]
@@ -187,18 +200,16 @@ class DecodeWorker:
     # -- books --------------------------------------------------------------------------------------------------------
 
     def load(self) -> Load:
-        ledger = self._pool.ledger()
-        return Load(
+        load = Load(
             num_waiting=self._scheduler.num_waiting,
             num_running=self._scheduler.num_running,
             waiting_tokens=self._scheduler.waiting_tokens,
-            free_blocks=ledger.free,
-            cached_blocks=ledger.cached,
-            total_blocks=ledger.total,
             booked_blocks=self._scheduler.booked_blocks,
             prefill_tokens_per_s=self._prefill_rate.value,
             decode_step_s=self._step_s.value,
+            transfer_bytes_per_s=self._pull_rate.value,
         )
+        return with_ledger(load, self._pool.ledger())
 
     def holdings(self) -> list[Holding]:
         """Who holds what, and why. Landing blocks of a request that is gone have no name any more."""

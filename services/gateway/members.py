@@ -91,7 +91,7 @@ class Member:
             waiting_tokens=load.waiting_tokens,
             free_blocks=load.free_blocks,
             cached_blocks=load.cached_blocks,
-            total_blocks=self.info.num_blocks,
+            total_blocks=load.total_blocks,
             booked_blocks=load.booked_blocks,
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             decode_step_s=load.decode_step_s,

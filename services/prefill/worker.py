@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from tailrace.errors import InvalidRequestError, OverloadedError, TailraceError
+from tailrace.errors import InternalError, InvalidRequestError, OverloadedError, TailraceError
 from tailrace.kv.block_pool import BlockPool, BlockState
 from tailrace.kv.layout import KVLayout
 from tailrace.messages import (
@@ -21,9 +21,10 @@ from tailrace.plan import StepPlan
 from tailrace.policy.prefill_scheduler import PrefillJob, PrefillScheduler
 from tailrace.policy.request import Request
 from tailrace.worker.rates import Ewma
-from tailrace.worker.report import LendProgress, StepReport
+from tailrace.worker.report import LendProgress, StepReport, with_ledger
 from tailrace.worker.runner import Runner
 
+NO_LOGITS = "the model gave nothing to draw a token from: its logits are not numbers, or all tokens are masked"
 MAX_WAITING = 4096
 """Requests in line; one more is refused."""
 
@@ -115,10 +116,13 @@ class PrefillWorker:
             self._rate.add(step.computed_tokens / out.elapsed_s)
         report.computed = not plan.is_empty
         for job in step.progressed:
-            if job.is_computed:
-                self._times[job.request.id].computed = time.monotonic()
-                self._report_done(job, report)
+            if any(token.is_bad for token in job.first_tokens):
+                report.failed.append(LegFailed(job.request.id, InternalError(NO_LOGITS)))
+                self.drop(job.request.id)
+                continue
             report.lends.append(self._progress(job))
+            if job.is_computed:
+                self._report_done(job, report)
 
     def _report_done(self, job: PrefillJob, report: StepReport) -> None:
         request = job.request
@@ -138,6 +142,9 @@ class PrefillWorker:
         )
 
     def _progress(self, job: PrefillJob) -> LendProgress:
+        if job.is_computed:
+            times = self._times[job.request.id]
+            times.computed = times.computed or time.monotonic()
         blocks = job.blocks[: job.num_ready]
         addresses = [self._pool_address + block * self._block_bytes for block in blocks]
         lent = LentBlocks(0, blocks, addresses, [self._pool.generation(b) for b in blocks])
@@ -156,16 +163,13 @@ class PrefillWorker:
     # -- books --------------------------------------------------------------------------------------------------------
 
     def load(self) -> Load:
-        ledger = self._pool.ledger()
-        return Load(
+        load = Load(
             num_waiting=self._scheduler.num_waiting,
             num_running=self._scheduler.num_running,
             waiting_tokens=self._scheduler.waiting_tokens,
-            free_blocks=ledger.free,
-            cached_blocks=ledger.cached,
-            total_blocks=ledger.total,
             prefill_tokens_per_s=self._rate.value,
         )
+        return with_ledger(load, self._pool.ledger())
 
     def holdings(self) -> list[Holding]:
         """Who holds what, and why."""

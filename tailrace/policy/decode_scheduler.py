@@ -356,7 +356,7 @@ class DecodeScheduler:
         token = out.tokens[row]
         logprob = out.logprobs[row] if out.logprobs is not None else None
         reason = self._stop.finish_reason(token, len(sequence.tokens) + 1, sequence.request)
-        return DrawnToken(out.choices[row], token, logprob, reason)
+        return DrawnToken(out.choices[row], token, logprob, reason, row in out.bad_rows)
 
     def _advance(self, sequence: Sequence, token: DrawnToken, step: DecodeStep) -> None:
         self._computed(sequence, len(sequence.tokens))

@@ -203,6 +203,7 @@ class PrefillScheduler:
                 out.tokens[at],
                 out.logprobs[at] if out.logprobs is not None else None,
                 self._stop.finish_reason(out.tokens[at], len(request.tokens) + 1, request),
+                at in out.bad_rows,
             )
             for at, choice in enumerate(request.choices, start=row)
         )

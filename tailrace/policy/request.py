@@ -34,6 +34,8 @@ class DrawnToken:
     token_id: int
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None
+    is_bad: bool = False
+    """Nothing could be drawn: `token_id` means nothing, and the request cannot go on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """What the engine's thread hands to the event loop after a step. Ids are the worker's own request ids."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from tailrace.kv.block_pool import Ledger
 from tailrace.kv.events import KVEvent
 from tailrace.messages import ChoiceFinished, LegFailed, LegReport, LendDone, LentBlocks, Load, TokenColumns
 
@@ -38,3 +39,16 @@ class StepReport:
     kv_events: list[KVEvent] = field(default_factory=list)
     lends: list[LendProgress] = field(default_factory=list)
     granted: list[Destination] = field(default_factory=list)
+
+
+def with_ledger(load: Load, ledger: Ledger) -> Load:
+    return replace(
+        load,
+        total_blocks=ledger.total,
+        free_blocks=ledger.free,
+        active_blocks=ledger.active,
+        cached_blocks=ledger.cached,
+        lent_blocks=ledger.lent,
+        landing_blocks=ledger.landing,
+        quarantined_blocks=ledger.quarantined,
+    )

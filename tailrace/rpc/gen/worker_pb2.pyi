@@ -485,11 +485,16 @@ class Load(_message.Message):
     TRANSFER_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     BOOKED_BLOCKS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    ACTIVE_BLOCKS_FIELD_NUMBER: _builtins.int
+    LENT_BLOCKS_FIELD_NUMBER: _builtins.int
+    LANDING_BLOCKS_FIELD_NUMBER: _builtins.int
+    QUARANTINED_BLOCKS_FIELD_NUMBER: _builtins.int
     num_waiting: _builtins.int
     num_running: _builtins.int
     waiting_tokens: _builtins.int
     """Prompt tokens accepted and not computed yet."""
     free_blocks: _builtins.int
+    """The worker's ledger: the six counts add up to total_blocks."""
     cached_blocks: _builtins.int
     total_blocks: _builtins.int
     prefill_tokens_per_s: _builtins.float
@@ -499,6 +504,10 @@ class Load(_message.Message):
     booked_blocks: _builtins.int
     """Blocks booked for requests whose KV has not arrived."""
     draining: _builtins.bool
+    active_blocks: _builtins.int
+    lent_blocks: _builtins.int
+    landing_blocks: _builtins.int
+    quarantined_blocks: _builtins.int
     def __init__(
         self,
         *,
@@ -513,10 +522,14 @@ class Load(_message.Message):
         transfer_bytes_per_s: _builtins.float = ...,
         booked_blocks: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        active_blocks: _builtins.int = ...,
+        lent_blocks: _builtins.int = ...,
+        landing_blocks: _builtins.int = ...,
+        quarantined_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["booked_blocks", b"booked_blocks", "cached_blocks", b"cached_blocks", "decode_step_s", b"decode_step_s", "draining", b"draining", "free_blocks", b"free_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "total_blocks", b"total_blocks", "transfer_bytes_per_s", b"transfer_bytes_per_s", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "booked_blocks", b"booked_blocks", "cached_blocks", b"cached_blocks", "decode_step_s", b"decode_step_s", "draining", b"draining", "free_blocks", b"free_blocks", "landing_blocks", b"landing_blocks", "lent_blocks", b"lent_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "quarantined_blocks", b"quarantined_blocks", "total_blocks", b"total_blocks", "transfer_bytes_per_s", b"transfer_bytes_per_s", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
