@@ -82,4 +82,5 @@ class ModelRunner:
             positions=draws.positions.tolist(),
             tokens=result.token_ids.tolist(),
             logprobs=result.logprobs,
+            bad_rows=result.bad_rows,
         )
