@@ -72,10 +72,18 @@ class UcxAgent:
     def __init__(self, options: TransferOptions, *, gpu: bool = False) -> None:
         library = load_nixl(options.net_device, gpu=gpu)
         bindings = sys.modules[f"{library.nixl_agent.__module__.rpartition('.')[0]}._bindings"]
-        self._errors = tuple(e for e in vars(bindings).values() if isinstance(e, type) and issubclass(e, Exception))
+        errors: list[type[Exception]] = [
+            e for e in vars(bindings).values() if isinstance(e, type) and issubclass(e, Exception)
+        ]
+        # The last three are how the bindings refuse numbers that are no addresses.
+        self._errors: tuple[type[Exception], ...] = (*errors, TypeError, ValueError, OverflowError)
         self.name = f"{options.role}-{socket.gethostname()}-{os.getpid()}-{options.epoch}"
         config = library.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-        self._agent = library.nixl_agent(self.name, config)
+        try:
+            self._agent = self._call(library.nixl_agent, self.name, config)
+        except AgentError as error:
+            settings = ", ".join(f"{name}={os.environ[name]}" for name in ("UCX_TLS", "UCX_NET_DEVICES"))
+            raise TransferError(f"{error} ({settings})") from error
         if "UCX" not in self._agent.backends:
             raise TransferError("this nixl has no UCX backend")
 
@@ -93,8 +101,8 @@ class UcxAgent:
         self._call(self._agent.remove_remote_agent, name)
 
     def prepare(self, peer: str, local: Sequence[Descriptor], remote: Sequence[Descriptor]) -> Any:
-        target = self._agent.get_xfer_descs(_triples(local), local[0].memory.upper())
-        source = self._agent.get_xfer_descs(_triples(remote), remote[0].memory.upper())
+        target = self._call(self._agent.get_xfer_descs, _triples(local), local[0].memory.upper())
+        source = self._call(self._agent.get_xfer_descs, _triples(remote), remote[0].memory.upper())
         return self._call(self._agent.initialize_xfer, "READ", target, source, peer)
 
     def post(self, handle: Any) -> bool:

@@ -25,9 +25,10 @@ from tailrace.transfer.proof import boot_id
 _log = logging.getLogger(__name__)
 
 POLL_S = 0.0005
+"""Between polls while a first contact is expected, or a read was posted less than STALLED_AFTER_S ago."""
 QUIET_POLL_S = 0.004
-"""Between polls once nothing has happened for QUIET_AFTER_S: an owner's part is to answer first contacts only."""
-QUIET_AFTER_S = 1.0
+"""Between polls while something is merely lent: reads need nothing of the owner, only a late first contact does."""
+STALLED_AFTER_S = 1.0
 NONCE_BYTES = 32
 _NUM_PROOFS = 16
 _PROMPT_POLLS = 8
@@ -109,7 +110,7 @@ class NixlDriver:
         self._peers: dict[str, Peer] = {}
         self._holds = 0
         self._drive_until = 0.0
-        self._last_event = 0.0
+        self._last_post = 0.0
         self._closing = False
         self._ready = threading.Event()
         self._failure: Exception | None = None
@@ -192,17 +193,16 @@ class NixlDriver:
             command = self._commands.get(timeout=self._patience())
         except queue.Empty:
             return
-        self._last_event = time.monotonic()
         command()
         while not self._commands.empty():
             self._commands.get()()
 
     def _patience(self) -> float | None:
         now = time.monotonic()
-        if self._operations:
+        if now < self._drive_until or (self._operations and now - self._last_post < STALLED_AFTER_S):
             return POLL_S
-        if self._holds or now < self._drive_until:
-            return POLL_S if now - self._last_event < QUIET_AFTER_S else QUIET_POLL_S
+        if self._operations or self._holds:
+            return QUIET_POLL_S
         return 0.0 if self._closing else None
 
     def _poll(self) -> None:
@@ -232,6 +232,7 @@ class NixlDriver:
             on_end(peer.broken)
             return
         peer.in_flight += 1
+        self._last_post = time.monotonic()
         operation = _Operation(peer, None, on_end)
         try:
             operation.handle = self._agent.prepare(peer.endpoint.agent_name, local, remote)

@@ -39,6 +39,8 @@ def prove_one_sided(driver: NixlDriver, owner: NixlEndpoint) -> OneSided:
     """A shared RDMA device, or the owner's nonce read by process_vm_readv(2)."""
     if set(owner.rdma_devices) & set(driver.rdma_devices):
         return OneSided("")
+    if "vram" in (owner.memory, driver.memory.memory):
+        return OneSided("reads of GPU memory are one-sided over a shared RDMA device; there is no other proof yet")
     if not owner.boot_id or owner.boot_id != boot_id():
         return OneSided("the owner is on another host, and the two share no RDMA device")
     if not driver.can_attach:

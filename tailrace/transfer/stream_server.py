@@ -62,7 +62,7 @@ class StreamServer:
         return StreamEndpoint(host, self._listener.getsockname()[1], self._tls is not None)
 
     def close(self) -> None:
-        """Cuts every needer off and waits for the threads: afterwards nobody reads the pool. Idempotent."""
+        """Cuts every needer off and waits for the threads: afterwards nobody reads the pool. Called once."""
         with self._lock:
             self._closing = True
             connections = dict(self._connections)
@@ -72,6 +72,8 @@ class StreamServer:
             thread.join()
         if self._acceptor.is_alive():
             self._acceptor.join()
+        self._wake_reader.close()
+        self._wake_writer.close()
 
     def _accept_all(self) -> None:
         with selectors.DefaultSelector() as selector, self._listener:

@@ -54,7 +54,8 @@ async def test_an_owner_whose_nonce_is_not_there_is_read_over_a_stream(caplog: p
         ({"boot_id": "another"}, "another host"),
         ({"pid": 2**22 + 1}, "cannot be read by process_vm_readv: No such process"),
         ({"agent_name": "someone"}, "not of someone"),
-        ({"agent_metadata": b"nonsense"}, "nixl"),
+        ({"agent_metadata": b"nonsense"}, "nixlMismatchError"),
+        ({"memory": "vram"}, "GPU memory"),
     ],
 )
 async def test_nixl_that_cannot_be_proved_is_refused_by_reason_where_it_is_demanded(change: dict, reason: str) -> None:

@@ -26,6 +26,14 @@ async def test_an_idle_pair_uses_under_two_percent_of_a_core(transport: str) -> 
         assert sum(after) - sum(before) < 0.02 * 2
 
 
+async def test_lending_over_nixl_costs_an_owner_under_three_percent_of_a_core() -> None:
+    async with worker("owner", seed=3, preference="nixl", meeting_window_s=0.0) as owner:
+        await owner.call("lend", transport="nixl")
+        before = await owner.call("cpu_s")
+        await asyncio.sleep(2)
+        assert await owner.call("cpu_s") - before < 0.03 * 2
+
+
 @pytest.mark.parametrize("transport", ["stream", "nixl"])
 async def test_a_lent_block_can_be_read_long_after_the_meeting(transport: str) -> None:
     async with worker("owner", seed=3, preference=transport, meeting_window_s=0.0) as owner:

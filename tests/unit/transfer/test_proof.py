@@ -48,3 +48,10 @@ async def test_without_nixl_there_is_a_stream_and_a_reason(monkeypatch: pytest.M
     await plane.close()
     with pytest.raises(TransferError, match="nixl is not installed"):
         await open_transfer(make_pool(), make_options(preference="nixl"))
+
+
+async def test_a_network_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nixl_cu12")
+    monkeypatch.setenv("UCX_NET_DEVICES", "nope0")
+    with pytest.raises(TransferError, match=r"nixl could not start.*UCX_NET_DEVICES=nope0"):
+        await open_transfer(make_pool(), make_options(preference="nixl"))
