@@ -398,8 +398,10 @@ class DecodeScheduler:
         children: list[Sequence] = []
         position = len(parent.tokens)
         for token in first:
+            if token.choice not in parent.choices:
+                continue
             step.add(parent.request.id, position, token)
-            if token.finish_reason is not None or token.choice not in parent.choices:
+            if token.finish_reason is not None:
                 continue
             child = Sequence(
                 parent.request, (token.choice,), [*parent.tokens, token.token_id], list(parent.hashes), [], position

@@ -1,0 +1,278 @@
+"""A decode worker's surroundings: owners that lend, reads that land when a test says so, clients that go away."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from tailrace.kv.block_pool import BlockPool, BlockState
+from tailrace.kv.hashing import chain_seed, hash_blocks
+from tailrace.plan import StepPlan
+from tailrace.policy.decode_scheduler import DecodeScheduler
+from tailrace.policy.request import DrawnToken, Request, StopRule, blocks_for
+from tailrace.policy.sequence import DecodeStep
+from tailrace.types import FinishReason, SamplingParams
+from tests.helpers.fake_runner import EOS, FakeRunner, generate
+
+HASH_SEED = chain_seed(b"fake layout")
+
+
+def make_request(
+    request_id: int,
+    tokens: Sequence[int],
+    *,
+    block_size: int,
+    choices: tuple[int, ...] = (0,),
+    priority: int = 0,
+    num_prompt_tokens: int | None = None,
+    sampling: SamplingParams | None = None,
+) -> Request:
+    return Request(
+        id=request_id,
+        tokens=list(tokens),
+        num_prompt_tokens=len(tokens) if num_prompt_tokens is None else num_prompt_tokens,
+        sampling=sampling or SamplingParams(max_tokens=4, ignore_eos=True, seed=request_id),
+        choices=choices,
+        priority=priority,
+        hash_seed=HASH_SEED,
+        hashes=hash_blocks(tokens, block_size, HASH_SEED),
+    )
+
+
+def expected(request: Request, choice: int, max_model_len: int) -> tuple[list[int], FinishReason]:
+    """A choice's whole answer and why it ends, worked out the slow way."""
+    sampling = request.sampling
+    replayed = len(request.tokens) - request.num_prompt_tokens
+    answer: list[int] = []
+    for token in generate(request.tokens, sampling, choice, max(1, sampling.max_tokens)):
+        answer.append(token)
+        stops = token in sampling.stop_token_ids or (token == EOS and not sampling.ignore_eos)
+        if stops and replayed + len(answer) > sampling.min_tokens:
+            return answer, FinishReason.STOP
+        if replayed + len(answer) >= sampling.max_tokens or len(request.tokens) + len(answer) >= max_model_len:
+            return answer, FinishReason.LENGTH
+    raise AssertionError("an answer has an end")
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A read in flight: (destination, entry of the table) for each of its blocks."""
+
+    blocks: list[tuple[int, int]]
+
+    @property
+    def targets(self) -> list[int]:
+        return [block for block, _ in self.blocks]
+
+
+@dataclass(slots=True, eq=False)
+class FakePull:
+    request: Request
+    num_told: int = 0
+    flights: list[Flight] = field(default_factory=list)
+    is_over: bool = False
+    table: list[int] = field(default_factory=list)
+    num_local: int = 0
+
+    def in_flight(self) -> list[int]:
+        return [block for flight in self.flights for block in flight.targets]
+
+
+class DecodeWorld:
+    """Drives a DecodeScheduler as the decode worker does, and holds every answer against the truth."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        max_num_seqs: int = 4,
+        budget: int = 16,
+        max_model_len: int | None = None,
+        prefix_caching: bool = True,
+    ) -> None:
+        self.block_size = block_size
+        self.budget = budget
+        self.max_model_len = max_model_len or num_blocks * block_size
+        self.pool = BlockPool(num_blocks, epoch=1, prefix_caching=prefix_caching)
+        self.runner = FakeRunner(self.pool, block_size=block_size, max_num_seqs=max_num_seqs)
+        self.scheduler = DecodeScheduler(
+            self.pool,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            stop=StopRule(frozenset({EOS}), self.max_model_len),
+        )
+        self.pulls: dict[int, FakePull] = {}
+        self.ghosts: list[FakePull] = []
+        """Pulls whose request is gone or is computed here, with reads that still write."""
+        self.requests: dict[int, Request] = {}
+        self.choices: dict[int, set[int]] = {}
+        """Wanted ones that are not finished."""
+        self.answers: dict[tuple[int, int], list[int]] = {}
+        self.reasons: dict[tuple[int, int], FinishReason] = {}
+
+    # -- what clients do ----------------------------------------------------------------------------------------------
+
+    def request(self, tokens: Sequence[int], **options: object) -> Request:
+        request_id = len(self.requests) + 1
+        request = make_request(request_id, tokens, block_size=self.block_size, **options)  # type: ignore[arg-type]
+        self.requests[request_id] = request
+        return request
+
+    def submit_local(self, request: Request) -> Request:
+        self._accept(request)
+        self.scheduler.submit_local(request)
+        return request
+
+    def book(self, request: Request) -> bool:
+        if not self.scheduler.book(request):
+            return False
+        self._accept(request)
+        self.pulls[request.id] = FakePull(request)
+        return True
+
+    def _accept(self, request: Request) -> None:
+        self.choices[request.id] = set(request.choices)
+        for choice in request.choices:
+            self.answers[request.id, choice] = []
+
+    def cancel(self, request_id: int) -> None:
+        pull = self.pulls.pop(request_id, None)
+        self.scheduler.drop(request_id, (), pull.in_flight() if pull else ())
+        self.choices[request_id].clear()
+        self._end(pull)
+
+    def cancel_choices(self, request_id: int, choices: Iterable[int]) -> None:
+        dropped = tuple(choices)
+        self.scheduler.drop(request_id, dropped)
+        self.choices[request_id].difference_update(dropped)
+
+    def _end(self, pull: FakePull | None) -> None:
+        if pull is not None:
+            pull.is_over = True
+            self.ghosts.append(pull)
+
+    # -- what owners and reads do -------------------------------------------------------------------------------------
+
+    def want(self, request_id: int) -> None:
+        self.scheduler.want_destination(request_id)
+
+    def start_read(self, request_id: int, count: int) -> None:
+        """The owner has told of `count` more blocks."""
+        pull = self.pulls[request_id]
+        if not pull.table:
+            return
+        told = range(pull.num_told, min(len(pull.table), pull.num_told + count))
+        pull.num_told = max(pull.num_told, told.stop)
+        blocks = [(pull.table[index], index) for index in told if index >= pull.num_local]
+        if blocks:
+            pull.flights.append(Flight(blocks))
+
+    def land(self, pull: FakePull, at: int = 0) -> None:
+        """A read ends well; it wrote until now."""
+        flight = pull.flights.pop(at)
+        for block, index in flight.blocks:
+            assert self.pool.state(block) in (BlockState.LANDING, BlockState.QUARANTINED), f"block {block} was reused"
+            self.runner.land(block, index, pull.request.tokens)
+        if pull.is_over:
+            self.scheduler.settle(flight.targets)
+        else:
+            self.scheduler.landed(pull.request.id, flight.targets)
+
+    def fail(self, request_id: int, *, stalled: bool) -> None:
+        """A read fails (writing rubbish to its end), or none of them moves any more: the prompt is computed here."""
+        pull = self.pulls.pop(request_id)
+        if pull.flights and not stalled:
+            for block in pull.flights.pop().targets:
+                self.runner.write(block, [-1] * self.block_size)
+        in_flight = pull.in_flight()
+        self.scheduler.recompute(request_id, in_flight)
+        if in_flight:
+            self.scheduler.quarantine(in_flight)
+        self._end(pull)
+
+    def join(self, request_id: int) -> bool:
+        """False: not everything has landed yet."""
+        pull = self.pulls[request_id]
+        if not pull.table or pull.num_told < len(pull.table) or pull.flights:
+            return False
+        del self.pulls[request_id]
+        if not self.choices[request_id]:
+            self.scheduler.drop(request_id)
+            return True
+        self.take(self.scheduler.join(request_id, self.first_tokens(pull.request)))
+        return True
+
+    def first_tokens(self, request: Request) -> list[DrawnToken]:
+        return [self._first(request, choice) for choice in range(max(request.choices, default=-1) + 1)]
+
+    def _first(self, request: Request, choice: int) -> DrawnToken:
+        answer, reason = expected(request, choice, self.max_model_len)
+        return DrawnToken(choice, answer[0], None, reason if len(answer) == 1 else None)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def step(self) -> StepPlan:
+        plan = self.scheduler.schedule()
+        assert plan.num_tokens <= max(self.budget, len(plan.decode)), f"over budget: {plan}"
+        if plan.changes_anything:
+            self.take(self.scheduler.finish(plan, self.runner.run(plan)))
+        for arrival in self.scheduler.grant():
+            assert len(arrival.blocks) == blocks_for(len(arrival.request.tokens), self.block_size)
+            pull = self.pulls[arrival.request.id]
+            assert not pull.table, "granted twice"
+            pull.table, pull.num_local = list(arrival.blocks), arrival.num_local
+        return plan
+
+    def take(self, step: DecodeStep) -> None:
+        for key, position, token in zip(step.keys, step.positions, step.drawn, strict=True):
+            assert key.choice in self.choices[key.handle], f"{key} drew though it is over"
+            answer = self.answers[key.handle, key.choice]
+            assert position == len(self.requests[key.handle].tokens) + len(answer), f"{key}: out of order"
+            answer.append(token.token_id)
+            if token.finish_reason is not None:
+                self.reasons[key.handle, key.choice] = token.finish_reason
+                self.choices[key.handle].discard(key.choice)
+        assert [f.key for f in step.finished] == [
+            k for k, t in zip(step.keys, step.drawn, strict=True) if t.finish_reason is not None
+        ]
+
+    def run_to_end(self, limit: int = 2000) -> None:
+        """Everything lands and nobody cancels any more: each request must end."""
+        for turn in range(limit):
+            if not any(self.choices.values()) and not self.pulls:
+                break
+            if turn > 5:
+                self._land_ghosts()
+            for request_id, pull in list(self.pulls.items()):
+                self.want(request_id)
+                self.start_read(request_id, len(pull.table))
+                while pull.flights:
+                    self.land(pull)
+                self.join(request_id)
+            self.step()
+        assert not any(self.choices.values()), f"unfinished: {self.choices}; {self.pool.ledger()}"
+        self._land_ghosts()
+        self.step()
+
+    def _land_ghosts(self) -> None:
+        for pull in self.ghosts:
+            while pull.flights:
+                self.land(pull)
+
+    def check(self) -> None:
+        self.pool.check_integrity()
+
+    def check_answers(self) -> None:
+        """Of all who were not cancelled; those who were have got a beginning of theirs."""
+        for (request_id, choice), answer in self.answers.items():
+            truth, reason = expected(self.requests[request_id], choice, self.max_model_len)
+            if (request_id, choice) in self.reasons:
+                assert (answer, self.reasons[request_id, choice]) == (truth, reason)
+            else:
+                assert answer == truth[: len(answer)]
+
+    def check_empty(self) -> None:
+        ledger = self.pool.ledger()
+        assert ledger.free + ledger.cached == ledger.total, f"leaked: {self.pool!r}"
+        assert (self.scheduler.num_waiting, self.scheduler.num_running) == (0, 0)
+        assert self.runner.rows.count(None) == len(self.runner.rows)

@@ -1,0 +1,149 @@
+"""A runner without a model. Every place of its KV holds a digest of all tokens up to there, so that reading another's
+block, a block that was never written or one written too late fails at the step that reads it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tailrace.kv.block_pool import BlockPool, BlockState
+from tailrace.plan import Chunk, SequenceStart, StepOutput, StepPlan
+from tailrace.types import SamplingParams, TokenLogprob
+
+VOCAB = 23
+EOS = 0
+
+
+def digests(tokens: Iterable[int]) -> list[int]:
+    """Of each prefix of `tokens`; hashes of integers are the same in every process."""
+    found: list[int] = []
+    last = 7
+    for token in tokens:
+        last = hash((last, token))
+        found.append(last)
+    return found
+
+
+def draw(sampling: SamplingParams, choice: int, position: int, digest: int) -> int:
+    """The token at `position`, by everything that may decide it and nothing else."""
+    return hash((sampling.seed, choice, position, digest)) % VOCAB
+
+
+def generate(tokens: Sequence[int], sampling: SamplingParams, choice: int, count: int) -> list[int]:
+    """The next `count` tokens, without any cache."""
+    known = list(tokens)
+    for _ in range(count):
+        known.append(draw(sampling, choice, len(known), digests(known)[-1]))
+    return known[len(tokens) :]
+
+
+@dataclass(slots=True)
+class Row:
+    """What the runner remembers of a slot."""
+
+    tokens: list[int]
+    sampling: SamplingParams
+    choice: int
+    blocks: list[int]
+
+
+class FakeRunner:
+    """Holds a plan to its contract: rows begin and end, tables grow at their end, nobody writes what others can read."""
+
+    def __init__(self, pool: BlockPool, *, block_size: int, max_num_seqs: int, with_logprobs: bool = False) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._with_logprobs = with_logprobs
+        self.rows: list[Row | None] = [None] * max_num_seqs
+        self.places: list[int | None] = [None] * (pool.num_blocks * block_size)
+        self.plans: list[StepPlan] = []
+
+    # -- the runner's contract ----------------------------------------------------------------------------------------
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        self.plans.append(plan)
+        self._apply(plan)
+        out = StepOutput(elapsed_s=0.001, logprobs=[] if self._with_logprobs else None)
+        written: set[int] = set()
+        for slot in plan.decode:
+            row = self._row(slot)
+            self._compute(row, len(row.tokens) - 1, len(row.tokens), written)
+            self._draw(slot, row, (row.choice,), out)
+        for chunk in plan.chunks:
+            self._run_chunk(chunk, written, out)
+        return out
+
+    def _apply(self, plan: StepPlan) -> None:
+        for slot in plan.released:
+            assert self.rows[slot] is not None, f"slot {slot} is released twice"
+            self.rows[slot] = None
+        for start in plan.started:
+            self._start(start)
+        for append in plan.appended:
+            row = self._row(append.slot)
+            assert append.index == len(row.blocks), f"slot {append.slot}: a table grows at its end"
+            row.blocks.extend(append.blocks)
+        for copy in plan.copies:
+            assert self._pool.state(copy.source) is BlockState.ACTIVE, f"copy from a block that is nobody's: {copy}"
+            assert self._pool.state(copy.target) is BlockState.ACTIVE, f"copy into a block that is nobody's: {copy}"
+            self.write(copy.target, self.read(copy.source))
+
+    def _start(self, start: SequenceStart) -> None:
+        assert self.rows[start.slot] is None, f"slot {start.slot} is taken"
+        self.rows[start.slot] = Row(list(start.tokens), start.sampling, start.choice, list(start.blocks))
+
+    def _run_chunk(self, chunk: Chunk, written: set[int], out: StepOutput) -> None:
+        row = self._row(chunk.slot)
+        assert chunk.start < chunk.end <= len(row.tokens), f"an empty or overlong chunk: {chunk}"
+        self._compute(row, chunk.start, chunk.end, written)
+        if chunk.choices:
+            assert chunk.end == len(row.tokens), f"drawn before the end: {chunk}"
+            self._draw(chunk.slot, row, chunk.choices, out)
+
+    def _row(self, slot: int) -> Row:
+        row = self.rows[slot]
+        assert row is not None, f"slot {slot} is empty"
+        return row
+
+    def _compute(self, row: Row, start: int, end: int, written: set[int]) -> None:
+        truth = digests(row.tokens[:end])
+        for position in range(start):
+            place = self._place(row, position)
+            assert self.places[place] == truth[position], f"position {position} of {row} is not what was computed"
+        for position in range(start, end):
+            self.places[self._place(row, position)] = truth[position]
+        blocks = set(row.blocks[start // self._block_size : (end - 1) // self._block_size + 1])
+        assert not blocks & written, f"two rows write {blocks & written} in one step"
+        written |= blocks
+        for block in blocks:
+            assert self._pool.state(block) is BlockState.ACTIVE, f"block {block} is written but not held"
+            assert self._pool.hash_of(block) is None, f"block {block} is written though others can find it"
+            assert self._pool.num_lends(block) == 0, f"block {block} is written though it is lent"
+
+    def _place(self, row: Row, position: int) -> int:
+        return row.blocks[position // self._block_size] * self._block_size + position % self._block_size
+
+    def _draw(self, slot: int, row: Row, choices: Sequence[int], out: StepOutput) -> None:
+        position = len(row.tokens)
+        digest = digests(row.tokens)[-1]
+        for choice in choices:
+            token = draw(row.sampling, choice, position, digest)
+            out.slots.append(slot)
+            out.choices.append(choice)
+            out.positions.append(position)
+            out.tokens.append(token)
+            if out.logprobs is not None:
+                out.logprobs.append(TokenLogprob(-float(token)))
+            if choice == row.choice:
+                row.tokens.append(token)
+
+    # -- what reads from elsewhere do ---------------------------------------------------------------------------------
+
+    def read(self, block: int) -> list[int | None]:
+        return self.places[block * self._block_size : (block + 1) * self._block_size]
+
+    def write(self, block: int, values: Sequence[int | None]) -> None:
+        padded = [*values, *[None] * (self._block_size - len(values))]
+        self.places[block * self._block_size : (block + 1) * self._block_size] = padded
+
+    def land(self, block: int, index: int, tokens: Sequence[int]) -> None:
+        """A read brings block `index` of the prompt `tokens`."""
+        self.write(block, digests(tokens)[index * self._block_size : (index + 1) * self._block_size])

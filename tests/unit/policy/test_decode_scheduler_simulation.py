@@ -1,0 +1,160 @@
+"""Random lives of a decode worker in small pools: nothing is lost, nothing is doubled, everybody is answered."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tailrace.policy.request import Request
+from tailrace.types import SamplingParams
+from tests.helpers.decode_world import DecodeWorld
+
+BLOCK = 4
+FAMILIES = [[family * 100 + at for at in range(64)] for family in range(3)]
+
+
+def prompt(family: int, length: int, world: DecodeWorld) -> list[int]:
+    return FAMILIES[family][: max(1, min(length, world.max_model_len - 1))]
+
+
+def make(world: DecodeWorld, family: int, length: int, *, max_tokens: int, choices: int, priority: int) -> Request:
+    tokens = prompt(family, length, world)
+    sampling = SamplingParams(max_tokens=max_tokens, seed=len(world.requests), ignore_eos=priority == 0)
+    return world.request(tokens, sampling=sampling, choices=tuple(range(choices)), priority=priority)
+
+
+class DecodeMachine(RuleBasedStateMachine):
+    """Hypothesis picks who does what; `teardown` lets everything end."""
+
+    @initialize(
+        num_blocks=st.integers(2, 14), max_num_seqs=st.integers(1, 4), budget=st.integers(1, 24), caching=st.booleans()
+    )
+    def begin(self, num_blocks: int, max_num_seqs: int, budget: int, caching: bool) -> None:
+        self.world = DecodeWorld(
+            num_blocks=num_blocks,
+            block_size=BLOCK,
+            max_num_seqs=max_num_seqs,
+            budget=budget,
+            max_model_len=num_blocks * BLOCK,
+            prefix_caching=caching,
+        )
+
+    @rule(
+        family=st.integers(0, 2),
+        length=st.integers(1, 40),
+        max_tokens=st.integers(1, 12),
+        choices=st.integers(1, 3),
+        priority=st.integers(-1, 1),
+        local=st.booleans(),
+    )
+    def arrive(self, family: int, length: int, max_tokens: int, choices: int, priority: int, local: bool) -> None:
+        request = make(self.world, family, length, max_tokens=max_tokens, choices=choices, priority=priority)
+        if local:
+            self.world.submit_local(request)
+        else:
+            self.world.book(request)
+
+    @rule(pick=st.integers(0, 7))
+    def want(self, pick: int) -> None:
+        self._of_pulls(pick, self.world.want)
+
+    @rule(pick=st.integers(0, 7), count=st.integers(1, 4))
+    def lend(self, pick: int, count: int) -> None:
+        self._of_pulls(pick, lambda request_id: self.world.start_read(request_id, count))
+
+    @rule(pick=st.integers(0, 7), at=st.integers(0, 3))
+    def land(self, pick: int, at: int) -> None:
+        flying = [p for p in [*self.world.pulls.values(), *self.world.ghosts] if p.flights]
+        if flying:
+            pull = flying[pick % len(flying)]
+            self.world.land(pull, at % len(pull.flights))
+
+    @rule(pick=st.integers(0, 7))
+    def join(self, pick: int) -> None:
+        self._of_pulls(pick, self.world.join)
+
+    @rule(pick=st.integers(0, 7), stalled=st.booleans())
+    def fail(self, pick: int, stalled: bool) -> None:
+        self._of_pulls(pick, lambda request_id: self.world.fail(request_id, stalled=stalled))
+
+    @rule(pick=st.integers(0, 7))
+    def cancel(self, pick: int) -> None:
+        if self.world.choices:
+            self.world.cancel(sorted(self.world.choices)[-1 - pick % len(self.world.choices)])
+
+    @rule(pick=st.integers(0, 7), choice=st.integers(0, 2))
+    def cancel_choice(self, pick: int, choice: int) -> None:
+        if self.world.choices:
+            request_id = sorted(self.world.choices)[-1 - pick % len(self.world.choices)]
+            self.world.cancel_choices(request_id, (choice,))
+
+    @rule(count=st.integers(1, 5))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.world.step()
+            self.world.check()
+
+    @invariant()
+    def adds_up(self) -> None:
+        if hasattr(self, "world"):
+            self.world.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.run_to_end()
+            self.world.check()
+            self.world.check_answers()
+            self.world.check_empty()
+
+    def _of_pulls(self, pick: int, act: Callable[[int], object]) -> None:
+        if self.world.pulls:
+            act(sorted(self.world.pulls)[pick % len(self.world.pulls)])
+
+
+TestDecodeMachine = DecodeMachine.TestCase
+TestDecodeMachine.settings = settings(
+    max_examples=60,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+
+
+def play(seed: int) -> DecodeWorld:
+    """One long life, everybody busy."""
+    rng = random.Random(seed)
+    machine = DecodeMachine()
+    machine.begin(rng.randint(2, 14), rng.randint(1, 4), rng.choice((1, 3, 8, 24)), rng.random() < 0.8)
+    actions = [
+        (6, lambda: machine.steps(rng.randint(1, 3))),
+        (3, lambda: arrive(machine, rng)),
+        (4, lambda: machine.want(rng.randint(0, 7))),
+        (4, lambda: machine.lend(rng.randint(0, 7), rng.randint(1, 4))),
+        (4, lambda: machine.land(rng.randint(0, 7), rng.randint(0, 3))),
+        (4, lambda: machine.join(rng.randint(0, 7))),
+        (1, lambda: machine.fail(rng.randint(0, 7), rng.random() < 0.5)),
+        (1, lambda: machine.cancel(rng.randint(0, 7))),
+        (1, lambda: machine.cancel_choice(rng.randint(0, 7), rng.randint(0, 2))),
+    ]
+    weights = [weight for weight, _ in actions]
+    for _ in range(150):
+        rng.choices([action for _, action in actions], weights)[0]()
+        machine.world.check()
+    machine.teardown()
+    return machine.world
+
+
+def arrive(machine: DecodeMachine, rng: random.Random) -> None:
+    machine.arrive(
+        rng.randint(0, 2), rng.randint(1, 40), rng.randint(1, 12), rng.choice((1, 1, 2, 3)), rng.randint(-1, 1),
+        rng.random() < 0.4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_long_lives_end_with_every_answer_right_and_no_block_held(seed: int) -> None:
+    world = play(seed)
+    assert world.reasons, "nobody was answered: the life was empty"
