@@ -68,7 +68,7 @@ def plan_children(
     gateway = config.gateway(**shared, port=port, grpc_host="127.0.0.1", grpc_port=grpc_port)
     children = [_child("gateway", "gateway", gateway.to_environment())]
     for name, share in zip(names, divide_cores(cores, len(names)), strict=True):
-        threads = len(share) or 1
+        threads = config.threads or len(share) or 1
         worker = config.worker(**shared, worker_id=name, join=(f"127.0.0.1:{grpc_port}",), threads=threads)
         environment = {**worker.to_environment(), "OMP_NUM_THREADS": str(threads)}
         children.append(_child(name, name.partition("-")[0], environment, share))

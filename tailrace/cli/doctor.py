@@ -14,10 +14,10 @@ from tailrace.cli.figures import describe_transfer
 from tailrace.cli.machine_checks import Finding, Verdict, machine_findings
 from tailrace.cli.model import fetch_model
 from tailrace.cli.openai_stream import Breakdown, ChatClient, ChatOptions, breakdown
+from tailrace.cli.pair_rate import PairRate, measure_pair
 from tailrace.cli.up import until_signalled
 from tailrace.config import UpConfig
 from tailrace.errors import TailraceError
-from tailrace.transfer.measure import memcpy_bytes_per_s
 
 _STYLES = {Verdict.PASS: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
 _NUM_TOKENS = 24
@@ -53,6 +53,7 @@ def doctor(config: UpConfig) -> int:
     for finding in machine_findings(config):
         report.say(finding)
     try:
+        report.say(pair_finding(measure_pair(config)))
         model = fetch_model(config.model, config.revision, config.cache_dir)
         report.say(Finding(Verdict.PASS, "model", f"{config.model} in {model}"))
         asyncio.run(until_signalled(_examine(config, model, report, console)))
@@ -63,8 +64,7 @@ def doctor(config: UpConfig) -> int:
 
 async def _examine(config: UpConfig, model: Path, report: Doctor, console: Console) -> None:
     pair = await _answers(config.model_copy(update={"prefill": 1, "decode": 1}), model, console)
-    for finding in transfer_findings(pair.figures, memcpy_bytes_per_s()):
-        report.say(finding)
+    report.say(transfer_finding(pair.figures))
     alone = await _answers(config.model_copy(update={"prefill": 0, "decode": 1}), model, console)
     report.say(token_finding(pair.texts, alone.texts))
 
@@ -89,23 +89,23 @@ async def _ask(client: ChatClient) -> Answers:
     return Answers(tuple(texts), tuple(figures))
 
 
-def transfer_findings(figures: Sequence[Breakdown], memcpy_bytes_per_s: float) -> list[Finding]:
-    """How KV moved, and the fastest hand-off beside what one core's memcpy does.
+def pair_finding(rate: PairRate) -> Finding:
+    """The transport that a pair of this machine proves, and its speed when nothing else runs."""
+    pull, memcpy = rate.pull.bytes_per_s, rate.memcpy_bytes_per_s
+    detail = f"{rate.pull.transport}, {pull / 1e9:.2f} GB/s; memcpy of one core: {memcpy / 1e9:.2f} GB/s"
+    return Finding(Verdict.PASS, "transport of an idle pair", detail)
+
+
+def transfer_finding(figures: Sequence[Breakdown]) -> Finding:
+    """How KV moved while the cluster served.
 
     The router may well let the decode worker prefill a prompt that it finds cheaper there; some must be handed off.
     """
     moved = [figure for figure in figures if figure.transport]
     if not moved:
-        return [Finding(Verdict.FAIL, "hand-off", "the decode worker pulled no KV from the prefill worker")]
-    transports = sorted({figure.transport for figure in moved})
+        return Finding(Verdict.FAIL, "hand-off", "the decode worker pulled no KV from the prefill worker")
     best = max(moved, key=lambda figure: figure.transfer_bytes_per_s)
-    memcpy = f"memcpy of one core: {memcpy_bytes_per_s / 1e9:.2f} GB/s"
-    return [
-        Finding(
-            Verdict.PASS, "transport", f"{', '.join(transports)}; {len(moved)} of {len(figures)} prompts handed off"
-        ),
-        Finding(Verdict.PASS, "hand-off", f"{describe_transfer(best)} while prefill computes; {memcpy}"),
-    ]
+    return Finding(Verdict.PASS, "hand-off", f"{len(moved)} of {len(figures)} prompts; {describe_transfer(best)}")
 
 
 def token_finding(pair: Sequence[str], alone: Sequence[str]) -> Finding:

@@ -220,9 +220,13 @@ class Supervisor:
             if self._is_stopping:
                 return
             num_deaths = 1 if death.lived_s >= self._policy.steady_s else num_deaths + 1
-            pause_s = self._next_pause_s(death, num_deaths)
+            if not self._is_ready and self._policy.gives_up_start(death, num_deaths):
+                self._fail(f"{spec.name} cannot start: {death}")
+                return
+            pause_s = self._policy.pause_s(num_deaths) if self._policy.enabled else None
             self._listener.died(death, pause_s)
             if pause_s is None:
+                self._fail_if_all_are_dead()
                 return
             await asyncio.sleep(pause_s)
 
@@ -238,15 +242,9 @@ class Supervisor:
             child.send(signal.SIGKILL)
             del self._children[spec.name]
 
-    def _next_pause_s(self, death: Death, num_deaths: int) -> float | None:
-        if not self._is_ready and self._policy.gives_up_start(death, num_deaths):
-            self._fail(f"{death.name} cannot start: {death}")
-            return None
-        if self._policy.enabled:
-            return self._policy.pause_s(num_deaths)
+    def _fail_if_all_are_dead(self) -> None:
         if not self._children:
             self._fail("all processes are dead")
-        return None
 
     def _notice_defect(self, task: asyncio.Task[None]) -> None:
         """A child that could not even be spawned."""

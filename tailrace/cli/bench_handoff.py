@@ -1,0 +1,210 @@
+"""`tailrace bench handoff`: what handing a prompt from prefill to decode costs an idle pair.
+
+Two clusters on this machine, one that disaggregates and one that does not, with the same compute threads a worker. They
+answer in turn, so that what drifts hits both alike; only ratios of the same run mean anything.
+"""
+
+import asyncio
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from tailrace.cli.cluster import Cluster, running_cluster
+from tailrace.cli.console import ClusterConsole
+from tailrace.cli.model import fetch_model
+from tailrace.cli.up import until_signalled
+from tailrace.config import UpConfig, available_cores
+from tailrace.errors import UnavailableError
+
+_PACKAGES = ("tailrace", "torch", "nixl-cu12", "grpcio")
+_MAX_TOKENS = 4
+_FIRST_ORDINARY_TOKEN = 1000
+"""Below it lie control tokens and single bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffOptions:
+    prompt_tokens: int = 1024
+    rounds: int = 10
+    """Counted requests to each arm."""
+    warmup: int = 2
+    threads: int = 1
+    """Compute threads a worker, in both arms."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Milliseconds."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Spread":
+        ms = [s * 1e3 for s in seconds]
+        return cls(round(statistics.median(ms), 2), round(min(ms), 2), round(max(ms), 2))
+
+
+@dataclass(slots=True)
+class ArmTimes:
+    """One entry a request, in seconds. `second`: from send to the second token."""
+
+    first: list[float] = field(default_factory=list)
+    second: list[float] = field(default_factory=list)
+    transfer: list[float] = field(default_factory=list)
+    transfer_bytes: int = 0
+    transport: str = ""
+
+    def add(self, arrivals: Sequence[float], usage: dict[str, Any]) -> None:
+        parts = usage.get("tailrace", {})
+        self.first.append(arrivals[0])
+        self.second.append(arrivals[1])
+        self.transfer.append(parts.get("transfer_ms", 0.0) / 1e3)
+        self.transfer_bytes = parts.get("transfer_bytes", 0)
+        self.transport = parts.get("transport", "")
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "first_token_ms": asdict(Spread.of(self.first)),
+            "second_token_ms": asdict(Spread.of(self.second)),
+            "transfer_ms": asdict(Spread.of(self.transfer)),
+            "transfer_bytes": self.transfer_bytes,
+            "transport": self.transport,
+        }
+
+
+def run_handoff(config: UpConfig, options: HandoffOptions, *, as_json: bool) -> None:
+    """Prints a table, or one JSON object on stdout. Raises ConfigError or ChildFailedError when no cluster starts."""
+    model = fetch_model(config.model, config.revision, config.cache_dir)
+
+    async def measure_and_print() -> None:
+        result = await _measure(config, options, model)
+        if as_json:
+            print(json.dumps(result, indent=2))
+        else:
+            _print(result)
+
+    asyncio.run(until_signalled(measure_and_print()))
+
+
+async def _measure(config: UpConfig, options: HandoffOptions, model: Path) -> dict[str, Any]:
+    shared = config.model_copy(update={"port": 0, "threads": options.threads, "prefix_caching": False})
+    listener = ClusterConsole(Console(stderr=True), quiet=True)
+    rng = random.Random(options.seed)  # noqa: S311 - test data
+    arms = {"pd": ArmTimes(), "colocated": ArmTimes()}
+    async with AsyncExitStack() as stack:
+        clusters: dict[str, Cluster] = {}
+        for arm, prefill in (("pd", 1), ("colocated", 0)):
+            arm_config = shared.model_copy(update={"prefill": prefill, "decode": 1})
+            clusters[arm] = await stack.enter_async_context(running_cluster(arm_config, model, listener))
+        http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=600.0))
+        for turn in range(options.warmup + options.rounds):
+            for arm in sorted(arms, reverse=turn % 2 == 0):
+                prompt = [rng.randrange(_FIRST_ORDINARY_TOKEN, 40_000) for _ in range(options.prompt_tokens)]
+                arrivals, usage = await _ask(http, clusters[arm].api_url, config.model_names[0], prompt)
+                if turn >= options.warmup:
+                    arms[arm].add(arrivals, usage)
+    return _report(options, arms)
+
+
+async def _ask(http: httpx.AsyncClient, url: str, model: str, prompt: list[int]) -> tuple[list[float], dict[str, Any]]:
+    """Seconds from send to each token, and the usage."""
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": _MAX_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    arrivals: list[float] = []
+    usage: dict[str, Any] = {}
+    began = time.perf_counter()
+    async with http.stream("POST", f"{url}/completions", json=body) as response:
+        if response.status_code != httpx.codes.OK:
+            raise UnavailableError(f"{url}: {(await response.aread()).decode(errors='replace')}")
+        async for line in response.aiter_lines():
+            now = time.perf_counter() - began
+            event = json.loads(line[6:]) if line.startswith("data: {") else {}
+            usage = event.get("usage") or usage
+            # With logprobs every token is told of, also one that prints nothing yet.
+            for choice in event.get("choices", ()):
+                arrivals += [now] * len((choice.get("logprobs") or {}).get("tokens", ()))
+    if len(arrivals) < 2:
+        raise UnavailableError(f"{url} sent {len(arrivals)} tokens of {_MAX_TOKENS}")
+    return arrivals, usage
+
+
+def _report(options: HandoffOptions, arms: dict[str, ArmTimes]) -> dict[str, Any]:
+    def ratio(name: str) -> float:
+        pd, colocated = (statistics.median(getattr(arms[arm], name)) for arm in ("pd", "colocated"))
+        return round(pd / colocated, 4)
+
+    return {
+        "benchmark": "handoff",
+        "command": " ".join(["tailrace", *sys.argv[1:]]),
+        "machine": {
+            "processor": _processor(),
+            "cores": len(available_cores()),
+            "python": platform.python_version(),
+            "load_before": round(os.getloadavg()[2], 2),
+        },
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "options": asdict(options),
+        "pd": arms["pd"].summary(),
+        "colocated": arms["colocated"].summary(),
+        "first_token_ratio": ratio("first"),
+        "second_token_ratio": ratio("second"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _print(result: dict[str, Any]) -> None:
+    options = result["options"]
+    table = Table(title=f"{options['prompt_tokens']} tokens, {options['threads']} threads a worker, idle pair")
+    for column in ("", "P/D", "colocated", "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in ("first", "second"):
+        cells = [_cell(result[arm][f"{name}_token_ms"]) for arm in ("pd", "colocated")]
+        table.add_row(f"{name} token, ms: median (min-max)", *cells, f"{result[f'{name}_token_ratio']:.3f}")
+    pd = result["pd"]
+    table.add_row(f"transfer over {pd['transport'] or '-'}, ms", _cell(pd["transfer_ms"]), "", "")
+    console = Console()
+    console.print(table)
+    console.print(f"{result['machine']['processor']}, {result['machine']['cores']} cores; {result['versions']}")
+
+
+def _cell(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.1f} ({spread['min']:.1f}-{spread['max']:.1f})"
