@@ -53,7 +53,8 @@ class Settlement(asyncio.Future[ReadResult]):
 class PendingRead:
     """`settled` resolves once the operation is over, so that nothing can land any more, and never before.
 
-    Wait for it with `wait` or `asyncio.wait`, which can be cancelled and leave it alone; never await it bare.
+    Wait for it with `wait` or `asyncio.wait`, which can be cancelled and leave it alone; awaited bare, or by
+    `asyncio.wait_for`, it holds its caller until it is over.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
