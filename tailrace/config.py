@@ -174,6 +174,8 @@ class EngineFields(ModelConfigFields):
     max_num_batched_tokens: int = Field(default=512, ge=16, le=1 << 20)
     """Tokens of one engine step; longer prompts are computed in chunks."""
     prefix_caching: bool = True
+    threads: int = Field(default=0, ge=0, le=1024)
+    """Compute threads a worker; 0: as many as it has cores."""
     transport: Transport = "auto"
     """How KV moves. nixl: refuse pairs where a read is not one-sided; stream: TCP only."""
     net_device: str = Field(default="lo", min_length=1, max_length=256)
@@ -204,8 +206,6 @@ class WorkerConfig(EngineFields):
     """gRPC addresses of the gateways to join."""
     data_host: str = Field(default="", max_length=255)
     """Interface of the stream transport; empty: host."""
-    threads: int = Field(default=0, ge=0, le=1024)
-    """Compute threads; 0: as many as the process has cores."""
 
     @model_validator(mode="after")
     def _secret_where_reachable(self) -> Self:

@@ -72,8 +72,7 @@ class PromptPull:
         self._failure: ReadResult | None = None
         self._settled = asyncio.Event()
         self._is_over = False
-        self._began = 0.0
-        self._ended = 0.0
+        self._reading_s = 0.0
         self._num_bytes = 0
 
     def grant(self, destination: Destination) -> None:
@@ -111,7 +110,7 @@ class PromptPull:
         async with peers.lend(self._source, terms) as events:
             done = await self._follow(link, events)
             await self._all_landed()
-        pull = Pull(self._ended - self._began, self._num_bytes, link.transport if self._num_bytes else "")
+        pull = Pull(self._reading_s, self._num_bytes, link.transport if self._num_bytes else "")
         self._is_over = True
         self._engine.post(self._worker.join, self._request.id, done.first_tokens, pull)
 
@@ -140,7 +139,6 @@ class PromptPull:
         if not reads:
             return
         now = time.monotonic()
-        self._began = self._began or now
         read = link.read(reads)
         size = len(reads) * self._worker.block_bytes
         self._flights[read] = _Flight(read, tuple(r.target_block for r in reads), now + stall_s(link, size))
@@ -150,7 +148,7 @@ class PromptPull:
     def _on_settled(self, read: PendingRead) -> None:
         """Nothing can land any more: the blocks are ours, or nobody's."""
         flight, result = self._flights.pop(read), read.settled.result()
-        self._ended = time.monotonic()
+        self._reading_s += result.elapsed_s
         if self._is_over:
             self._engine.post(self._worker.settle, flight.targets)
         elif result.outcome is ReadOutcome.GOOD:

@@ -25,6 +25,7 @@ class Pull:
     """What the transfer of a request's prompt took."""
 
     seconds: float
+    """Spent in reads; they overlap with the prefill that still goes on."""
     num_bytes: int
     transport: str
 
