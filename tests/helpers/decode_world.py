@@ -221,7 +221,15 @@ class DecodeWorld:
             pull = self.pulls[arrival.request.id]
             assert not pull.table, "granted twice"
             pull.table, pull.num_local = list(arrival.blocks), arrival.num_local
+        if plan.is_empty:
+            self._check_may_sleep()
         return plan
+
+    def _check_may_sleep(self) -> None:
+        """The engine's thread waits for a command now: there must be nothing that it could do without one."""
+        again = self.scheduler.schedule()
+        assert not again.changes_anything, f"slept on {again}"
+        assert not self.scheduler.grant(), "slept on a grant"
 
     def take(self, step: DecodeStep) -> None:
         for key, position, token in zip(step.keys, step.positions, step.drawn, strict=True):

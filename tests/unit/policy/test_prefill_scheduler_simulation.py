@@ -1,0 +1,116 @@
+"""Random lives of a prefill worker in small pools: in order, computed right, and nothing held at the end."""
+
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tailrace.types import SamplingParams
+from tests.helpers.prefill_world import PrefillWorld
+
+BLOCK = 4
+FAMILIES = [[family * 100 + at for at in range(64)] for family in range(3)]
+
+
+class PrefillMachine(RuleBasedStateMachine):
+    """Hypothesis picks who does what; `teardown` lets everything end."""
+
+    @initialize(
+        num_blocks=st.integers(1, 14), max_num_seqs=st.integers(1, 4), budget=st.integers(1, 24), caching=st.booleans()
+    )
+    def begin(self, num_blocks: int, max_num_seqs: int, budget: int, caching: bool) -> None:
+        self.world = PrefillWorld(
+            num_blocks=num_blocks,
+            block_size=BLOCK,
+            max_num_seqs=max_num_seqs,
+            budget=budget,
+            prefix_caching=caching,
+        )
+
+    @rule(
+        family=st.integers(0, 2),
+        length=st.integers(1, 56),
+        replayed=st.integers(0, 3),
+        max_tokens=st.integers(1, 5),
+        choices=st.integers(1, 3),
+        priority=st.integers(-1, 1),
+    )
+    def submit(self, family: int, length: int, replayed: int, max_tokens: int, choices: int, priority: int) -> None:
+        tokens = FAMILIES[family][: max(1, min(length, self.world.max_model_len - 1))]
+        self.world.submit(
+            tokens,
+            num_prompt_tokens=max(1, len(tokens) - replayed),
+            sampling=SamplingParams(max_tokens=replayed + max_tokens, seed=len(self.world.requests)),
+            choices=tuple(range(choices)),
+            priority=priority,
+        )
+
+    @rule(pick=st.integers(0, 7))
+    def drop(self, pick: int) -> None:
+        """Any of those who are there: waiting, running or held; now and then one that is gone already."""
+        live = [request_id for request_id in self.world.requests if request_id not in self.world.dropped]
+        if live or self.world.requests:
+            known = live or list(self.world.requests)
+            self.world.drop(known[pick % len(known)])
+
+    @rule(pick=st.integers(0, 7))
+    def pull(self, pick: int) -> None:
+        held = [job.request.id for job in self.world.scheduler.jobs() if job.is_computed]
+        if held:
+            self.world.drop(held[pick % len(held)])
+
+    @rule(count=st.integers(1, 4))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.world.step()
+            self.world.pool.check_integrity()
+
+    @invariant()
+    def adds_up(self) -> None:
+        if hasattr(self, "world"):
+            self.world.pool.check_integrity()
+            for job in self.world.scheduler.jobs():
+                self.world.check_ready_blocks(job)
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.run_to_end()
+            self.world.pool.check_integrity()
+            self.world.check_answers()
+            self.world.check_empty()
+
+
+TestPrefillMachine = PrefillMachine.TestCase
+TestPrefillMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+
+
+def play(seed: int) -> PrefillWorld:
+    rng = random.Random(seed)
+    machine = PrefillMachine()
+    machine.begin(rng.randint(1, 14), rng.randint(1, 4), rng.choice((1, 3, 8, 24)), rng.random() < 0.8)
+    actions = [
+        (4, lambda: machine.steps(rng.randint(1, 3))),
+        (4, lambda: submit(machine, rng)),
+        (2, lambda: machine.pull(rng.randint(0, 7))),
+        (1, lambda: machine.drop(rng.randint(0, 7))),
+    ]
+    weights = [weight for weight, _ in actions]
+    for _ in range(120):
+        rng.choices([action for _, action in actions], weights)[0]()
+        machine.adds_up()
+    machine.teardown()
+    return machine.world
+
+
+def submit(machine: PrefillMachine, rng: random.Random) -> None:
+    machine.submit(
+        rng.randint(0, 2), rng.randint(1, 40), rng.randint(0, 3), rng.randint(1, 4), rng.randint(1, 3), rng.randint(-1, 1)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_long_lives_end_with_every_prompt_right_and_no_block_held(seed: int) -> None:
+    world = play(seed)
+    assert world.done, "nobody was computed: the life was empty"
