@@ -127,7 +127,8 @@ def bench_handoff(
     """First and second token of an idle pair that hands KV over, against one worker that does both."""
     from tailrace.cli.bench_handoff import HandoffOptions, run_handoff
 
-    config = UpConfig(model=model, transport=transport, dtype=dtype, port=0, log_level="warning")
+    settings: Settings = {"model": model, "transport": transport, "dtype": dtype}
+    config = UpConfig(**settings, port=0, log_level="warning")
     options = HandoffOptions(prompt_tokens=prompt_tokens, rounds=rounds, threads=threads)
     run_handoff(config, options, as_json=as_json)
 
