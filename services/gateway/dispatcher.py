@@ -29,11 +29,13 @@ from tailrace.types import Role
 
 log = logging.getLogger(__name__)
 
-MAX_RETRIES = 3
-"""Of a request whose worker was lost."""
+MAX_RETRIES = 2
+"""Of a request whose worker was lost: it may be what its workers die of."""
 MAX_REFUSALS = 60
 """Of a request whose workers have no room; the pause between them is what the refusing worker asks for."""
 RETRY_AFTER_S = 1.0
+DEADLINE_GRACE_S = 2.0
+"""Workers know the deadline, and say more about what was going on; this is for when they say nothing."""
 
 
 class PairDispatcher:
@@ -58,6 +60,8 @@ class PairDispatcher:
         session = RequestSession(request, f"{request.request_id}~{uuid.uuid4().hex[:8]}", self)
         route = self._route(request)
         self._sessions.add(session)
+        loop = asyncio.get_running_loop()
+        session.timer = loop.call_later(request.deadline_s + DEADLINE_GRACE_S, _expire, session)
         choices = tuple(range(request.num_choices))
         try:
             self._start(session, choices, route)
@@ -70,6 +74,8 @@ class PairDispatcher:
 
     def ended(self, session: RequestSession) -> None:
         self._sessions.discard(session)
+        if session.timer is not None:
+            session.timer.cancel()
 
     async def recover(self, session: RequestSession, choices: tuple[int, ...], error: TailraceError) -> None:
         """Another pair for what was lost: the same seed and positions draw the same tokens."""
@@ -196,3 +202,7 @@ class PairDispatcher:
             ),
             leg,
         )
+
+
+def _expire(session: RequestSession) -> None:
+    session.fail(DeadlineExceededError(f"not done within its deadline of {session.request.deadline_s:g} s"))

@@ -20,7 +20,7 @@ from services.gateway.members import Members
 from services.gateway.membership import MembershipServicer
 from services.gateway.prepare import RequestLimits, ServedModel
 from services.gateway.tokenizer import Tokenizer
-from tailrace.checkpoint.model_config import load_model_config
+from tailrace.checkpoint.model_config import ModelConfig, load_model_config
 from tailrace.checkpoint.resolve import resolve_model
 from tailrace.config import GatewayConfig
 from tailrace.errors import ConfigError, TailraceError
@@ -42,14 +42,14 @@ def main() -> None:
     configure_logging(role="gateway", level=config.log_level, style=config.log_format, secrets=hidden)
     try:
         directory = resolve_model(config.model, revision=config.revision, cache_dir=config.cache_dir)
-        asyncio.run(run(config, serve_model(config, directory)))
+        model = load_model_config(directory)
+        asyncio.run(run(Gateway(config, serve_model(config, directory, model), model.digest)))
     except TailraceError as error:
         sys.exit(f"tailrace gateway: {error.message}")
 
 
-def serve_model(config: GatewayConfig, directory: Path) -> ServedModel:
-    """Raises CheckpointError for a directory without a usable tokenizer, ConfigError for a length beyond the model's."""
-    model = load_model_config(directory)
+def serve_model(config: GatewayConfig, directory: Path, model: ModelConfig) -> ServedModel:
+    """Raises CheckpointError for a directory without a usable tokenizer, ConfigError for a length beyond the model."""
     longest = model.max_position_embeddings
     if (config.max_model_len or 0) > longest:
         raise ConfigError(f"max_model_len: at most {longest} for this model, got {config.max_model_len}")
@@ -66,7 +66,7 @@ def serve_model(config: GatewayConfig, directory: Path) -> ServedModel:
 class Gateway:
     """The parts that live as long as the process."""
 
-    def __init__(self, config: GatewayConfig, model: ServedModel) -> None:
+    def __init__(self, config: GatewayConfig, model: ServedModel, model_digest: str) -> None:
         self.config = config
         self.model = model
         self.secret = config.secret.get_secret_value().encode()
@@ -75,7 +75,9 @@ class Gateway:
         epoch = secrets.randbits(32)
         index = MemoryIndex()
         gateway_id = f"gateway-{socket.gethostname()}-{os.getpid()}"
-        self.members = Members(gateway_id=gateway_id, epoch=epoch, secret=self.secret, index=index)
+        self.members = Members(
+            gateway_id=gateway_id, epoch=epoch, secret=self.secret, index=index, model_digest=model_digest
+        )
         self.dispatcher = PairDispatcher(
             self.members, index, secret=self.secret, max_concurrent=config.max_concurrent_requests
         )
@@ -85,9 +87,11 @@ class Gateway:
         self.dispatcher.on_retry = lambda code: self.metrics.replayed(code.name.lower())
 
     def readiness(self) -> Readiness:
-        reasons = [] if self.members.of(Role.DECODE) else ["no decode worker is attached"]
-        prefills = self.members.of(Role.PREFILL)
-        for decode in self.members.of(Role.DECODE):
+        decodes, prefills = self.members.of(Role.DECODE), self.members.of(Role.PREFILL)
+        reasons = [] if decodes else ["no decode worker is attached"]
+        if decodes and all(member.load.draining for member in decodes):
+            reasons.append("every decode worker is draining")
+        for decode in decodes:
             layouts = [member.info.layout.differences(decode.info.layout) for member in prefills]
             if layouts and all(layouts):
                 reasons.append(f"{decode.info.worker_id} fits no prefill worker: {'; '.join(layouts[0])}")
@@ -126,9 +130,23 @@ class Gateway:
         )
 
 
-async def run(config: GatewayConfig, model: ServedModel) -> None:
-    """Serve until SIGTERM or SIGINT."""
-    gateway = Gateway(config, model)
+def listen(host: str, port: int) -> socket.socket:
+    """Raises ConfigError when nobody could listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"port: cannot listen on {host}:{port}: {error.strerror or error}", param="port") from None
+    return listener
+
+
+async def run(gateway: Gateway) -> None:
+    """Serve until SIGTERM or SIGINT. Raises ConfigError when a port is taken."""
+    config = gateway.config
+    listener = listen(config.host, config.port)
     server = Server(gateway.secret, public=("tailrace.v1.InferenceService",))
     control_pb2_grpc.add_MembershipServiceServicer_to_server(MembershipServicer(gateway.members), server.grpc)
     server.bind(config.grpc_host, config.grpc_port)
@@ -136,7 +154,7 @@ async def run(config: GatewayConfig, model: ServedModel) -> None:
     for address in config.workers:
         gateway.members.add(address)
     try:
-        await uvicorn.Server(gateway.http_app()).serve()
+        await uvicorn.Server(gateway.http_app()).serve(sockets=[listener])
     finally:
         await gateway.members.close()
         await server.stop()

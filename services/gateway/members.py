@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tailrace.errors import InternalError, TailraceError, WorkerLostError
+from tailrace.errors import InternalError, LayoutMismatchError, TailraceError, WorkerLostError
 from tailrace.index.memory import MemoryIndex
 from tailrace.kv.events import KVEvent
 from tailrace.messages import KvEventBatch, LedgerReport, LegReport, Load, StepEvents, Submission, WorkerInfo
@@ -105,8 +105,12 @@ class Member:
 class Members:
     """All workers, by worker id. Event loop only."""
 
-    def __init__(self, *, gateway_id: str, epoch: int, secret: bytes, index: MemoryIndex) -> None:
+    def __init__(
+        self, *, gateway_id: str, epoch: int, secret: bytes, index: MemoryIndex, model_digest: str = ""
+    ) -> None:
+        """`model_digest`: workers of another model are refused; empty: any will do."""
         self.gateway_id = gateway_id
+        self._model_digest = model_digest
         self._epoch = epoch
         self._secret = secret
         self._index = index
@@ -197,6 +201,7 @@ class Members:
 
     def _welcome(self, member: Member) -> Member:
         info = member.info
+        self._check_layout(info)
         if (old := self._members.get(info.worker_id)) is not None:
             self._farewell(old)
         self._members[info.worker_id] = member
@@ -205,6 +210,19 @@ class Members:
         task = asyncio.create_task(self._resync(member), name=f"snapshot {info.worker_id}")
         task.add_done_callback(_log_failure)
         return member
+
+    def _check_layout(self, info: WorkerInfo) -> None:
+        """Raises LayoutMismatchError for a worker of another model; warns of one that fits none of the other role."""
+        if self._model_digest and info.layout.model_digest != self._model_digest:
+            raise LayoutMismatchError(
+                f"{info.address}: {info.worker_id} serves another model: "
+                f"model_digest: gateway={self._model_digest} worker={info.layout.model_digest}"
+            )
+        for other in self.all():
+            differences = other.info.layout.differences(info.layout) if other.info.role is not info.role else ()
+            if differences:
+                names = other.info.worker_id, info.worker_id
+                log.warning("%s and %s cannot be paired (owner, needer): %s", *names, "; ".join(differences))
 
     def _farewell(self, member: Member) -> None:
         worker_id = member.info.worker_id

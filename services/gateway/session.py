@@ -87,6 +87,8 @@ class RequestSession:
         self.life = Lifecycle.begin(self.began)
         self.num_attempts = 0
         self.num_retries = 0
+        self.timer: asyncio.TimerHandle | None = None
+        """Ends the request when no worker does."""
         self._recovery = recovery
         self._attempts: list[Attempt] = []
         self._choices = [_Choice() for _ in range(request.num_choices)]
