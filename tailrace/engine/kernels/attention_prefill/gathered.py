@@ -83,7 +83,8 @@ def attention_prefill(
     else:
         all_keys, all_values = gathered(pool, layer, span.rows, 1)
         keys, values = all_keys[0], all_values[0]
-    scaled = query.float().mul_(head_dim**-0.5).view(tokens, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
+    scaled = query.float() * head_dim**-0.5
+    scaled = scaled.view(tokens, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
     columns = keys.float().transpose(1, 2)
     out = torch.empty(kv_heads, heads // kv_heads, tokens, head_dim, dtype=query.dtype, device=query.device)
     for tile in span.tiles:
