@@ -17,7 +17,7 @@ from tailrace.telemetry.log import configure_logging
 from tailrace.types import Role
 from tailrace.worker.attach import Attachments
 from tailrace.worker.engine_thread import EngineThread
-from tailrace.worker.host import Identity, Parts, Wiring, die, load_parts, open_plane, serve, worker_info
+from tailrace.worker.host import Identity, Parts, Wiring, die, leave, load_parts, open_plane, serve, worker_info
 from tailrace.worker.peers import OwnerPeers
 from tailrace.worker.requests import RequestMaker
 
@@ -33,6 +33,7 @@ def main() -> None:
         asyncio.run(run(config, *load_parts(config, Role.DECODE)))
     except TailraceError as error:
         sys.exit(f"tailrace decode: {error.message}")
+    leave()
 
 
 async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: BlockPool) -> None:
