@@ -41,7 +41,7 @@ chaos: $(READY) ## the tests that kill and stop processes
 	@$(BIN)/pytest -q -m chaos $(ARGS)
 
 kernels-full: $(READY) ## every kernel case (minutes)
-	@$(BIN)/pytest -q tests/kernels -m "kernels or not kernels" $(ARGS)
+	@$(BIN)/pytest -q tests/kernels -m "" $(ARGS)
 
 clean: ## forget .venv and caches
 	rm -rf .venv build dist node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
