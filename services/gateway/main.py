@@ -16,16 +16,16 @@ from services.gateway.app import Readiness, Views, create_app
 from services.gateway.dispatcher import PairDispatcher
 from services.gateway.generate import HttpOptions
 from services.gateway.generation import Dispatcher
+from services.gateway.inference import Inference, InferenceOptions
 from services.gateway.members import Members
-from services.gateway.membership import MembershipServicer
 from services.gateway.prepare import RequestLimits, ServedModel
+from services.gateway.servicer import PUBLIC_SERVICES, add_to
 from services.gateway.tokenizer import Tokenizer
 from tailrace.checkpoint.model_config import ModelConfig, load_model_config
 from tailrace.checkpoint.resolve import resolve_model
 from tailrace.config import GatewayConfig
 from tailrace.errors import ConfigError, TailraceError
 from tailrace.index.memory import MemoryIndex
-from tailrace.rpc.gen import control_pb2_grpc
 from tailrace.rpc.server import Server
 from tailrace.telemetry.log import configure_logging
 from tailrace.telemetry.metrics import GatewayMetrics, render
@@ -105,6 +105,16 @@ class Gateway:
     async def debug_kv(self) -> object:
         return {"workers": await self.members.ledgers()}
 
+    def inference(self) -> Inference:
+        config = self.config
+        options = InferenceOptions(
+            api_keys=tuple(key.get_secret_value() for key in config.api_key),
+            max_request_bytes=config.max_body_bytes,
+            deadline_s=config.deadline_s,
+            limits=RequestLimits(max_choices_per_prompt=config.max_choices),
+        )
+        return Inference(self.dispatcher, self.model, options)
+
     def http_app(self) -> uvicorn.Config:
         config = self.config
         dispatcher: Dispatcher = self.dispatcher
@@ -147,8 +157,8 @@ async def run(gateway: Gateway) -> None:
     """Serve until SIGTERM or SIGINT. Raises ConfigError when a port is taken."""
     config = gateway.config
     listener = listen(config.host, config.port)
-    server = Server(gateway.secret, public=("tailrace.v1.InferenceService",))
-    control_pb2_grpc.add_MembershipServiceServicer_to_server(MembershipServicer(gateway.members), server.grpc)
+    server = Server(gateway.secret, public=PUBLIC_SERVICES)
+    add_to(server, members=gateway.members, inference=gateway.inference())
     server.bind(config.grpc_host, config.grpc_port)
     await server.start()
     for address in config.workers:
