@@ -35,6 +35,7 @@ from tailrace.worker.lending import Lender
 log = logging.getLogger(__name__)
 
 REJOIN_S = 0.5
+PROGRESS_S = 2.0
 SNAPSHOT_BLOCKS = 4096
 """Hashes in one message of a snapshot."""
 
@@ -82,6 +83,19 @@ class Parts:
         return StopRule(frozenset(self.engine.config.eos_token_ids), self.engine.max_model_len)
 
 
+class LoggedProgress:
+    """Says how far a long load is, now and then; a short one says nothing."""
+
+    def __init__(self) -> None:
+        self._told_at = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._told_at >= PROGRESS_S and total > 0:
+            self._told_at = now
+            log.info("%s: %d%% of %.1f GB", what, 100 * done // total, total / 1e9)
+
+
 class BooksOfWorker(Protocol):
     """What the host asks of a role's worker, on its engine thread."""
 
@@ -104,7 +118,8 @@ class Wiring:
 def load_parts(config: WorkerConfig, role: Role) -> tuple[Identity, Engine, BlockPool]:
     """The slow part of starting, before there is an event loop. Raises ConfigError or CheckpointError."""
     identity = Identity.draw(config, role)
-    directory = resolve_model(config.model, revision=config.revision, cache_dir=config.cache_dir)
+    progress = LoggedProgress()
+    directory = resolve_model(config.model, revision=config.revision, cache_dir=config.cache_dir, progress=progress)
     engine = load_engine(
         EngineOptions(
             model_dir=directory,
@@ -118,6 +133,7 @@ def load_parts(config: WorkerConfig, role: Role) -> tuple[Identity, Engine, Bloc
             num_threads=config.num_threads,
             device=config.device,
         ),
+        progress=progress,
     )
     pool = BlockPool(engine.cache.num_blocks, epoch=identity.epoch, prefix_caching=config.prefix_caching)
     return identity, engine, pool
