@@ -126,6 +126,6 @@ async def test_a_cluster_is_there_when_its_gateway_says_so(fake_services):
 
 async def test_a_worker_that_cannot_start_fails_the_cluster(fake_services):
     async with asyncio.timeout(20):
-        with pytest.raises(ChildFailedError, match=r"(?s)decode-0 cannot start.*no GPU here"):
+        with pytest.raises(ChildFailedError, match=r"(?s)(prefill|decode)-0 cannot start.*no GPU here"):
             async with running_cluster(UpConfig(port=0, device="cuda", max_model_len=77), MODEL, Silent()):
                 pytest.fail("must not be ready")
