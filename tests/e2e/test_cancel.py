@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cluster import MODEL, Cluster, Ledger
+from tests.helpers.cluster import MODEL, Cluster
 from tests.helpers.traffic import asking, prompt_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -25,22 +25,16 @@ def cluster(request: pytest.FixtureRequest, wide_model: Path) -> Iterator[Cluste
         yield cluster.wait_for("prefill-0", "decode-0")
 
 
-async def seen(cluster: Cluster, worker: str, condition: Callable[[Ledger], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition((await asyncio.to_thread(cluster.ledgers))[worker]):
-            await asyncio.sleep(0.005)
-
-
 async def is_prefilling(cluster: Cluster) -> None:
-    await seen(cluster, "prefill-0", lambda ledger: ledger.active > 0)
+    await cluster.watch("prefill-0", lambda ledger: ledger.active > 0)
 
 
 async def is_transferring(cluster: Cluster) -> None:
-    await seen(cluster, "decode-0", lambda ledger: ledger.landing > 0)
+    await cluster.watch("decode-0", lambda ledger: ledger.landing > 0)
 
 
 async def is_decoding(cluster: Cluster) -> None:
-    await seen(cluster, "decode-0", lambda ledger: ledger.active > 0)
+    await cluster.watch("decode-0", lambda ledger: ledger.active > 0)
 
 
 @pytest.mark.parametrize(("seed", "moment"), [(10, is_prefilling), (11, is_transferring), (12, is_decoding)])

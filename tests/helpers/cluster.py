@@ -1,5 +1,6 @@
 """A cluster of real processes for a test: own ports, own secret, logs in files, and nobody left behind."""
 
+import asyncio
 import ctypes
 import os
 import re
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -20,6 +21,8 @@ import httpx
 import openai
 
 from tailrace.config import base_environment
+from tailrace.messages import LedgerReport
+from tailrace.rpc.client import Peer
 
 Role = Literal["gateway", "prefill", "decode"]
 MODEL = "test-model"
@@ -62,8 +65,8 @@ class Process:
 
     def cpu_s(self) -> float:
         """User and system time so far, all threads."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        columns = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(columns[11]) + int(columns[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class Ledger:
     lent: int
     landing: int
     quarantined: int
-    holdings: tuple[Any, ...]
+    holdings: list[Any]
 
     @property
     def is_idle(self) -> bool:
@@ -97,7 +100,8 @@ class Cluster:
         self.port, self.grpc_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.processes: dict[str, Process] = {}
-        self._secret = secrets.token_hex(16)
+        self.secret = secrets.token_hex(16)
+        self._addresses: dict[str, str] = {}
         self._gateway_options = gateway or {}
         self._options = options
         self._logs = tempfile.TemporaryDirectory(prefix="tailrace-test-")
@@ -150,11 +154,13 @@ class Cluster:
         return process
 
     def _settings(self, role: Role, name: str, options: dict[str, Any]) -> dict[str, Any]:
-        common = {"secret": self._secret, "model": self.model}
+        common = {"secret": self.secret, "model": self.model}
         if role == "gateway":
             mine = {"port": self.port, "grpc_port": self.grpc_port, "served_model_name": MODEL}
             return {**common, **mine, **options}
-        mine = {"worker_id": name, "join": f"127.0.0.1:{self.grpc_port}", "threads": 1}
+        [port] = free_ports(1)
+        self._addresses[name] = f"127.0.0.1:{port}"
+        mine = {"worker_id": name, "join": f"127.0.0.1:{self.grpc_port}", "port": port, "threads": 1}
         return {**common, **mine, **self._options, **options}
 
     def start_workers(self, *, prefill: int = 1, decode: int = 1, **options: Any) -> Self:
@@ -185,12 +191,27 @@ class Cluster:
         return str(response.json()["choices"][0]["text"])
 
     def ledgers(self) -> dict[str, Ledger]:
-        answer = self.get("/debug/kv").json()["workers"]
-        names = [field for field in Ledger.__slots__ if field != "holdings"]
-        return {w["worker_id"]: Ledger(*(w[n] for n in names), tuple(w["holdings"])) for w in answer}
+        """Of all workers that answer."""
+        return self.parse_ledgers(self.get("/debug/kv"))
+
+    @staticmethod
+    def parse_ledgers(response: httpx.Response) -> dict[str, Ledger]:
+        names = [field.name for field in fields(Ledger)]
+        ledgers = [Ledger(**{name: worker[name] for name in names}) for worker in response.json()["workers"]]
+        return {ledger.worker_id: ledger for ledger in ledgers}
 
     def workers(self) -> set[str]:
         return set(self.ledgers())
+
+    async def watch(self, name: str, condition: Callable[[LedgerReport], bool], timeout_s: float = 30.0) -> None:
+        """Asks one worker itself, as often as it answers: through the gateway, all would wait for the slowest."""
+        peer = Peer(self._addresses[name], self.secret.encode())
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not condition(await peer.ledger()):  # noqa: ASYNC110 - another process: nothing to wait on
+                    await asyncio.sleep(0.001)
+        finally:
+            await peer.close()
 
     def metric(self, name: str) -> float:
         """The sum over all label sets of a gateway metric; 0 when there is none."""

@@ -1,4 +1,4 @@
-"""A small random Llama in Hugging Face's format, with a byte-level tokenizer and a chat template: it starts in seconds."""
+"""A small random Llama in Hugging Face's format, with tokenizer and chat template: it starts in seconds."""
 
 import json
 from dataclasses import dataclass

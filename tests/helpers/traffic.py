@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from tests.helpers.cluster import MODEL, Cluster
+from tests.helpers.cluster import MODEL, START_S, Cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +80,14 @@ async def asking(cluster: Cluster, **body: Any) -> AsyncIterator[asyncio.Task[ht
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+async def complete_all(cluster: Cluster, prompts: list[list[int]], **options: Any) -> list[str]:
+    """All at once, greedy; the texts."""
+    body = {"model": MODEL, "temperature": 0, "ignore_eos": True, **options}
+    async with httpx.AsyncClient(base_url=cluster.url, trust_env=False, timeout=START_S) as client:
+        posts = (client.post("/v1/completions", json={**body, "prompt": prompt}) for prompt in prompts)
+        answers = await asyncio.gather(*posts)
+    for answer in answers:
+        assert answer.status_code == 200, answer.text
+    return [answer.json()["choices"][0]["text"] for answer in answers]
