@@ -147,6 +147,7 @@ class EventStream:
         self._choices = [ChoiceText(vocabulary, job, job.prompts[0]) for _ in range(job.num_choices)]
         self._outbox = Outbox()
         self._follower: asyncio.Task[None] | None = None
+        self._cutting: asyncio.Task[None] | None = None
 
     async def __aiter__(self) -> AsyncIterator[StreamEvent]:
         """Between two events the client may take its time: what comes meanwhile is joined to one chunk a choice."""
@@ -154,6 +155,11 @@ class EventStream:
         yield Started(self._request.request_id, len(self._request.prompt_tokens), self._request.sampling.seed)
         while (event := await self._outbox.take()) is not None:
             yield event
+
+    def cut(self, error: TailraceError) -> None:
+        """Gives everything back, with what the client has not taken yet; all it can still take is the error."""
+        self._cutting = asyncio.create_task(self._close())
+        self._outbox.cut(error)
 
     async def aclose(self) -> None:
         """Gives everything back. Idempotent, and finished even when the caller is cancelled meanwhile."""
@@ -238,6 +244,11 @@ class Outbox:
     def close(self, end: Finished | TailraceError) -> None:
         self._end = end
         self._news.set()
+
+    def cut(self, error: TailraceError) -> None:
+        """The error takes the place of all that waits."""
+        self._waiting.clear()
+        self.close(error)
 
     async def take(self) -> TokenChunk | Finished | TailraceError | None:
         """The choice that has waited longest; None after the end."""

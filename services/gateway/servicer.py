@@ -2,17 +2,14 @@
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator
 
 from services.gateway.inference import EventStream, Inference
 from services.gateway.members import Members
-from tailrace.errors import InvalidRequestError, TailraceError
+from tailrace.errors import CancelledByClientError, InvalidRequestError, TailraceError
 from tailrace.rpc.convert_inference import error_to_trailer, event_to_proto, request_from_proto
 from tailrace.rpc.gen import control_pb2, control_pb2_grpc, generation_pb2, generation_pb2_grpc
 from tailrace.rpc.server import Context, Server, abort
-
-log = logging.getLogger(__name__)
 
 PUBLIC_SERVICES = ("tailrace.v1.InferenceService",)
 """Services that check API keys themselves, rather than the cluster's secret."""
@@ -47,13 +44,17 @@ class InferenceServicer(generation_pb2_grpc.InferenceServiceServicer):
             raise InvalidRequestError(f"the request has {size} bytes; at most {limit} are read", param="prompt")
 
     async def _write(self, events: EventStream, context: Context) -> None:
+        """A write is never cancelled: gRPC could not end such a call any more. A client that does not read is cut
+        behind the write, and finds the error when it reads again.
+        """
         patience_s = self._inference.options.slow_client_s
-        try:
-            async for event in events:
-                async with asyncio.timeout(patience_s):
-                    await context.write(event_to_proto(event))
-        except TimeoutError:
-            log.warning("a client read nothing for %g s; its stream is cut", patience_s)
+        error = CancelledByClientError(f"the client read nothing for {patience_s:g} s; the request was cancelled")
+        async for event in events:
+            timer = asyncio.get_running_loop().call_later(patience_s, events.cut, error)
+            try:
+                await context.write(event_to_proto(event))
+            finally:
+                timer.cancel()
 
 
 def _authorization(context: Context) -> str:
