@@ -291,3 +291,25 @@ def _die_with_parent() -> Callable[[], None]:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
     return set_signal
+
+
+def run_to_end(role: Role, **options: Any) -> tuple[int, str]:
+    """A service that is expected to give up at once: its exit code and all that it said."""
+    environment = {
+        **base_environment(),
+        "OMP_NUM_THREADS": "1",
+        "GRPC_VERBOSITY": "ERROR",
+        **{f"TAILRACE_{key.upper()}": str(value) for key, value in options.items()},
+    }
+    command = [sys.executable, "-m", f"services.{role}.main"]
+    ended = subprocess.run(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=START_S,
+        preexec_fn=_die_with_parent(),
+        check=False,
+    )
+    return ended.returncode, ended.stdout.decode(errors="replace")
