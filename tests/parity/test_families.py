@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tailrace.plan import Chunk, StepPlan
-from tests.helpers.tiny_models import chunks_of, engine_on, prompt_logits, reference_logits, save_model, start
+from tests.helpers.reference_models import chunks_of, engine_on, prompt_logits, reference_logits, save_model, start
 
 pytestmark = pytest.mark.parity
 

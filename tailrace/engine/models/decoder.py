@@ -18,6 +18,10 @@ from tailrace.engine.kernels.silu_mul import silu_mul
 from tailrace.engine.models.linear import Linear
 from tailrace.engine.models.rotary import RotaryTable
 
+# Of a logit: one step of bfloat16, twice over for safety.
+_TIE_SHARE = 2**-6
+_REFINED_AT_ONCE = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
@@ -40,6 +44,8 @@ class DecoderWeights:
     layers: Sequence[LayerWeights]
     final_norm: Tensor
     lm_head: Linear
+    lm_head_rows: Tensor
+    """[vocab, hidden]: the head's weight as it came; the embedding itself where they are tied."""
 
 
 class Decoder:
@@ -54,24 +60,28 @@ class Decoder:
         )
 
     def forward(self, inputs: StepInputs, pool: Tensor) -> Tensor:
-        """Hidden states [tokens, hidden] after the last layer, before the final norm; writes the tokens' KV to `pool`.
+        """Float32 hidden states [tokens, hidden] after the last layer, before its norm; the tokens' KV goes to `pool`.
 
         pool: [num_blocks, layers, 2, kv_heads, block, head_dim], changed in place.
         """
         cos, sin = self._rotary.cos[inputs.positions], self._rotary.sin[inputs.positions]
-        hidden = F.embedding(inputs.token_ids, self._weights.embedding)
+        # The sum over layers is kept in float32: rounding it twice a layer would be most of bfloat16's error.
+        hidden = F.embedding(inputs.token_ids, self._weights.embedding).float()
         eps = self.config.rms_norm_eps
         for layer, weights in enumerate(self._weights.layers):
             qkv = self._project(weights, rms_norm(hidden, weights.attention_norm, eps), cos, sin)
             attended = self._attend(qkv, pool, layer, inputs)
-            hidden = hidden + weights.attention_out(attended)
-            hidden = hidden + weights.down(silu_mul(weights.gate_up(rms_norm(hidden, weights.mlp_norm, eps))))
+            hidden += weights.attention_out(attended)
+            hidden += weights.down(silu_mul(weights.gate_up(rms_norm(hidden, weights.mlp_norm, eps))))
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [rows, hidden] of `forward`. Returns [rows, vocab] float32."""
         normed = rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
-        return self._weights.lm_head(normed).float()
+        logits = self._weights.lm_head(normed).float()
+        if normed.dtype != torch.float32:
+            refine_best(logits, normed, self._weights.lm_head_rows)
+        return logits
 
     def _project(self, weights: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[tokens, heads + 2 * kv_heads, head_dim]: query, key and value heads, the first two rotated."""
@@ -104,3 +114,18 @@ def _attend_mixed(queries: Tensor, keys_values: Tensor, pool: Tensor, layer: int
         own = slice(chunk.begin, chunk.end)
         parts.append(attention_prefill(queries[own], keys_values[own], pool, layer, chunk.span))
     return parts
+
+
+def refine_best(logits: Tensor, normed: Tensor, head_rows: Tensor) -> None:
+    """Computes the logits nearest to each row's best again, in float32 and in place.
+
+    The head's product is rounded to its dtype: bfloat16 leaves steps of 1/8 at 16 to 32, so that the best tokens often
+    tie exactly and the order of a sum decides between them. Whatever rounding can have pushed past the true best is
+    within one step of the best.
+    """
+    best = logits.amax(dim=-1, keepdim=True)
+    near = logits >= best - best.abs() * _TIE_SHARE
+    rows, tokens = near.nonzero(as_tuple=True)
+    # In parts, for the model whose logits are all alike.
+    for row, token in zip(torch.split(rows, _REFINED_AT_ONCE), torch.split(tokens, _REFINED_AT_ONCE), strict=True):
+        logits[row, token] = (normed[row].float() * head_rows[token].float()).sum(dim=-1)

@@ -107,6 +107,7 @@ class _Loader:
             layers=[self._layer(f"model.layers.{layer}.") for layer in range(self._config.num_layers)],
             final_norm=self._tensor(_FINAL_NORM),
             lm_head=self._make_linear(head, None),
+            lm_head_rows=head,
         )
 
     def _layer(self, prefix: str) -> LayerWeights:

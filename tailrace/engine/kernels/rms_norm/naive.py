@@ -5,11 +5,11 @@ from torch import Tensor
 
 
 def rms_norm(
-    x: Tensor,  # [..., size]
+    x: Tensor,  # [..., size], of the weight's dtype or wider
     weight: Tensor,  # [size]
     eps: float,
-) -> Tensor:  # [..., size], x's dtype
+) -> Tensor:  # [..., size], the weight's dtype
     """x / sqrt(mean(x^2) + eps) * weight; the mean in float32, whatever the dtype."""
     wide = x.float()
     inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-    return (wide * inverse).to(x.dtype).mul_(weight)
+    return (wide * inverse).to(weight.dtype).mul_(weight)
