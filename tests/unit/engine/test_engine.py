@@ -85,6 +85,13 @@ def test_wrong_options_are_named_with_their_limits(
         assert text in caught.value.message
 
 
+def test_a_device_that_is_not_there_is_named(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="sees no CUDA device") as caught:
+        load_engine(options(directory, device="cuda"))
+    assert caught.value.param == "device"
+
+
 def test_missing_weights_are_a_checkpoint_error(directory: Path) -> None:
     with pytest.raises(CheckpointError, match="safetensors"):
         load_engine(options(directory, load_format="auto"))
