@@ -127,7 +127,7 @@ class AsyncGenerateCall:
             if task is not None and task.cancelling():
                 raise
             raise CancelledByClientError(f"{self._reading.address}: the call was closed") from None
-        return None if message is grpc.aio.EOF else message  # type: ignore[attr-defined]  # the stubs lack it
+        return None if message is grpc.aio.EOF else message
 
     async def aclose(self) -> None:
         """Idempotent. A task that is waiting for an event gets CancelledByClientError."""
