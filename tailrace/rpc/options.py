@@ -22,6 +22,8 @@ _SIZES: list[tuple[str, int]] = [
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     *_KEEPALIVE,
     *_SIZES,
+    # Members talk to one another, not through a proxy that somebody's http_proxy names.
+    ("grpc.enable_http_proxy", 0),
     # A worker that restarts on its address is tried again soon, not after the default's growing two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
