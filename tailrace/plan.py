@@ -1,7 +1,8 @@
 """StepPlan: what a scheduler returns and a runner executes. No tensors.
 
-A *slot* is a row of the runner's batch state, 0 <= slot < max_num_seqs. A plan tells the runner which rows begin and end,
-so that everything it keeps between steps is updated by difference. The runner applies a plan in the order of its fields.
+A *slot* is a row of the runner's batch state, 0 <= slot < max_num_seqs. A plan tells the runner which rows begin and
+end, so that everything it keeps between steps is updated by difference. The runner applies a plan in the order of its
+fields.
 """
 
 from collections.abc import Sequence
@@ -44,8 +45,8 @@ class BlockCopy:
 class Chunk:
     """Compute the KV of tokens [start, end) of a slot.
 
-    `choices`: draw one token for each of them from the logits of token end - 1 (empty: draw none). A token drawn for the
-    slot's own choice is appended to the slot's tokens by the runner; others are only reported.
+    `choices`: draw one token for each of them from the logits of token end - 1 (empty: draw none). A token drawn for
+    the slot's own choice is appended to the slot's tokens by the runner; others are only reported.
     """
 
     slot: int

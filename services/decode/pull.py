@@ -4,12 +4,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from services.decode.worker import DecodeWorker, Pull
-from tailrace.errors import ErrorCode, TailraceError, TransferError
+from tailrace.errors import ErrorCode, InternalError, TailraceError, TransferError
 from tailrace.messages import KvSource, LendDone, LendTerms, LentBlocks
 from tailrace.policy.request import Request
 from tailrace.transfer import BlockRead, Link, PendingRead, ReadOutcome, ReadResult
@@ -27,20 +27,17 @@ _FATAL = frozenset({ErrorCode.LAYOUT_MISMATCH, ErrorCode.UNAUTHENTICATED})
 """A wrong configuration: computing the prompt here would hide it."""
 
 
+LendEvents: TypeAlias = AsyncIterator[LentBlocks | LendDone]
+
+
 class Peers(Protocol):
     """Ways to owners."""
 
     async def link(self, source: KvSource) -> Link: ...
 
-    def lend(self, source: KvSource, terms: LendTerms) -> contextlib.AbstractAsyncContextManager["LendEvents"]: ...
+    def lend(self, source: KvSource, terms: LendTerms) -> contextlib.AbstractAsyncContextManager[LendEvents]: ...
 
     def identity(self) -> tuple[str, int]: ...
-
-
-class LendEvents(Protocol):
-    def __aiter__(self) -> "LendEvents": ...
-
-    async def __anext__(self) -> LentBlocks | LendDone: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +69,7 @@ class PromptPull:
         self._failure: ReadResult | None = None
         self._settled = asyncio.Event()
         self._is_over = False
+        self._num_told = 0
         self._reading_s = 0.0
         self._num_bytes = 0
 
@@ -102,6 +100,10 @@ class PromptPull:
                 await asyncio.sleep(CANCEL_GRACE_S)
             log.warning("%s: %s; its prompt is computed here instead", self._name, error.message)
             self._recompute()
+        except Exception as error:
+            log.exception("%s: its pull failed in a way that nobody thought of", self._name)
+            self._drop()
+            failed(InternalError(f"the pull of its prompt failed: {error!r}"))
 
     async def _pull(self, peers: Peers, attempt: tuple[str, int]) -> None:
         link = await peers.link(self._source)
@@ -118,10 +120,31 @@ class PromptPull:
         """Start a read for whatever is ready, until the owner says that this was all."""
         async for event in events:
             if isinstance(event, LendDone):
+                self._check_complete(event)
                 return event
             destination = await self._destination()
+            self._check_next(event, destination)
             self._start(link, event, destination)
         raise TransferError("the owner closed the stream before all blocks were lent")
+
+    def _check_next(self, lent: LentBlocks, destination: Destination) -> None:
+        """Blocks are told in order, each once: what an owner leaves out would be decoded from as it lies there."""
+        end = lent.first_index + len(lent.blocks)
+        if lent.first_index != self._num_told or end > len(destination.blocks):
+            raise TransferError(
+                f"{self._source.worker_id} lent blocks {lent.first_index} to {end - 1} of {len(destination.blocks)} "
+                f"after block {self._num_told - 1}"
+            )
+        self._num_told = end
+
+    def _check_complete(self, done: LendDone) -> None:
+        missing = set(self._request.choices) - {token.choice for token in done.first_tokens}
+        needed = len(self._granted.result().blocks) if self._granted.done() else None
+        if missing or self._num_told != needed:
+            raise TransferError(
+                f"{self._source.worker_id} was done after {self._num_told} of {needed} blocks, "
+                f"without a first token for choices {sorted(missing)}"
+            )
 
     async def _destination(self) -> Destination:
         if not self._granted.done():

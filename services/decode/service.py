@@ -44,10 +44,14 @@ class DecodeService:
 
     def cancel(self, leg: Leg, choices: tuple[int, ...]) -> None:
         """A pull that is under way drops the request itself: only it knows which blocks may still be written."""
-        if not choices and (task := self._tasks.get(leg.id)) is not None and not task.done():
-            task.cancel()
-        else:
+        task = self._tasks.get(leg.id)
+        if task is None or task.done():
             self._engine.post(self._worker.drop, leg.id, choices)
+        elif choices:
+            # After the task's own first turn, which books: a drop that comes before it would be lost.
+            asyncio.get_running_loop().call_soon(self._engine.post, self._worker.drop, leg.id, choices)
+        else:
+            task.cancel()
 
     def _forget(self, leg_id: int) -> None:
         self._pulls.pop(leg_id, None)

@@ -131,9 +131,10 @@ class DecodeWorker:
 
     def drop(self, request_id: int, choices: Sequence[int] = (), in_flight: Sequence[int] = ()) -> None:
         """Cancelled: some choices, or all. Idempotent."""
+        # Also when its last choice was dropped before: its arrival still waits for reads, and holds their blocks.
+        self._scheduler.drop(request_id, choices, in_flight)
         if (life := self._lives.get(request_id)) is None:
             return
-        self._scheduler.drop(request_id, choices, in_flight)
         life.open_choices.difference_update(choices or tuple(life.open_choices))
         self._end_if_over(request_id, self._report)
 

@@ -1,9 +1,9 @@
 """The decode worker's schedule: continuous batching of what has its KV, chunked local prefill of what has not.
 
-A request arrives in one of two ways. *Booked*: its prompt's KV is pulled from a prefill worker; it gets destination blocks when
-there is room (all or nothing), and joins the batch when the last one has landed. *Local*: its prompt is computed here, in chunks
-beside the running batch; so is whatever was preempted or could not be pulled. Memory comes free by decode's own progress only,
-so prefill and decode cannot wait for each other.
+A request arrives in one of two ways. *Booked*: its prompt's KV is pulled from a prefill worker; it gets destination
+blocks when there is room (all or nothing), and joins the batch when the last one has landed. *Local*: its prompt is
+computed here, in chunks beside the running batch; so is whatever was preempted or could not be pulled. Memory comes
+free by decode's own progress only, so prefill and decode cannot wait for each other.
 """
 
 import heapq
@@ -136,7 +136,7 @@ class DecodeScheduler:
         return step
 
     def recompute(self, request_id: int, in_flight: Seq[int]) -> None:
-        """The pull failed: prefill here instead. Blocks `in_flight` stay landing until `settle` says that their read ended."""
+        """The pull failed: prefill here instead. Blocks `in_flight` stay landing until `settle`."""
         if (arrival := self._arrivals.pop(request_id, None)) is not None:
             self._give_back(arrival, in_flight)
             if arrival.request.choices:
@@ -219,7 +219,7 @@ class DecodeScheduler:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """Decode rows first, then the sequences that joined, then local prefill within what is left of the token budget."""
+        """Decode rows first, then those that joined, then local prefill within what is left of the token budget."""
         appended = self._grow()
         started = self._start_joined()
         decode = [s.slot for s in self._running.values()]
@@ -259,7 +259,7 @@ class DecodeScheduler:
         return got[0]
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Let its blocks go (they stay cached while nobody needs them) and compute it again later, from what is left."""
+        """Let its blocks go (they stay cached while nobody needs them); compute it again later, from what is left."""
         self.num_preempted += 1
         self._remove(sequence)
         sequence.num_computed = 0
@@ -267,7 +267,7 @@ class DecodeScheduler:
         self._wait(sequence)
 
     def _start_joined(self) -> list[SequenceStart]:
-        """Rows for those that have their KV. When nobody runs and none of them can start, the lowest in rank gives way."""
+        """Rows for the joined ones. When nobody runs and none can start, the lowest in rank gives way."""
         started = [_start(s) for s in list(self._joining) if self._try_start(s)]
         while not started and not self._running and not self._computing and len(self._joining) > 1:
             self._preempt(max(self._joining, key=lambda s: s.rank))
@@ -300,9 +300,9 @@ class DecodeScheduler:
         for sequence in self._computing:
             if budget > 0:
                 budget -= self._add_chunk(sequence, budget, chunks)
-        while budget > 0 and (sequence := self._admit_local()) is not None:
-            started.append(_start(sequence))
-            budget -= self._add_chunk(sequence, budget, chunks)
+        while budget > 0 and (admitted := self._admit_local()) is not None:
+            started.append(_start(admitted))
+            budget -= self._add_chunk(admitted, budget, chunks)
         return chunks
 
     def _add_chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
@@ -393,8 +393,10 @@ class DecodeScheduler:
             self._slots.give_back(slot)
 
     def _branch(self, parent: Sequence, first: Seq[DrawnToken], step: DecodeStep) -> list[Sequence]:
-        """Fork into the choices that go on: full blocks shared, the partial last one copied. The parent's own references
-        pass to the first child; a choice that cannot get a block is computed again later."""
+        """Fork into the choices that go on: full blocks shared, the partial last one copied.
+
+        The parent's own references pass to the first child; a choice that cannot get a block is computed again later.
+        """
         children: list[Sequence] = []
         position = len(parent.tokens)
         for token in first:

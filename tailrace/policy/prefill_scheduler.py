@@ -1,7 +1,7 @@
-"""The prefill worker's schedule: whole prompts in chunks under a token budget, first come, first served in each priority.
+"""The prefill worker's schedule: prompts in chunks under a token budget, first come, first served in each priority.
 
-A request is waiting (no blocks), running (all its blocks, partly computed) or held (computed, its blocks lent until its needer
-has pulled them). Held blocks are the buffer between prefill and decode; it is bounded by half the pool.
+A request is waiting (no blocks), running (all its blocks, partly computed) or held (computed, its blocks lent until its
+needer has pulled them). Held blocks are the buffer between prefill and decode; it is bounded by half the pool.
 """
 
 import heapq
@@ -15,7 +15,7 @@ from tailrace.policy.slots import Slots
 
 @dataclass(slots=True, eq=False)
 class PrefillJob:
-    """A request with its blocks. `num_computed` tokens have their KV written; `num_ready` blocks are completely written."""
+    """A request with its blocks: `num_computed` tokens have their KV written, `num_ready` blocks all of theirs."""
 
     request: Request
     slot: int
@@ -75,7 +75,7 @@ class PrefillScheduler:
         return bool(self._running) or (self.num_waiting > 0 and self._may_admit())
 
     def fits(self, num_tokens: int) -> bool:
-        """Could a prompt of this length ever be held? Half the pool is the most that one needer's wait may block."""
+        """Could a prompt of this length ever be held?"""
         return blocks_for(num_tokens, self._block_size) <= self._pool.num_blocks
 
     def submit(self, request: Request) -> None:
@@ -114,9 +114,9 @@ class PrefillScheduler:
                 break
             budget -= self._add_chunk(job, budget, chunks)
         started: list[SequenceStart] = []
-        while budget > 0 and (job := self._admit()) is not None:
-            started.append(self._start(job))
-            budget -= self._add_chunk(job, budget, chunks)
+        while budget > 0 and (admitted := self._admit()) is not None:
+            started.append(self._start(admitted))
+            budget -= self._add_chunk(admitted, budget, chunks)
         return StepPlan(released=self._slots.drain_released(), started=started, chunks=chunks)
 
     def _add_chunk(self, job: PrefillJob, budget: int, chunks: list[Chunk]) -> int:

@@ -8,7 +8,7 @@ from tailrace.types import FinishReason, SequenceKey
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One choice (or a prompt that will fork into several). `tokens` ends with the last drawn token, whose KV is not computed."""
+    """One choice, or a prompt that will fork into several. The KV of the last drawn token is never computed yet."""
 
     request: Request
     choices: tuple[int, ...]

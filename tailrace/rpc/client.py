@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -134,14 +134,14 @@ class Peer:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    async def _unary(self, call: grpc.aio.UnaryUnaryCall[object, M]) -> M:
+    async def _unary(self, call: grpc.aio.UnaryUnaryCall[Any, M]) -> M:
         try:
             return await call
         except grpc.aio.AioRpcError as failure:
             raise error_of(failure, self.address) from None
 
     async def _read(
-        self, call: grpc.aio.UnaryStreamCall[object, M], convert_one: Callable[[M], T]
+        self, call: grpc.aio.UnaryStreamCall[Any, M] | grpc.aio.StreamStreamCall[Any, M], convert_one: Callable[[M], T]
     ) -> AsyncIterator[T]:
         try:
             async for message in call:

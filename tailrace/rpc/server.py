@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn, Protocol, TypeAlias
 
 import grpc
@@ -54,9 +54,9 @@ class ControlAuth(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith(self._public):
             return handler
@@ -119,7 +119,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     def __init__(self, attachments: Attachments) -> None:
         self._attachments = attachments
 
-    async def Attach(self, request_iterator: AsyncIterator[worker_pb2.AttachRequest], context: Context) -> None:
+    # A coroutine that writes, which the stubs do not know: a write that is cut still ends with everything closed.
+    async def Attach(  # type: ignore[override]
+        self, request_iterator: AsyncIterator[worker_pb2.AttachRequest], context: Context
+    ) -> None:
         session = await self._greet(request_iterator, context)
         reader = asyncio.create_task(self._read(session, request_iterator))
         try:
@@ -164,7 +167,7 @@ class Owning(Protocol):
 
     def meet(self, needer_id: str, needer_epoch: int) -> PeerEndpoints: ...
 
-    def lend(self, terms: LendTerms) -> AsyncIterator[LentBlocks | LendDone]: ...
+    def lend(self, terms: LendTerms) -> AsyncGenerator[LentBlocks | LendDone, None]: ...
 
 
 class KvOwnerServicer(kv_pb2_grpc.KvOwnerServiceServicer):
@@ -180,11 +183,12 @@ class KvOwnerServicer(kv_pb2_grpc.KvOwnerServiceServicer):
         except TailraceError as error:
             await abort(context, error)
 
-    async def Lend(self, request: kv_pb2.LendRequest, context: Context) -> AsyncIterator[kv_pb2.LendResponse]:
+    # A coroutine, as Attach: gRPC would leave a generator to the garbage collector, and its blocks lent until then.
+    async def Lend(self, request: kv_pb2.LendRequest, context: Context) -> None:  # type: ignore[override]
         try:
             async with contextlib.aclosing(self._owner.lend(convert.terms_from_proto(request))) as events:
                 async for event in events:
-                    yield _LENT[type(event)](event)
+                    await context.write(_LENT[type(event)](event))
         except TailraceError as error:
             await abort(context, error)
 

@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -84,11 +84,13 @@ class Session:
         self._is_closed = True
         self._news.set()
 
-    async def events(self) -> AsyncIterator[StepEvents]:
+    async def events(self) -> AsyncGenerator[StepEvents, None]:
         """First who we are, then one message a step or more rarely, and a beat when there is nothing to say."""
         yield self._stamped(StepEvents(info=self.info, load=self.load()))
-        while not self._is_closed:
+        is_last = False
+        while not is_last:
             await self._wait_for_news()
+            is_last = self._is_closed
             pending, self._pending = self._pending, StepEvents()
             self._news.clear()
             yield self._stamped(pending)

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
@@ -185,7 +185,7 @@ class WorkerHost:
         self._parts.transfer.owner.note_meeting()
         return self._parts.transfer.owner.endpoints()
 
-    async def lend(self, terms: LendTerms) -> AsyncIterator[LentBlocks | LendDone]:
+    async def lend(self, terms: LendTerms) -> AsyncGenerator[LentBlocks | LendDone, None]:
         if self._wiring.lender is None:
             raise ConfigError(f"{self._parts.identity.worker_id} lends nothing", param="ticket")
         with self._parts.transfer.owner.lending(terms.transport):

@@ -5,7 +5,7 @@ It waits for the request, then tells what is ready, in order, each block once.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from tailrace.errors import NotFoundError, UnauthenticatedError
@@ -35,7 +35,7 @@ class LendFeed:
         self.over.set()
         self._event.set()
 
-    async def events(self) -> AsyncIterator[LentBlocks | LendDone]:
+    async def events(self) -> AsyncGenerator[LentBlocks | LendDone, None]:
         """Raises NotFoundError when the request ends before all is ready."""
         while True:
             await self._event.wait()
@@ -105,7 +105,7 @@ class Lender:
             if (feed := self._feeds.get(progress.request_id)) is not None:
                 feed.add(progress)
 
-    async def lend(self, terms: LendTerms) -> AsyncIterator[LentBlocks | LendDone]:
+    async def lend(self, terms: LendTerms) -> AsyncGenerator[LentBlocks | LendDone, None]:
         """Closing the iterator, at any point, gives the blocks back.
 
         Raises UnauthenticatedError for a ticket of another request or another life of this worker, NotFoundError when

@@ -1,0 +1,142 @@
+"""Meet and Lend: where an owner's blocks can be read, what is asked of it and what it tells."""
+
+from tailrace.errors import InvalidRequestError
+from tailrace.kv.layout import KVLayout
+from tailrace.messages import FirstToken, LendDone, LendTerms, LentBlocks
+from tailrace.rpc.convert.layout import layout_to_proto
+from tailrace.rpc.convert.sampling import logprob_from_proto, logprob_to_proto, reason_from_proto, reason_to_proto
+from tailrace.rpc.gen import kv_pb2
+from tailrace.transfer.endpoints import NixlEndpoint, PeerEndpoints, StreamEndpoint
+
+
+def endpoints_to_proto(peer: PeerEndpoints, layout: KVLayout) -> kv_pb2.MeetResponse:
+    message = kv_pb2.MeetResponse(
+        worker_id=peer.worker_id,
+        epoch=peer.epoch,
+        layout=layout_to_proto(layout),
+        block_bytes=peer.block_bytes,
+        num_blocks=peer.num_blocks,
+    )
+    if peer.nixl is not None:
+        nixl = peer.nixl
+        message.nixl.CopyFrom(
+            kv_pb2.NixlEndpoint(
+                agent_name=nixl.agent_name,
+                agent_metadata=nixl.agent_metadata,
+                pool_address=nixl.pool_address,
+                stamps_address=nixl.stamps_address,
+                nonce_address=nixl.nonce_address,
+                nonce=nixl.nonce,
+                pid=nixl.pid,
+                boot_id=nixl.boot_id,
+                memory=nixl.memory,
+                device=nixl.device,
+                rdma_devices=nixl.rdma_devices,
+            )
+        )
+    if peer.stream is not None:
+        stream = peer.stream
+        message.stream.CopyFrom(kv_pb2.StreamEndpoint(host=stream.host, port=stream.port, tls=stream.tls))
+    return message
+
+
+def endpoints_from_proto(message: kv_pb2.MeetResponse) -> PeerEndpoints:
+    nixl, stream = message.nixl, message.stream
+    return PeerEndpoints(
+        worker_id=message.worker_id,
+        epoch=message.epoch,
+        block_bytes=message.block_bytes,
+        num_blocks=message.num_blocks,
+        nixl=NixlEndpoint(
+            agent_name=nixl.agent_name,
+            agent_metadata=nixl.agent_metadata,
+            pool_address=nixl.pool_address,
+            stamps_address=nixl.stamps_address,
+            nonce_address=nixl.nonce_address,
+            nonce=nixl.nonce,
+            pid=nixl.pid,
+            boot_id=nixl.boot_id,
+            memory=nixl.memory,
+            device=nixl.device,
+            rdma_devices=tuple(nixl.rdma_devices),
+        )
+        if message.HasField("nixl")
+        else None,
+        stream=StreamEndpoint(stream.host, stream.port, stream.tls) if message.HasField("stream") else None,
+    )
+
+
+def terms_to_proto(terms: LendTerms) -> kv_pb2.LendRequest:
+    return kv_pb2.LendRequest(
+        request_id=terms.request_id,
+        attempt=terms.attempt,
+        ticket=terms.ticket,
+        needer_id=terms.needer_id,
+        needer_epoch=terms.needer_epoch,
+        skip_blocks=terms.skip_blocks,
+        transport=terms.transport,
+    )
+
+
+def terms_from_proto(message: kv_pb2.LendRequest) -> LendTerms:
+    if message.block_hashes:
+        raise InvalidRequestError("this owner lends by ticket only", param="block_hashes")
+    return LendTerms(
+        request_id=message.request_id,
+        attempt=message.attempt,
+        ticket=message.ticket,
+        needer_id=message.needer_id,
+        needer_epoch=message.needer_epoch,
+        transport=message.transport,
+        skip_blocks=message.skip_blocks,
+    )
+
+
+def lent_to_proto(lent: LentBlocks) -> kv_pb2.LendResponse:
+    return kv_pb2.LendResponse(
+        ready=kv_pb2.LendReady(
+            first_index=lent.first_index, blocks=lent.blocks, addresses=lent.addresses, generations=lent.generations
+        )
+    )
+
+
+def done_to_proto(done: LendDone) -> kv_pb2.LendResponse:
+    return kv_pb2.LendResponse(
+        done=kv_pb2.LendDone(
+            first_tokens=[
+                kv_pb2.FirstToken(
+                    choice=token.choice,
+                    token_id=token.token_id,
+                    logprob=None if token.logprob is None else logprob_to_proto(token.logprob),
+                    finish_reason=reason_to_proto(token.finish_reason),
+                )
+                for token in done.first_tokens
+            ],
+            last_block_tokens=done.last_block_tokens,
+            cached_tokens=done.cached_tokens,
+            queue_s=done.queue_s,
+            prefill_s=done.prefill_s,
+        )
+    )
+
+
+def lend_event_from_proto(message: kv_pb2.LendResponse) -> LentBlocks | LendDone:
+    if message.HasField("ready"):
+        ready = message.ready
+        lent = LentBlocks(ready.first_index, list(ready.blocks), list(ready.addresses), list(ready.generations))
+        if not len(lent.blocks) == len(lent.addresses) == len(lent.generations):
+            raise InvalidRequestError("blocks, addresses and generations differ in length", param="ready")
+        return lent
+    done = message.done
+    return LendDone(
+        first_tokens=tuple(_first_token(token) for token in done.first_tokens),
+        last_block_tokens=done.last_block_tokens,
+        cached_tokens=done.cached_tokens,
+        queue_s=done.queue_s,
+        prefill_s=done.prefill_s,
+    )
+
+
+def _first_token(message: kv_pb2.FirstToken) -> FirstToken:
+    logprob = logprob_from_proto(message.logprob) if message.HasField("logprob") else None
+    return FirstToken(message.choice, message.token_id, logprob, reason_from_proto(message.finish_reason))
