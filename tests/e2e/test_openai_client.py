@@ -161,9 +161,7 @@ async def test_characters_of_many_bytes_arrive_whole(client: openai.AsyncOpenAI)
     )
     pieces = [chunk.choices[0].text async for chunk in stream]
     # A replacement character stands for bytes that never became a character, not for a piece of one.
-    whole = await client.completions.create(
-        model=MODEL, prompt="🎈🐱🎉日本", temperature=1.5, seed=4, max_tokens=48
-    )
+    whole = await client.completions.create(model=MODEL, prompt="🎈🐱🎉日本", temperature=1.5, seed=4, max_tokens=48)
     assert "".join(pieces) == whole.choices[0].text
 
 

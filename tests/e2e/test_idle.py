@@ -1,0 +1,28 @@
+"""A cluster with nothing to do sleeps."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.cluster import Cluster
+from tests.helpers.traffic import complete_all, prompt_of
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+WATCHED_S = 10.0
+AFTERWARDS_S = 6.0
+"""An owner drives nixl's progress for five seconds after it was met."""
+
+
+@pytest.mark.parametrize("transport", ["nixl", "stream"])
+async def test_an_idle_cluster_uses_under_a_tenth_of_a_core(small_model: Path, transport: str) -> None:
+    with Cluster(small_model, dtype="float32", num_blocks=512, transport=transport) as cluster:
+        cluster.start_workers()
+        await complete_all(cluster, [prompt_of(200, seed) for seed in range(8)], max_tokens=32)
+        cluster.wait_until_idle(5.0)
+        await asyncio.sleep(AFTERWARDS_S)
+        before = {process.name: process.cpu_s() for process in cluster.processes.values()}
+        await asyncio.sleep(WATCHED_S)
+        used = {p.name: (p.cpu_s() - before[p.name]) / WATCHED_S for p in cluster.processes.values()}
+        assert sum(used.values()) < 0.1, used
