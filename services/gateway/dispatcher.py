@@ -4,7 +4,6 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
 
 from services.gateway.generation import GenerationRequest
 from services.gateway.members import Member, Members
@@ -12,6 +11,7 @@ from services.gateway.session import Attempt, Leg, RequestSession
 from tailrace.errors import (
     DeadlineExceededError,
     ErrorCode,
+    InternalError,
     InvalidRequestError,
     OverloadedError,
     TailraceError,
@@ -48,6 +48,9 @@ class PairDispatcher:
         self._max_concurrent = max_concurrent
         self._sessions: set[RequestSession] = set()
         self.on_retry: Callable[[ErrorCode], None] = lambda code: None
+        self.on_begun: Callable[[RequestSession], None] = lambda session: None
+        self.on_ended: Callable[[RequestSession], None] = lambda session: None
+        """Called once for each that has begun."""
 
     @property
     def num_running(self) -> int:
@@ -58,44 +61,62 @@ class PairDispatcher:
         if len(self._sessions) >= self._max_concurrent:
             raise OverloadedError(f"{self._max_concurrent} requests are running", retry_after_s=RETRY_AFTER_S)
         session = RequestSession(request, f"{request.request_id}~{uuid.uuid4().hex[:8]}", self)
-        route = self._route(request)
-        self._sessions.add(session)
-        loop = asyncio.get_running_loop()
-        session.timer = loop.call_later(request.deadline_s + DEADLINE_GRACE_S, _expire, session)
+        route = self._route(request, request.prompt_tokens)
+        self._begin(session)
         choices = tuple(range(request.num_choices))
         try:
-            self._start(session, choices, route)
-        except WorkerLostError as lost:
-            await self.recover(session, choices, lost)
+            try:
+                self._start(session, choices, route)
+            except WorkerLostError as lost:
+                await self.recover(session, choices, lost)
         except BaseException:
             await session.aclose()
             raise
         return session
 
+    def _begin(self, session: RequestSession) -> None:
+        self._sessions.add(session)
+        patience_s = max(0.0, session.request.deadline_s) + DEADLINE_GRACE_S
+        session.timer = asyncio.get_running_loop().call_later(patience_s, _expire, session)
+        _observe(self.on_begun, session)
+
     def ended(self, session: RequestSession) -> None:
         self._sessions.discard(session)
         if session.timer is not None:
             session.timer.cancel()
+        _observe(self.on_ended, session)
 
     async def recover(self, session: RequestSession, choices: tuple[int, ...], error: TailraceError) -> None:
         """Another pair for what was lost: the same seed and positions draw the same tokens."""
         try:
-            self._count_retry(session, error)
-            await asyncio.sleep(min(error.retry_after_s, max(0.0, session.remaining_s)))
-            for group in self._groups(session, session.open_choices(choices)):
-                self._start(session, group, self._route(session.request))
-        except WorkerLostError as lost:
-            await self.recover(session, choices, lost)
+            while choices and not session.is_over:
+                self._count_retry(session, choices, error)
+                await asyncio.sleep(min(error.retry_after_s, max(0.0, session.remaining_s)))
+                choices, error = self._restart(session, session.open_choices(choices), error)
         except TailraceError as final:
             session.fail(final)
+        except Exception:
+            log.exception("%s cannot be started again", session.wire_id)
+            session.fail(InternalError("the gateway failed; its log says why"))
 
-    def _count_retry(self, session: RequestSession, error: TailraceError) -> None:
+    def _restart(
+        self, session: RequestSession, choices: tuple[int, ...], error: TailraceError
+    ) -> tuple[tuple[int, ...], TailraceError]:
+        """Start as many groups as there are workers for; gives back the choices that are left, and why."""
+        for group in self._groups(session, choices):
+            try:
+                self._start(session, group, self._route(session.request, session.tokens(group[0])))
+            except WorkerLostError as lost:
+                return choices[choices.index(group[0]) :], lost
+        return (), error
+
+    def _count_retry(self, session: RequestSession, choices: tuple[int, ...], error: TailraceError) -> None:
         """Raises the error itself when there is no use or no time in trying again."""
-        session.num_retries += 1
-        limit = MAX_REFUSALS if error.code is ErrorCode.OVERLOADED else MAX_RETRIES
+        is_refusal = error.code is ErrorCode.OVERLOADED
+        count = session.count_retry(choices, refused=is_refusal)
         if session.remaining_s <= error.retry_after_s:
             raise DeadlineExceededError(f"not done within its deadline; the last trouble was: {error.message}")
-        if not error.retryable or session.num_retries > limit:
+        if not error.retryable or count > (MAX_REFUSALS if is_refusal else MAX_RETRIES):
             raise error
         self.on_retry(error.code)
 
@@ -109,34 +130,35 @@ class PairDispatcher:
 
     # -- routing ------------------------------------------------------------------------------------------------------
 
-    def _route(self, request: GenerationRequest) -> Route:
-        """Raises UnavailableError when there is no pair, InvalidRequestError when no pool can hold the prompt."""
+    def _route(self, request: GenerationRequest, tokens: list[int]) -> Route:
+        """For the prompt and what is replayed after it.
+
+        Raises UnavailableError when there is no pair, InvalidRequestError when no pool can hold the tokens.
+        """
         prefills = [member.view() for member in self._members.of(Role.PREFILL)]
         decodes = [member.view() for member in self._members.of(Role.DECODE)]
         if not decodes:
             raise UnavailableError("no decode worker is attached", retry_after_s=RETRY_AFTER_S)
         layout = self._members.get(decodes[0].worker_id).info.layout
         route = choose(
-            RouteRequest(len(request.prompt_tokens), layout.block_size, request.num_choices),
+            RouteRequest(len(tokens), layout.block_size, request.num_choices),
             prefills,
             decodes,
-            self._hits(request, layout),
+            self._hits(tokens, request.cache_salt, layout),
             self._pair_rates(),
             layout.bytes_per_token,
         )
         if route is not None:
             return route
-        needed = -(-(len(request.prompt_tokens) + 1) // layout.block_size)
-        if all(view.total_blocks < needed for view in decodes):
-            largest = max(view.total_blocks for view in decodes) * layout.block_size - 1
-            raise InvalidRequestError(
-                f"{len(request.prompt_tokens)} prompt tokens; the largest worker holds {largest}", param="prompt"
-            )
+        # The router's own rule: the prompt, and a block to go on in.
+        largest = (max(view.total_blocks for view in decodes) - 1) * layout.block_size
+        if 0 <= largest < len(tokens):
+            raise InvalidRequestError(f"{len(tokens)} tokens; the largest worker holds {largest}", param="prompt")
         raise UnavailableError("no pair of workers can take requests now", retry_after_s=RETRY_AFTER_S)
 
-    def _hits(self, request: GenerationRequest, layout: KVLayout) -> dict[str, int]:
-        seed = chain_seed(layout.fingerprint, "", request.cache_salt)
-        return self._index.longest_prefix(hash_blocks(request.prompt_tokens, layout.block_size, seed))
+    def _hits(self, tokens: list[int], cache_salt: str, layout: KVLayout) -> dict[str, int]:
+        seed = chain_seed(layout.fingerprint, "", cache_salt)
+        return self._index.longest_prefix(hash_blocks(tokens, layout.block_size, seed))
 
     def _pair_rates(self) -> dict[tuple[str, str], float]:
         """A decode worker reports one rate for all its owners."""
@@ -188,17 +210,17 @@ class PairDispatcher:
                 handle=leg.handle,
                 request_id=session.wire_id,
                 attempt=attempt.number,
-                tokens=[*request.prompt_tokens, *session.released(attempt.choices[0])],
+                tokens=session.tokens(attempt.choices[0]),
                 num_prompt_tokens=len(request.prompt_tokens),
-                sampling=replace(request.sampling),
+                sampling=request.sampling,
                 choices=attempt.choices,
                 priority=request.priority,
                 deadline_s=session.remaining_s,
                 ticket=ticket,
                 cache_salt=request.cache_salt,
                 source=source,
-                traceparent=request.traceparent,
-                tracestate=request.tracestate,
+                traceparent=session.traceparent,
+                tracestate=session.tracestate,
             ),
             leg,
         )
@@ -206,3 +228,11 @@ class PairDispatcher:
 
 def _expire(session: RequestSession) -> None:
     session.fail(DeadlineExceededError(f"not done within its deadline of {session.request.deadline_s:g} s"))
+
+
+def _observe(hook: Callable[[RequestSession], None], session: RequestSession) -> None:
+    """Whoever only watches must not fail a request."""
+    try:
+        hook(session)
+    except Exception:
+        log.exception("%s could not be observed", session.wire_id)

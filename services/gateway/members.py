@@ -6,18 +6,29 @@ again.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
+from services.gateway.index_feed import IndexFeed
 from tailrace.errors import InternalError, LayoutMismatchError, TailraceError, WorkerLostError
 from tailrace.index.memory import MemoryIndex
-from tailrace.kv.events import KVEvent
-from tailrace.messages import KvEventBatch, LedgerReport, LegReport, Load, StepEvents, Submission, WorkerInfo
+from tailrace.messages import (
+    ChoiceFinished,
+    LedgerReport,
+    LegReport,
+    Load,
+    StepEvents,
+    Submission,
+    TokenColumns,
+    WorkerInfo,
+)
 from tailrace.policy.routing import WorkerView
 from tailrace.rpc.client import AttachCall, Peer
 from tailrace.rpc.options import PEER_LOSS_S
@@ -30,6 +41,8 @@ RESERVATION_S = 0.25
 """How long a submission counts beside a worker's load report, until a report that surely knows it has come."""
 HUNG_S = 60.0
 """A worker with work to do whose step counter stands still for this long is hung, however lively its answers are."""
+NUDGE_S = 30.0
+"""After so long it is asked for its ledger: an engine that only waits for others makes a step to answer."""
 
 
 class LegSink(Protocol):
@@ -51,14 +64,26 @@ class Member:
     info: WorkerInfo
     call: AttachCall
     peer: Peer
+    feed: IndexFeed
     load: Load = field(default_factory=Load)
+    is_lost: bool = False
+    """Its stream takes nothing more; that it has ended will be noticed in a moment."""
     sinks: dict[int, LegSink] = field(default_factory=dict)
+    fingerprint: bytes = field(init=False)
     _reserved: dict[int, tuple[float, int, int]] = field(default_factory=dict)
     """By handle: when, tokens, sequences."""
 
+    def __post_init__(self) -> None:
+        self.fingerprint = self.info.layout.fingerprint
+
     def submit(self, submission: Submission, sink: LegSink) -> None:
-        """Raises WorkerLostError when the stream is gone; the sink hears nothing then."""
-        self.call.submit(submission)
+        """Raises WorkerLostError when the stream is gone, or is now given up; the sink hears nothing then."""
+        try:
+            self.call.submit(submission)
+        except WorkerLostError:
+            self.is_lost = True
+            self.call.close()
+            raise
         self.sinks[submission.handle] = sink
         self._reserved[submission.handle] = (time.monotonic(), len(submission.tokens), len(submission.choices))
 
@@ -71,9 +96,28 @@ class Member:
         except TailraceError as error:
             log.debug("cancel at %s: %s", self.info.worker_id, error.message)
 
-    def forget(self, handle: int) -> None:
-        self.sinks.pop(handle, None)
+    def forget(self, handle: int) -> LegSink | None:
+        """Who listened to it. Its sink hears nothing more."""
         self._reserved.pop(handle, None)
+        return self.sinks.pop(handle, None)
+
+    def tell(self, handle: int, function: Callable[[LegSink], None]) -> None:
+        """A defect in one request must not take the worker's stream, and with it every other request, down."""
+        if (sink := self.sinks.get(handle)) is None:
+            return
+        try:
+            function(sink)
+        except Exception:
+            log.exception("leg %d of %s failed", handle, self.info.worker_id)
+            self.fail(handle, InternalError("the gateway failed; its log says why"))
+
+    def fail(self, handle: int, error: TailraceError) -> None:
+        if (sink := self.forget(handle)) is None:
+            return
+        try:
+            sink.on_failed(error)
+        except Exception:
+            log.exception("leg %d of %s cannot be failed", handle, self.info.worker_id)
 
     def take_load(self, load: Load) -> None:
         self.load = load
@@ -85,7 +129,7 @@ class Member:
         return WorkerView(
             worker_id=self.info.worker_id,
             role=self.info.role,
-            fingerprint=self.info.layout.fingerprint,
+            fingerprint=self.fingerprint,
             num_waiting=load.num_waiting,
             num_running=load.num_running,
             waiting_tokens=load.waiting_tokens,
@@ -115,6 +159,9 @@ class Members:
         self._secret = secret
         self._index = index
         self._members: dict[str, Member] = {}
+        self._known: dict[str, WorkerInfo] = {}
+        """By address: who was last found there."""
+        self._nudges: set[asyncio.Task[LedgerReport]] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._interest: Counter[str] = Counter()
         self._handles = itertools.count(1)
@@ -130,7 +177,7 @@ class Members:
         return member
 
     def of(self, role: Role) -> list[Member]:
-        return [member for member in self._members.values() if member.info.role is role]
+        return [member for member in self._members.values() if member.info.role is role and not member.is_lost]
 
     def all(self) -> list[Member]:
         return list(self._members.values())
@@ -156,29 +203,42 @@ class Members:
         self._interest[address] -= 1
         if self._interest[address] <= 0:
             del self._interest[address]
+            self._known.pop(address, None)
             if (task := self._tasks.pop(address, None)) is not None:
                 task.cancel()
 
     async def close(self) -> None:
-        tasks = list(self._tasks.values())
+        tasks = [*self._tasks.values(), *self._nudges]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep_attached(self, address: str) -> None:
-        last = ""
+        trouble = ""
         while True:
-            peer = Peer(address, self._secret)
-            try:
-                await self._attach(peer)
-            except TailraceError as error:
-                log.log(logging.DEBUG if error.message == last else logging.WARNING, "worker at %s", error.message)
-                last = error.message
-            except Exception:
-                log.exception("the stream to %s failed; it is opened again", address)
-            finally:
-                await peer.close()
+            if not self._is_attached_elsewhere(address):
+                trouble = await self._attach_once(address, trouble)
             await asyncio.sleep(REATTACH_S)
+
+    async def _attach_once(self, address: str, last: str) -> str:
+        """Returns why the stream ended; `last` is why the one before did."""
+        peer = Peer(address, self._secret)
+        try:
+            await self._attach(peer)
+        except TailraceError as error:
+            log.log(logging.DEBUG if error.message == last else logging.WARNING, "worker at %s", error.message)
+            return error.message
+        except Exception:
+            log.exception("the stream to %s failed; it is opened again", address)
+        finally:
+            await peer.close()
+        return ""
+
+    def _is_attached_elsewhere(self, address: str) -> bool:
+        """A worker with two addresses would drop the stream to one for the stream to the other, and so on for ever."""
+        if (known := self._known.get(address)) is None or (member := self._members.get(known.worker_id)) is None:
+            return False
+        return member.peer.address != address and member.info.epoch == known.epoch
 
     async def _attach(self, peer: Peer) -> None:
         """Listen to one worker until its stream ends."""
@@ -186,29 +246,32 @@ class Members:
         member: Member | None = None
         watch = _Watch()
         try:
-            events = aiter(call.events())
-            while (event := await _next_event(events, peer.address)) is not None:
-                if event.info is not None:
-                    member = self._welcome(Member(event.info, call, peer))
-                if member is None:
-                    raise WorkerLostError(f"{peer.address}: the first event does not say who the worker is")
-                watch.check(event, member)
-                self._spread(member, event)
+            async with contextlib.aclosing(call.events()) as events:
+                while (event := await _next_event(events, peer.address)) is not None:
+                    if event.info is not None:
+                        member = self._welcome(event.info, call, peer)
+                    if member is None:
+                        raise WorkerLostError(f"{peer.address}: the first event does not say who the worker is")
+                    if watch.needs_nudge(event, member):
+                        self._nudge(member)
+                    self._spread(member, event)
         finally:
             call.close()
             if member is not None:
                 self._farewell(member)
 
-    def _welcome(self, member: Member) -> Member:
-        info = member.info
+    def _welcome(self, info: WorkerInfo, call: AttachCall, peer: Peer) -> Member:
         self._check_layout(info)
         if (old := self._members.get(info.worker_id)) is not None:
+            if old.info.epoch > info.epoch:
+                raise WorkerLostError(f"{peer.address}: a newer process serves as {info.worker_id}")
             self._farewell(old)
+            old.call.close()
+        self._known[peer.address] = info
+        member = Member(info, call, peer, IndexFeed(info, self._index, peer.snapshot))
         self._members[info.worker_id] = member
         log.info("%s worker %s attached: %d blocks at %s", info.role, info.worker_id, info.num_blocks, info.address)
-        self._index.reset(info.worker_id, info.epoch, [], 0)
-        task = asyncio.create_task(self._resync(member), name=f"snapshot {info.worker_id}")
-        task.add_done_callback(_log_failure)
+        member.feed.open()
         return member
 
     def _check_layout(self, info: WorkerInfo) -> None:
@@ -219,9 +282,11 @@ class Members:
                 f"model_digest: gateway={self._model_digest} worker={info.layout.model_digest}"
             )
         for other in self.all():
-            differences = other.info.layout.differences(info.layout) if other.info.role is not info.role else ()
-            if differences:
-                names = other.info.worker_id, info.worker_id
+            if other.info.role is info.role:
+                continue
+            owner, needer = (other.info, info) if info.role is Role.DECODE else (info, other.info)
+            if differences := owner.layout.differences(needer.layout):
+                names = owner.worker_id, needer.worker_id
                 log.warning("%s and %s cannot be paired (owner, needer): %s", *names, "; ".join(differences))
 
     def _farewell(self, member: Member) -> None:
@@ -229,12 +294,21 @@ class Members:
         if self._members.get(worker_id) is not member:
             return
         del self._members[worker_id]
-        self._index.drop_worker(worker_id)
+        member.feed.close()
         log.warning("%s worker %s is gone; %d legs fail", member.info.role, worker_id, len(member.sinks))
         self.on_lost(member.info.role)
-        sinks, member.sinks = list(member.sinks.values()), {}
-        for sink in sinks:
-            sink.on_failed(WorkerLostError(f"worker {worker_id} is gone"))
+        for handle in list(member.sinks):
+            member.fail(handle, WorkerLostError(f"worker {worker_id} is gone"))
+
+    def _nudge(self, member: Member) -> None:
+        task = asyncio.create_task(member.peer.ledger(), name=f"nudge {member.info.worker_id}")
+        self._nudges.add(task)
+        task.add_done_callback(self._nudged)
+
+    def _nudged(self, task: "asyncio.Task[LedgerReport]") -> None:
+        self._nudges.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("%s failed: %s", task.get_name(), error)
 
     # -- what they say ------------------------------------------------------------------------------------------------
 
@@ -242,52 +316,31 @@ class Members:
         if event.load is not None:
             member.take_load(event.load)
         if event.kv_events is not None:
-            self._index_events(member, event.kv_events)
+            member.feed.take(event.kv_events)
         columns = event.tokens
         for row, handle in enumerate(columns.handles):
-            if (sink := member.sinks.get(handle)) is not None:
-                logprob = columns.logprobs[row] if columns.logprobs is not None else None
-                logprobs = [logprob] if logprob is not None else None
-                token = (columns.choices[row], columns.positions[row], [columns.token_ids[row]], logprobs)
-                _tell(member, handle, sink.on_tokens, *token)
+            member.tell(handle, partial(_tell_token, columns, row))
         # Reports before ends: the last end of a request asks for its usage.
         for report in event.reports:
-            if (sink := member.sinks.get(report.handle)) is not None:
-                _tell(member, report.handle, sink.on_report, report)
+            member.tell(report.handle, partial(_tell_report, report))
         for finish in event.finished:
-            if (sink := member.sinks.get(finish.handle)) is not None:
-                _tell(member, finish.handle, sink.on_finished, finish.choice, finish.reason)
+            member.tell(finish.handle, partial(_tell_finish, finish))
         for failure in event.failed:
-            if (sink := member.sinks.get(failure.handle)) is not None:
-                member.forget(failure.handle)
-                sink.on_failed(failure.error)
-
-    def _index_events(self, member: Member, batch: KvEventBatch) -> None:
-        info = member.info
-        if not self._index.apply(info.worker_id, info.epoch, batch.first_sequence, batch.events):
-            log.info("events of %s are missing; asking for all it has", info.worker_id)
-            task = asyncio.create_task(self._resync(member), name=f"snapshot {info.worker_id}")
-            task.add_done_callback(_log_failure)
-
-    async def _resync(self, member: Member) -> None:
-        """Entries are hints: what changes while the snapshot travels comes as an event after it."""
-        events: list[KVEvent] = []
-        sequence = 0
-        async for batch in member.peer.snapshot():
-            events.extend(batch.events)
-            sequence = batch.first_sequence
-        info = member.info
-        self._index.reset(info.worker_id, info.epoch, [event.block_hash for event in events], sequence)
+            member.fail(failure.handle, failure.error)
 
 
-def _tell(member: Member, handle: int, function: Callable[..., None], *args: object) -> None:
-    """A defect in one request must not take the worker's stream, and with it every other request, down."""
-    try:
-        function(*args)
-    except Exception:
-        log.exception("leg %d of %s failed", handle, member.info.worker_id)
-        if (sink := member.sinks.pop(handle, None)) is not None:
-            sink.on_failed(InternalError("the gateway failed; its log says why"))
+def _tell_token(columns: TokenColumns, row: int, sink: LegSink) -> None:
+    logprob = columns.logprobs[row] if columns.logprobs is not None else None
+    logprobs = [logprob] if logprob is not None else None
+    sink.on_tokens(columns.choices[row], columns.positions[row], [columns.token_ids[row]], logprobs)
+
+
+def _tell_report(report: LegReport, sink: LegSink) -> None:
+    sink.on_report(report)
+
+
+def _tell_finish(finish: ChoiceFinished, sink: LegSink) -> None:
+    sink.on_finished(finish.choice, finish.reason)
 
 
 class _Watch:
@@ -296,15 +349,23 @@ class _Watch:
     def __init__(self) -> None:
         self._step = -1
         self._moved_at = time.monotonic()
+        self._has_nudged = False
 
-    def check(self, event: StepEvents, member: Member) -> None:
-        """Raises WorkerLostError when the step counter stands still with work to do."""
-        now = time.monotonic()
-        load = member.load
+    def needs_nudge(self, event: StepEvents, member: Member) -> bool:
+        """True once, when the step counter has stood still for long with work to do.
+
+        Raises WorkerLostError when not even that has moved it.
+        """
+        now, load = time.monotonic(), member.load
         if event.step != self._step or not (load.num_running or load.num_waiting):
-            self._step, self._moved_at = event.step, now
-        elif now - self._moved_at > HUNG_S:
+            self._step, self._moved_at, self._has_nudged = event.step, now, False
+        stood_s = now - self._moved_at
+        if stood_s > HUNG_S:
             raise WorkerLostError(f"{member.info.worker_id} hangs: no step in {HUNG_S:g} s with work to do")
+        if stood_s <= NUDGE_S or self._has_nudged:
+            return False
+        self._has_nudged = True
+        return True
 
 
 async def _next_event(events: AsyncIterator[StepEvents], address: str) -> StepEvents | None:
@@ -314,8 +375,3 @@ async def _next_event(events: AsyncIterator[StepEvents], address: str) -> StepEv
             return await anext(events, None)
     except TimeoutError:
         raise WorkerLostError(f"{address}: silent for {PEER_LOSS_S:g} s") from None
-
-
-def _log_failure(task: "asyncio.Task[None]") -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.warning("%s failed: %s", task.get_name(), error)

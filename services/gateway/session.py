@@ -8,7 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from services.gateway.generation import (
@@ -39,6 +39,7 @@ class Leg:
     role: Role
 
     def on_tokens(self, choice: int, position: int, ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
+        self._check(choice)
         self.attempt.has_joined = self.attempt.has_joined or self.role is Role.DECODE
         self.session.take_tokens(choice, position, ids, logprobs, self.role)
 
@@ -46,10 +47,15 @@ class Leg:
         self.session.take_report(self, report)
 
     def on_finished(self, choice: int, reason: FinishReason) -> None:
+        self._check(choice)
         self.session.end_choice(choice, reason)
 
     def on_failed(self, error: TailraceError) -> None:
         self.session.leg_failed(self, error)
+
+    def _check(self, choice: int) -> None:
+        if choice not in self.attempt.choices:
+            raise InternalError(f"{self.member.info.worker_id} speaks of choice {choice}, which it was not given")
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +68,7 @@ class Attempt:
     decode: Leg | None = None
     has_joined: bool = False
     """The decode leg speaks: it needs its prefill leg no more."""
+    decode_report: LegReport | None = None
 
     def legs(self) -> list[Leg]:
         """Decode first: cancelled the other way round, it would take its owner's silence for a loss."""
@@ -74,6 +81,8 @@ class _Choice:
 
     tokens: list[int] = field(default_factory=list)
     is_over: bool = False
+    num_losses: int = 0
+    num_refusals: int = 0
 
 
 class RequestSession:
@@ -86,7 +95,10 @@ class RequestSession:
         self.began = time.monotonic()
         self.life = Lifecycle.begin(self.began)
         self.num_attempts = 0
-        self.num_retries = 0
+        self.traceparent, self.tracestate = request.traceparent, request.tracestate
+        """What workers get: the client's own, or the gateway's span below it."""
+        self.usage: Usage | None = None
+        """Known once it is over, whatever its end."""
         self.timer: asyncio.TimerHandle | None = None
         """Ends the request when no worker does."""
         self._recovery = recovery
@@ -94,10 +106,11 @@ class RequestSession:
         self._choices = [_Choice() for _ in range(request.num_choices)]
         self._events: deque[GenerationEvent] = deque()
         self._news = asyncio.Event()
-        self._error: TailraceError | None = None
+        self.error: TailraceError | None = None
         self._is_over = False
         self._first_token_at = 0.0
-        self._reports: dict[Role, LegReport] = {}
+        self._prompt_report: LegReport | None = None
+        """Of whoever prefilled first: a replay finds cached what was computed for this very request."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- Generation ---------------------------------------------------------------------------------------------------
@@ -105,25 +118,33 @@ class RequestSession:
     async def __aiter__(self) -> AsyncIterator[GenerationEvent]:
         while True:
             while self._events:
-                event = self._events.popleft()
-                yield event
-                if isinstance(event, UsageEvent):
-                    return
-            if self._error is not None:
-                raise self._error
+                yield self._events.popleft()
+            if self.error is not None:
+                raise self.error
             if self._is_over:
-                return
+                break
             self._news.clear()
             await self._news.wait()
+        if self.usage is not None and self.life.state is RequestState.FINISHED:
+            yield UsageEvent(self.usage)
 
     def finish_choice(self, choice: int) -> None:
-        if self._choices[choice].is_over:
+        self._withdraw(choice)
+        if self._is_over or self._choices[choice].is_over:
             return
-        self._events = deque(e for e in self._events if not _is_of(e, choice))
         for attempt in self._attempts:
             if choice in attempt.choices and attempt.decode is not None:
                 attempt.decode.member.cancel(attempt.decode.handle, (choice,))
         self._close_choice(choice)
+
+    def _withdraw(self, choice: int) -> None:
+        """What the client has not had of this choice, it never had."""
+        undelivered = [e for e in self._events if _is_of(e, choice)]
+        self._events = deque(e for e in self._events if not _is_of(e, choice))
+        tokens = self._choices[choice].tokens
+        del tokens[len(tokens) - sum(len(e.token_ids) for e in undelivered if isinstance(e, TokensEvent)) :]
+        if self.usage is not None:
+            self.usage = replace(self.usage, completion_tokens=self.num_released)
 
     async def aclose(self) -> None:
         if not self._is_over:
@@ -144,9 +165,25 @@ class RequestSession:
     def open_choices(self, choices: Sequence[int]) -> tuple[int, ...]:
         return tuple(c for c in choices if not self._choices[c].is_over)
 
+    @property
+    def num_released(self) -> int:
+        return sum(len(state.tokens) for state in self._choices)
+
     def released(self, choice: int) -> list[int]:
         """Tokens given to the client so far: what another worker must be told."""
         return self._choices[choice].tokens
+
+    def tokens(self, choice: int) -> list[int]:
+        """The prompt, and what a worker that takes over replays after it."""
+        return [*self.request.prompt_tokens, *self.released(choice)]
+
+    def count_retry(self, choices: Sequence[int], *, refused: bool) -> int:
+        """One more lost or refused attempt at these choices. Returns how many of its kind the most unlucky one had."""
+        states = [self._choices[c] for c in choices]
+        for state in states:
+            state.num_refusals += refused
+            state.num_losses += not refused
+        return max(state.num_refusals if refused else state.num_losses for state in states)
 
     def begin_attempt(self, choices: tuple[int, ...]) -> Attempt:
         attempt = Attempt(self.num_attempts, choices)
@@ -165,7 +202,7 @@ class RequestSession:
     def fail(self, error: TailraceError) -> None:
         """Ends the request with a terminal error."""
         if not self._is_over:
-            self._error = error
+            self.error = error
             self._end(RequestState.FAILED)
 
     def move(self, state: RequestState, at: float | None = None) -> None:
@@ -200,10 +237,13 @@ class RequestSession:
             self.move(RequestState.DECODING, now)
 
     def take_report(self, leg: Leg, report: LegReport) -> None:
-        self._reports[leg.role] = report
+        if leg.role is Role.DECODE:
+            leg.attempt.decode_report = report
+        if leg.role is Role.PREFILL or leg.attempt.prefill is None:
+            self._prompt_report = self._prompt_report or report
         if leg.role is Role.PREFILL and self.life.state is RequestState.QUEUED:
-            now = time.monotonic()
-            self.move(RequestState.PREFILLING, now - report.prefill_s)
+            now, queued_at = time.monotonic(), self.life.moves[-1][1]
+            self.move(RequestState.PREFILLING, max(queued_at, now - report.prefill_s))
             self.move(RequestState.TRANSFERRING, now)
 
     def end_choice(self, choice: int, reason: FinishReason) -> None:
@@ -232,13 +272,12 @@ class RequestSession:
     def _close_choice(self, choice: int) -> None:
         self._choices[choice].is_over = True
         if all(state.is_over for state in self._choices):
-            self._push(UsageEvent(self._usage()))
             self._end(RequestState.FINISHED)
 
     def _end(self, state: RequestState) -> None:
         self._is_over = True
-        if not self.life.is_over:
-            self.move(state)
+        self.move(state)
+        self.usage = self._usage()
         for attempt in list(self._attempts):
             self.abandon(attempt)
         self._recovery.ended(self)
@@ -251,21 +290,23 @@ class RequestSession:
 
     def _usage(self) -> Usage:
         now = time.monotonic()
-        decode = self._reports.get(Role.DECODE, LegReport(0))
-        prefill = self._reports.get(Role.PREFILL, decode)
+        prompt = self._prompt_report or LegReport(0)
+        decodes = [attempt.decode_report for attempt in self._attempts if attempt.decode_report is not None]
         first = self._first_token_at or now
+        # A replayed prompt is longer than the client's, and may be cached as a whole.
+        num_prompt_tokens = len(self.request.prompt_tokens)
         return Usage(
-            prompt_tokens=len(self.request.prompt_tokens),
-            completion_tokens=sum(len(state.tokens) for state in self._choices),
-            cached_tokens=prefill.cached_tokens,
-            queue_s=prefill.queue_s,
-            prefill_s=prefill.prefill_s,
-            transfer_s=decode.transfer_s,
-            transfer_bytes=decode.transfer_bytes,
-            transport=decode.transport,
-            decode_s=decode.decode_s or now - first,
+            prompt_tokens=num_prompt_tokens,
+            completion_tokens=self.num_released,
+            cached_tokens=min(prompt.cached_tokens, num_prompt_tokens),
+            queue_s=prompt.queue_s,
+            prefill_s=prompt.prefill_s,
+            transfer_s=max((report.transfer_s for report in decodes), default=0.0),
+            transfer_bytes=sum(report.transfer_bytes for report in decodes),
+            transport=next((report.transport for report in decodes if report.transport), ""),
+            decode_s=max((report.decode_s for report in decodes), default=0.0) or now - first,
             ttft_s=first - self.began,
-            cached_by_tier=dict(prefill.cached_by_tier),
+            cached_by_tier=_at_most(prompt.cached_by_tier, num_prompt_tokens),
         )
 
 
@@ -279,3 +320,11 @@ class Recovery(Protocol):
 
 def _is_of(event: GenerationEvent, choice: int) -> bool:
     return isinstance(event, TokensEvent | ChoiceEvent) and event.choice == choice
+
+
+def _at_most(cached_by_tier: dict[str, int], limit: int) -> dict[str, int]:
+    """Cut from the last tier named on, so that the tiers add up to `limit` at most."""
+    cut: dict[str, int] = {}
+    for tier, num_tokens in cached_by_tier.items():
+        cut[tier] = min(num_tokens, limit - sum(cut.values()))
+    return cut

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -184,7 +184,7 @@ class AttachCall:
             worker_pb2.AttachRequest(greeting=worker_pb2.Greeting(gateway_id=gateway_id, gateway_epoch=gateway_epoch))
         )
 
-    async def events(self) -> AsyncIterator[StepEvents]:
+    async def events(self) -> AsyncGenerator[StepEvents, None]:
         """Yields what the worker says until the stream ends. Raises TailraceError when it breaks."""
         writer = asyncio.create_task(self._write_all(), name=f"commands to {self._peer.address}")
         try:
