@@ -109,10 +109,16 @@ class Cluster:
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
+    def sibling(self) -> "Cluster":
+        """Another gateway, which workers of this one may join as well."""
+        other = Cluster(self.model, gateway=self._gateway_options, **self._options)
+        other.secret = self.secret
+        return other
+
     def __enter__(self) -> Self:
         try:
             self.start("gateway", "gateway", **self._gateway_options)
-            self.wait_until(self._is_up, "the gateway answers")
+            self.wait_until(self.is_up, "the gateway answers")
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -264,7 +270,7 @@ class Cluster:
         tails = (p.said()[-_LAST_BYTES:] for p in self.processes.values())
         return "\n".join(f"{head}\n{tail}" for head, tail in zip(heads, tails, strict=True))
 
-    def _is_up(self) -> bool:
+    def is_up(self) -> bool:
         try:
             return self.get("/health").status_code == 200
         except httpx.TransportError:
