@@ -46,7 +46,7 @@ class Row:
 
 
 class FakeRunner:
-    """Holds a plan to its contract: rows begin and end, tables grow at their end, nobody writes what others can read."""
+    """Holds a plan to its contract: rows begin and end, tables grow at their end, nobody writes what others read."""
 
     def __init__(self, pool: BlockPool, *, block_size: int, max_num_seqs: int, with_logprobs: bool = False) -> None:
         self._pool = pool

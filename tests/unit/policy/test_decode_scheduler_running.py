@@ -1,4 +1,7 @@
-"""The running batch: local prefill beside it, growth, preemption, forks and ends; with exact plans. Blocks of 4 tokens."""
+"""The running batch: local prefill beside it, growth, preemption, forks and ends, with exact plans.
+
+Blocks of 4 tokens.
+"""
 
 import pytest
 
@@ -52,7 +55,7 @@ def test_local_prefill_reuses_a_prefix_and_computes_at_least_a_token() -> None:
     local(world, A[:8])
     plan = world.step()
     assert plan.chunks == [Chunk(0, 4, 8, (0,))]
-    assert list(plan.started[0].blocks)[0] == 0
+    assert plan.started[0].blocks[0] == 0
 
 
 def test_the_head_of_the_line_is_not_overtaken() -> None:
@@ -120,6 +123,7 @@ def test_the_lowest_in_rank_gives_way_and_keeps_its_tokens() -> None:
     assert world.scheduler.num_preempted == 1
     assert (plan.decode, plan.appended) == ([0], [BlockAppend(0, 2, [3])])
     assert plan.released == [1]
+    assert world.scheduler.waiting_tokens == 9, "all of it is computed again, as far as it is not cached"
     assert (len(world.answers[first, 0]), len(world.answers[second, 0])) == (3, 2)
     assert str(world.pool.ledger()) == "active=3 cached=1", "its tail was evicted first"
     world.run_to_end()
@@ -134,6 +138,50 @@ def test_priority_decides_who_gives_way() -> None:
     for _ in range(3):
         world.step()
     assert [s.request.id for s in world.scheduler.sequences()] == [second]
+
+
+def test_whoever_grew_and_then_gave_way_is_not_told_to_the_runner() -> None:
+    world = DecodeWorld(num_blocks=5, budget=64, max_model_len=20)
+    local(world, A[:7], priority=1)
+    world.step()
+    second = local(world, B[:8], priority=0)
+    world.step()
+    plan = world.step()
+    assert [append.slot for append in plan.appended] == [1], "slot 0 took the last block, and lost it again"
+    assert [s.request.id for s in world.scheduler.sequences()] == [second]
+    world.run_to_end()
+    world.check_answers()
+
+
+def test_local_prefill_leaves_a_block_for_each_running_sequence() -> None:
+    world = DecodeWorld(num_blocks=6, budget=64)
+    local(world, A[:2])
+    world.step()
+    too_big = local(world, B[:20])
+    assert not world.step().started
+    world.cancel(too_big)
+    local(world, B[:16])
+    assert len(world.step().started) == 1
+
+
+def test_when_nobody_can_start_for_lack_of_a_block_the_lowest_in_rank_gives_way() -> None:
+    world = DecodeWorld(num_blocks=6, budget=64)
+    for tokens in (A[:8], B[:8]):
+        assert world.book(world.request(tokens, sampling=LONG))
+    for request_id in (1, 2):
+        world.want(request_id)
+    world.step()
+    for request_id in (1, 2):
+        world.start_read(request_id, 9)
+        world.land(world.pulls[request_id])
+        world.join(request_id)
+    others = world.scheduler._pool.allocate(2)
+    assert [start.tokens[:8] for start in world.step().started] == [A[:8]]
+    assert world.scheduler.num_preempted == 1
+    world.scheduler._pool.release(others or ())
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
 
 
 def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:

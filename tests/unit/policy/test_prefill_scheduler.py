@@ -61,7 +61,7 @@ def test_a_prefix_is_reused_and_at_least_one_token_computed() -> None:
     world.drop(1)
     world.submit(A[:8])
     plan = world.step()
-    assert list(plan.started[0].blocks)[0] == 0
+    assert plan.started[0].blocks[0] == 0
     assert plan.chunks == [Chunk(0, 4, 8, (0,))]
     job = world.scheduler.job(2)
     assert job is not None

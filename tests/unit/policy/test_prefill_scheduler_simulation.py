@@ -105,9 +105,8 @@ def play(seed: int) -> PrefillWorld:
 
 
 def submit(machine: PrefillMachine, rng: random.Random) -> None:
-    machine.submit(
-        rng.randint(0, 2), rng.randint(1, 40), rng.randint(0, 3), rng.randint(1, 4), rng.randint(1, 3), rng.randint(-1, 1)
-    )  # fmt: skip
+    lengths = (rng.randint(1, 40), rng.randint(0, 3), rng.randint(1, 4))
+    machine.submit(rng.randint(0, 2), *lengths, rng.randint(1, 3), rng.randint(-1, 1))
 
 
 @pytest.mark.parametrize("seed", range(30))

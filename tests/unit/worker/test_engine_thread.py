@@ -1,0 +1,155 @@
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from tailrace.worker.engine_thread import EngineThread
+from tailrace.worker.report import StepReport
+
+
+class CountingWorker:
+    """Computes for as many steps as it has work."""
+
+    def __init__(self) -> None:
+        self.work = 0
+        self.in_step = False
+        self.steps: list[int] = []
+        self.failure: BaseException | None = None
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def step(self) -> StepReport:
+        self.in_step = True
+        self.gate.wait(5)
+        if self.failure is not None:
+            raise self.failure
+        computed = self.work > 0
+        self.work -= computed
+        self.steps.append(self.work)
+        self.in_step = False
+        return StepReport(computed=computed)
+
+    def add(self, work: int) -> None:
+        assert not self.in_step, "a command met a half-done step"
+        self.work += work
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+        self.deaths: list[BaseException] = []
+        self.died = asyncio.Event()
+
+    def died_of(self, error: BaseException) -> None:
+        self.deaths.append(error)
+        self.died.set()
+
+
+@asynccontextmanager
+async def running(worker: CountingWorker, listener: Listener) -> AsyncIterator[EngineThread]:
+    engine = EngineThread(worker, deliver=listener.reports.append, died=listener.died_of)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+async def until(condition: object, seconds: float = 3.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # type: ignore[operator]
+            await asyncio.sleep(0.002)
+
+
+async def test_it_steps_while_there_is_work_and_reports_each_step_in_order() -> None:
+    worker, listener = CountingWorker(), Listener()
+    async with running(worker, listener) as engine:
+        engine.post(worker.add, 3)
+        await until(lambda: len(worker.steps) >= 4 and worker.work == 0 and len(listener.reports) == len(worker.steps))
+    assert [report.computed for report in listener.reports].count(True) == 3
+    assert not listener.reports[-1].computed
+    assert engine.num_steps == len(worker.steps)
+
+
+async def test_an_idle_thread_blocks() -> None:
+    worker, listener = CountingWorker(), Listener()
+    async with running(worker, listener) as engine:
+        await until(lambda: listener.reports)
+        steps, cpu = engine.num_steps, time.process_time()
+        await asyncio.sleep(0.2)
+        assert engine.num_steps == steps
+        assert time.process_time() - cpu < 0.05
+
+
+async def test_commands_wait_for_the_end_of_a_step_and_come_before_the_next() -> None:
+    worker, listener = CountingWorker(), Listener()
+    async with running(worker, listener) as engine:
+        await until(lambda: listener.reports)
+        worker.gate.clear()
+        engine.post(worker.add, 1)
+        await until(lambda: worker.in_step)
+        for _ in range(3):
+            engine.post(worker.add, 1)
+        answer = asyncio.create_task(engine.call(lambda: worker.work))
+        await asyncio.sleep(0.02)
+        assert not answer.done()
+        worker.gate.set()
+        assert await answer == 3
+
+
+async def test_a_call_gives_back_results_and_errors_and_the_thread_lives_on() -> None:
+    worker, listener = CountingWorker(), Listener()
+    async with running(worker, listener) as engine:
+        assert await engine.call(max, 3, 5) == 5
+        with pytest.raises(ValueError, match="invalid literal"):
+            await engine.call(int, "x")
+        assert await engine.call(threading.current_thread) is engine._thread
+    assert not listener.deaths
+
+
+async def test_a_call_whose_caller_is_gone_is_done_all_the_same() -> None:
+    worker, listener = CountingWorker(), Listener()
+    async with running(worker, listener) as engine:
+        task = asyncio.create_task(engine.call(worker.add, 2))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: len(worker.steps) >= 3)
+    assert not listener.deaths
+
+
+@pytest.mark.parametrize("where", ["step", "command"])
+async def test_a_failure_is_told_once_and_ends_the_thread(where: str) -> None:
+    worker, listener = CountingWorker(), Listener()
+    async with running(worker, listener) as engine:
+        await until(lambda: listener.reports)
+        if where == "step":
+            worker.failure = RuntimeError("broken")
+            engine.post(worker.add, 1)
+        else:
+            engine.post(int, "x")
+        async with asyncio.timeout(3):
+            await listener.died.wait()
+        await until(lambda: not engine._thread.is_alive())
+    assert len(listener.deaths) == 1
+
+
+async def test_stop_lets_the_running_step_end_and_may_be_repeated() -> None:
+    worker, listener = CountingWorker(), Listener()
+    async with running(worker, listener) as engine:
+        await until(lambda: listener.reports)
+        worker.gate.clear()
+        engine.post(worker.add, 1)
+        await until(lambda: worker.in_step)
+        stopping = asyncio.create_task(engine.stop())
+        await asyncio.sleep(0.02)
+        assert not stopping.done()
+        worker.gate.set()
+        await stopping
+        assert not engine._thread.is_alive()
+        await engine.stop()
+    await until(lambda: any(report.computed for report in listener.reports))
