@@ -128,13 +128,22 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         try:
             async with contextlib.aclosing(session.events()) as events:
                 async for event in events:
-                    async with asyncio.timeout(PEER_LOSS_S):
-                        await context.write(convert.step_events_to_proto(event))
-        except TimeoutError:
-            log.warning("gateway %s does not read; its stream is cut", session.gateway_id)
+                    await self._write(session, convert.step_events_to_proto(event), context)
         finally:
             reader.cancel()
             self._attachments.close(session)
+
+    async def _write(self, session: Session, message: worker_pb2.AttachResponse, context: Context) -> None:
+        """A gateway that does not read loses its session: what it submitted is cancelled.
+
+        The write itself is left alone: gRPC cannot end a call whose write was cancelled. It ends with the connection.
+        """
+        write = asyncio.ensure_future(context.write(message))
+        done, _ = await asyncio.wait({write}, timeout=PEER_LOSS_S)
+        if not done:
+            log.warning("gateway %s does not read; its session is closed", session.gateway_id)
+            self._attachments.close(session)
+        await write
 
     async def _greet(self, requests: AsyncIterator[worker_pb2.AttachRequest], context: Context) -> Session:
         first = await anext(aiter(requests), None)
