@@ -78,7 +78,7 @@ class Lender:
         self._gave_back = gave_back
         self._requests: dict[tuple[str, int], int] = {}
         self._names: dict[int, tuple[str, int]] = {}
-        self._arrivals: dict[tuple[str, int], asyncio.Event] = {}
+        self._arrivals: dict[tuple[str, int], list[asyncio.Event]] = {}
         self._feeds: dict[int, LendFeed] = {}
 
     @property
@@ -90,7 +90,7 @@ class Lender:
         name = (request_id, attempt)
         self._requests[name] = leg_id
         self._names[leg_id] = name
-        if (arrival := self._arrivals.get(name)) is not None:
+        for arrival in self._arrivals.get(name, ()):
             arrival.set()
 
     def forget(self, leg_id: int) -> None:
@@ -131,14 +131,18 @@ class Lender:
     async def _find(self, name: tuple[str, int]) -> int:
         if (leg_id := self._requests.get(name)) is not None:
             return leg_id
-        arrival = self._arrivals.setdefault(name, asyncio.Event())
+        arrival = asyncio.Event()
+        waiting = self._arrivals.setdefault(name, [])
+        waiting.append(arrival)
         try:
             async with asyncio.timeout(ARRIVAL_S):
                 await arrival.wait()
         except TimeoutError:
             raise NotFoundError(f"request {name[0]} (attempt {name[1]}) did not arrive in {ARRIVAL_S:g} s") from None
         finally:
-            self._arrivals.pop(name, None)
+            waiting.remove(arrival)
+            if not waiting:
+                del self._arrivals[name]
         if name not in self._requests:
             raise NotFoundError(f"request {name[0]} (attempt {name[1]}) ended before its blocks were asked for")
         return self._requests[name]

@@ -8,6 +8,7 @@ import pytest
 
 from tailrace.worker.engine_thread import EngineThread
 from tailrace.worker.report import StepReport
+from tests.helpers.waiting import until
 
 
 class CountingWorker:
@@ -56,12 +57,6 @@ async def running(worker: CountingWorker, listener: Listener) -> AsyncIterator[E
         yield engine
     finally:
         await engine.stop()
-
-
-async def until(condition: object, seconds: float = 3.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.002)
 
 
 async def test_it_steps_while_there_is_work_and_reports_each_step_in_order() -> None:

@@ -1,0 +1,11 @@
+"""Waiting for what another thread does."""
+
+import asyncio
+from collections.abc import Callable
+
+
+async def until(condition: Callable[[], object], seconds: float = 3.0) -> None:
+    """Raises TimeoutError when `condition` does not come true."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110  # nobody sets an event for what a test looks at
+            await asyncio.sleep(0.002)

@@ -1,0 +1,20 @@
+from tailrace.kv.hashing import chain_seed, hash_blocks
+from tailrace.worker.requests import RequestMaker
+from tests.helpers.values import make_layout, make_submission
+
+
+def test_a_request_carries_its_submission_and_the_hashes_of_its_full_blocks() -> None:
+    layout = make_layout()
+    submission = make_submission(9, tokens=list(range(10)), num_prompt_tokens=7, choices=(2, 3), priority=-1)
+    request = RequestMaker(layout).make(5, submission)
+    assert (request.id, request.tokens, request.num_prompt_tokens) == (5, list(range(10)), 7)
+    assert (request.choices, request.rank, request.sampling) == ((2, 3), (-1, 5), submission.sampling)
+    assert request.hashes == hash_blocks(list(range(10)), 4, chain_seed(layout.fingerprint))
+    assert len(request.hashes) == 2
+
+
+def test_salts_and_layouts_never_share_a_block() -> None:
+    plain = RequestMaker(make_layout()).make(1, make_submission())
+    salted = RequestMaker(make_layout()).make(1, make_submission(cache_salt="tenant"))
+    other = RequestMaker(make_layout(weights_digest="w2")).make(1, make_submission())
+    assert len({request.hashes[0] for request in (plain, salted, other)}) == 3
