@@ -275,13 +275,13 @@ class FakeCluster:
 
 @asynccontextmanager
 async def fake_cluster(
-    prefill: int = 1, decode: int = 1, *, max_concurrent: int = 10, load: Load = IDLE
+    prefill: int = 1, decode: int = 1, *, max_concurrent: int = 10, load: Load = IDLE, reattach_s: float = 0.001
 ) -> AsyncIterator[FakeCluster]:
     """Leaving it without an error asserts that no request left anything behind."""
     prefills = [FakeWorker(worker_info(f"p{i}", Role.PREFILL), load) for i in range(prefill)]
     decodes = [FakeWorker(worker_info(f"d{i}", Role.DECODE), load) for i in range(decode)]
     network = FakeNetwork(*prefills, *decodes)
-    with network.used():
+    with network.used(reattach_s):
         index = MemoryIndex()
         members = Members(gateway_id="g", epoch=1, secret=SECRET, index=index, model_digest=DIGEST)
         dispatcher = PairDispatcher(members, index, secret=SECRET, max_concurrent=max_concurrent)

@@ -236,14 +236,17 @@ async def test_a_request_is_not_tried_for_ever():
 
 
 async def test_a_loss_counts_once_however_many_choices_it_hits():
-    async with fake_cluster(decode=3) as cluster:
+    async with fake_cluster(decode=2) as cluster:
         session = await cluster.submit(num_choices=4)
         _, victim = cluster.pair_of(session)
         for choice in range(4):
             await victim.tokens([choice], choice=choice)
-        for _ in range(dispatcher_module.MAX_RETRIES):
-            _, victim = cluster.pair_of(session)
+        for loss in range(1, dispatcher_module.MAX_RETRIES + 1):
             await victim.die()
+            _, victim = cluster.pair_of(session)
+            assert len(victim.call.submissions) == 4
+            assert [s.attempt for s in victim.call.submissions] == [4 * loss - 3 + i for i in range(4)]
+            await until(lambda: len(cluster.members.all()) == 3)
         assert not session.is_over
         await session.aclose()
 
