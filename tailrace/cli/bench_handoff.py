@@ -156,7 +156,7 @@ async def _ask(http: httpx.AsyncClient, url: str, model: str, prompt: list[int])
 def _report(options: HandoffOptions, arms: dict[str, ArmTimes]) -> dict[str, Any]:
     def ratio(name: str) -> float:
         pd, colocated = (statistics.median(getattr(arms[arm], name)) for arm in ("pd", "colocated"))
-        return round(pd / colocated, 4)
+        return round(float(pd / colocated), 4)
 
     return {
         "benchmark": "handoff",

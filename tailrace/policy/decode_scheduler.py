@@ -11,7 +11,8 @@ from collections.abc import Sequence as Seq
 
 from tailrace.kv.block_pool import BlockPool
 from tailrace.kv.hashing import hash_blocks
-from tailrace.plan import BlockAppend, BlockCopy, Chunk, SequenceStart, StepOutput, StepPlan
+from tailrace.plan import BlockAppend, Chunk, SequenceStart, StepOutput, StepPlan
+from tailrace.policy.copies import PendingCopies
 from tailrace.policy.request import DrawnToken, Request, StopRule, blocks_for
 from tailrace.policy.sequence import Arrival, DecodeStep, Sequence
 from tailrace.policy.slots import Slots
@@ -34,7 +35,7 @@ class DecodeScheduler:
         self._computing: list[Sequence] = []
         self._joining: list[Sequence] = []
         self._running: dict[SequenceKey, Sequence] = {}
-        self._copies: list[BlockCopy] = []
+        self._copies = PendingCopies(pool)
         self.num_preempted = 0
 
     # -- load ---------------------------------------------------------------------------------------------------------
@@ -197,24 +198,12 @@ class DecodeScheduler:
         self._vacate(sequence)
 
     def _vacate(self, sequence: Sequence) -> None:
-        self._forget_copies(sequence.blocks)
+        self._copies.forget(sequence.blocks)
         self._pool.release(sequence.blocks)
         sequence.blocks = []
         if sequence.slot >= 0:
             self._slots.give_back(sequence.slot)
             sequence.slot = -1
-
-    def _forget_copies(self, blocks: list[int]) -> None:
-        """A copy into a block that is given back must not happen: by then somebody else's KV may be landing there."""
-        dead = [copy for copy in self._copies if copy.target in blocks]
-        if dead:
-            self._copies = [copy for copy in self._copies if copy.target not in blocks]
-            self._release_sources(dead)
-
-    def _release_sources(self, copies: Seq[BlockCopy]) -> None:
-        """One reference a copy: several may have the same source."""
-        for copy in copies:
-            self._pool.release([copy.source])
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -224,12 +213,11 @@ class DecodeScheduler:
         started = self._start_joined()
         decode = [s.slot for s in self._running.values()]
         chunks = self._chunks(self._budget - len(decode), started)
-        copies, self._copies = self._copies, []
         return StepPlan(
             released=self._slots.drain_released(),
             started=started,
             appended=appended,
-            copies=copies,
+            copies=self._copies.drain(),
             chunks=chunks,
             decode=decode,
         )
@@ -349,7 +337,7 @@ class DecodeScheduler:
                 row += len(chunk.choices)
                 self._computing.remove(sequence)
                 self._settle_prompt(sequence, first, step)
-        self._release_sources(plan.copies)
+        self._copies.done(plan.copies)
         return step
 
     def _drawn(self, sequence: Sequence, out: StepOutput, row: int) -> DrawnToken:
@@ -428,10 +416,8 @@ class DecodeScheduler:
             return False
         self._pool.acquire(shared)
         child.blocks = [*shared, *fresh]
-        if partial:
-            # The source must outlive the copy, even if its sequence is cancelled before the next step.
-            self._pool.acquire(partial)
-            self._copies.extend(BlockCopy(s, t) for s, t in zip(partial, fresh, strict=True))
+        for source, target in zip(partial, fresh, strict=True):
+            self._copies.add(source, target)
         return True
 
 
