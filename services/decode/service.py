@@ -64,6 +64,10 @@ class DecodeService:
         for destination in report.granted:
             if (pull := self._pulls.get(destination.request_id)) is not None:
                 pull.grant(destination)
+        for leg_id in report.ended:
+            # Still pulling: its choices were cancelled one by one.
+            if (task := self._tasks.get(leg_id)) is not None:
+                task.cancel()
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())
