@@ -58,6 +58,13 @@ async def test_transfers_are_left_after_any_pause(cluster: Cluster) -> None:
         cluster.wait_until_idle(BACK_WITHIN_S)
 
 
+async def test_an_owner_has_its_blocks_back_as_soon_as_they_are_pulled(cluster: Cluster) -> None:
+    async with asking(cluster, prompt=prompt_of(500, 9), max_tokens=1500, ignore_eos=True) as task:
+        await is_decoding(cluster)
+        await cluster.watch("prefill-0", lambda ledger: ledger.free + ledger.cached == ledger.total)
+        assert not task.done()
+
+
 async def test_a_request_in_line_is_left_and_the_one_before_it_never_notices(cluster: Cluster) -> None:
     greedy = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
     async with asking(cluster, prompt=prompt_of(LONG, 1), **greedy) as first:

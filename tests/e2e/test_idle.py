@@ -15,9 +15,9 @@ AFTERWARDS_S = 6.0
 """An owner drives nixl's progress for five seconds after it was met."""
 
 
-@pytest.mark.parametrize("transport", ["nixl", "stream"])
-async def test_an_idle_cluster_uses_under_a_tenth_of_a_core(small_model: Path, transport: str) -> None:
-    with Cluster(small_model, dtype="float32", num_blocks=512, transport=transport) as cluster:
+async def test_an_idle_cluster_uses_under_a_tenth_of_a_core(small_model: Path) -> None:
+    """Over nixl, which would like to poll; a stream has nothing to do between reads."""
+    with Cluster(small_model, dtype="float32", num_blocks=512, transport="nixl") as cluster:
         cluster.start_workers()
         await complete_all(cluster, [prompt_of(200, seed) for seed in range(8)], max_tokens=32)
         cluster.wait_until_idle(5.0)
