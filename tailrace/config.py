@@ -277,6 +277,20 @@ def base_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
 
 
+def otlp_protocol() -> str:
+    """The protocol over which OpenTelemetry's own variables want spans sent, "grpc" unless they say; empty: none."""
+    exporters = os.environ.get("OTEL_TRACES_EXPORTER", "")
+    endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    if exporters:
+        is_wanted = "otlp" in (name.strip() for name in exporters.split(","))
+    else:
+        is_wanted = any(os.environ.get(name) for name in endpoints)
+    if not is_wanted or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return ""
+    protocols = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    return next((os.environ[name] for name in protocols if os.environ.get(name)), "grpc")
+
+
 def known_fields() -> frozenset[str]:
     return frozenset(name for role in (GatewayConfig, WorkerConfig, UpConfig) for name in role.model_fields)
 

@@ -224,6 +224,7 @@ class PairDispatcher:
             ),
             leg,
         )
+        session.workers[leg.role].append(leg.member.info.worker_id)
 
 
 def _expire(session: RequestSession) -> None:

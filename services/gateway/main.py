@@ -18,6 +18,7 @@ from services.gateway.generate import HttpOptions
 from services.gateway.generation import Dispatcher
 from services.gateway.inference import Inference, InferenceOptions
 from services.gateway.members import Members
+from services.gateway.observer import Observer, open_tracer
 from services.gateway.prepare import RequestLimits, ServedModel
 from services.gateway.servicer import PUBLIC_SERVICES, add_to
 from services.gateway.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ from tailrace.errors import ConfigError, TailraceError
 from tailrace.index.memory import MemoryIndex
 from tailrace.rpc.server import Server
 from tailrace.telemetry.log import configure_logging
-from tailrace.telemetry.metrics import GatewayMetrics, render
+from tailrace.telemetry.metrics import GatewayMetrics, WorkerSample, render
 from tailrace.types import Role
 
 DRAIN_S = 5
@@ -82,8 +83,10 @@ class Gateway:
             self.members, index, secret=self.secret, max_concurrent=config.max_concurrent_requests
         )
         self.registry = CollectorRegistry()
-        self.metrics = GatewayMetrics(self.registry)
-        self.members.on_lost = lambda role: self.metrics.worker_lost(role)
+        self.metrics = GatewayMetrics(self.registry, self._worker_samples)
+        self.observer = Observer(self.metrics, open_tracer(), model.names[0])
+        self.dispatcher.on_begun, self.dispatcher.on_ended = self.observer.begun, self.observer.ended
+        self.members.on_lost = self.metrics.worker_lost
         self.dispatcher.on_retry = lambda code: self.metrics.replayed(code.name.lower())
 
     def readiness(self) -> Readiness:
@@ -98,9 +101,10 @@ class Gateway:
         return Readiness(tuple(reasons))
 
     def metrics_text(self) -> bytes:
-        for role in Role:
-            self.metrics.set_workers(role, len(self.members.of(role)))
         return render(self.registry)
+
+    def _worker_samples(self) -> list[WorkerSample]:
+        return [WorkerSample(member.info.worker_id, member.info.role, member.load) for member in self.members.all()]
 
     async def debug_kv(self) -> object:
         return {"workers": await self.members.ledgers()}
@@ -168,6 +172,7 @@ async def run(gateway: Gateway) -> None:
     finally:
         await gateway.members.close()
         await server.stop()
+        await gateway.observer.close()
 
 
 if __name__ == "__main__":

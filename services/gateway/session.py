@@ -80,9 +80,13 @@ class _Choice:
     """What has been released of a choice."""
 
     tokens: list[int] = field(default_factory=list)
-    is_over: bool = False
+    reason: FinishReason | None = None
     num_losses: int = 0
     num_refusals: int = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.reason is not None
 
 
 class RequestSession:
@@ -97,6 +101,8 @@ class RequestSession:
         self.num_attempts = 0
         self.traceparent, self.tracestate = request.traceparent, request.tracestate
         """What workers get: the client's own, or the gateway's span below it."""
+        self.workers: dict[Role, list[str]] = {role: [] for role in Role}
+        """Ids of those that were given a leg, in order."""
         self.usage: Usage | None = None
         """Known once it is over, whatever its end."""
         self.timer: asyncio.TimerHandle | None = None
@@ -135,7 +141,7 @@ class RequestSession:
         for attempt in self._attempts:
             if choice in attempt.choices and attempt.decode is not None:
                 attempt.decode.member.cancel(attempt.decode.handle, (choice,))
-        self._close_choice(choice)
+        self._close_choice(choice, FinishReason.STOP)
 
     def _withdraw(self, choice: int) -> None:
         """What the client has not had of this choice, it never had."""
@@ -164,6 +170,10 @@ class RequestSession:
 
     def open_choices(self, choices: Sequence[int]) -> tuple[int, ...]:
         return tuple(c for c in choices if not self._choices[c].is_over)
+
+    @property
+    def finish_reasons(self) -> list[FinishReason]:
+        return [state.reason for state in self._choices if state.reason is not None]
 
     @property
     def num_released(self) -> int:
@@ -250,7 +260,7 @@ class RequestSession:
         if self._is_over or self._choices[choice].is_over:
             return
         self._push(ChoiceEvent(choice, reason))
-        self._close_choice(choice)
+        self._close_choice(choice, reason)
 
     def leg_failed(self, leg: Leg, error: TailraceError) -> None:
         """The attempt is lost with either of its legs, unless prefill had done its part."""
@@ -269,8 +279,8 @@ class RequestSession:
         self._events.append(event)
         self._news.set()
 
-    def _close_choice(self, choice: int) -> None:
-        self._choices[choice].is_over = True
+    def _close_choice(self, choice: int, reason: FinishReason) -> None:
+        self._choices[choice].reason = reason
         if all(state.is_over for state in self._choices):
             self._end(RequestState.FINISHED)
 

@@ -1,93 +1,61 @@
-"""Prometheus metrics of a gateway and of a worker. A process makes one registry and passes it on; none is global."""
+"""What the gateway says of its workers and its choices, for Prometheus; the HTTP edge counts its requests by itself.
 
-from dataclasses import asdict, dataclass
+A process makes one registry and passes it on; none is global.
+"""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
-CONTENT_TYPE = CONTENT_TYPE_LATEST
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-_STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+from tailrace.messages import Load
+from tailrace.types import Role
+
+_BLOCK_STATES = ("free", "active", "cached", "lent", "landing", "quarantined")
+_GAUGES: dict[str, tuple[str, Callable[[Load], float]]] = {
+    "tailrace_worker_waiting": ("Requests accepted and not started.", lambda load: load.num_waiting),
+    "tailrace_worker_running": ("Sequences being computed.", lambda load: load.num_running),
+    "tailrace_worker_prefill_tokens_per_s": (
+        "Prompt tokens computed a second, weighted; 0: not measured.",
+        lambda load: load.prefill_tokens_per_s,
+    ),
+    "tailrace_worker_decode_step_seconds": (
+        "Duration of a decode step, weighted; 0: not measured.",
+        lambda load: load.decode_step_s,
+    ),
+    "tailrace_worker_transfer_bytes_per_s": (
+        "KV bytes pulled a second of reading, weighted; 0: not measured.",
+        lambda load: load.transfer_bytes_per_s,
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
-class BlockCounts:
-    """Blocks by state; the fields are the values of the label `state`."""
+class WorkerSample:
+    """An attached worker and its last load report."""
 
-    free: int
-    active: int
-    cached: int
-    lent: int
-    landing: int
-    quarantined: int
-
-
-class WorkerMetrics:
-    """What a prefill or decode worker says about itself."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._blocks = Gauge("tailrace_kv_blocks", "KV blocks by state.", ["state"], registry=registry)
-        self._steps = Histogram(
-            "tailrace_step_seconds", "Duration of an engine step.", buckets=_STEP_SECONDS, registry=registry
-        )
-        self._tokens = Counter("tailrace_step_tokens", "Tokens computed, by kind of row.", ["kind"], registry=registry)
-        self._host = Gauge(
-            "tailrace_host_share", "Share of a step that Python outside the engine thread took.", registry=registry
-        )
-        self._waiting = Gauge("tailrace_requests_waiting", "Requests accepted and not started.", registry=registry)
-        self._running = Gauge("tailrace_requests_running", "Requests in the running batch.", registry=registry)
-        self._preempted = Counter("tailrace_preemptions", "Sequences preempted for lack of blocks.", registry=registry)
-        self._hit_tokens = Counter("tailrace_cached_tokens", "Prompt tokens taken from the cache.", registry=registry)
-        self._prompt_tokens = Counter("tailrace_prompt_tokens", "Prompt tokens of started requests.", registry=registry)
-        labels = ["transport", "outcome"]
-        self._pulled = Counter("tailrace_transfer_bytes", "Bytes pulled from owners.", labels, registry=registry)
-        self._pulls = Histogram(
-            "tailrace_transfer_seconds", "Duration of a pull.", labels, buckets=_STEP_SECONDS, registry=registry
-        )
-        self._failures = Counter("tailrace_failures", "Legs that failed, by error code.", ["code"], registry=registry)
-
-    def set_blocks(self, counts: BlockCounts) -> None:
-        for state, count in asdict(counts).items():
-            self._blocks.labels(state).set(count)
-
-    def set_queue(self, *, waiting: int, running: int) -> None:
-        self._waiting.set(waiting)
-        self._running.set(running)
-
-    def step(self, elapsed_s: float, *, prefill_tokens: int, decode_tokens: int, host_share: float) -> None:
-        self._steps.observe(elapsed_s)
-        self._tokens.labels("prefill").inc(prefill_tokens)
-        self._tokens.labels("decode").inc(decode_tokens)
-        self._host.set(host_share)
-
-    def started(self, *, prompt_tokens: int, cached_tokens: int) -> None:
-        self._prompt_tokens.inc(prompt_tokens)
-        self._hit_tokens.inc(cached_tokens)
-
-    def preempted(self) -> None:
-        self._preempted.inc()
-
-    def pulled(self, num_bytes: int, elapsed_s: float, *, transport: str, outcome: str) -> None:
-        self._pulled.labels(transport, outcome).inc(num_bytes)
-        self._pulls.labels(transport, outcome).observe(elapsed_s)
-
-    def failed(self, code: str) -> None:
-        self._failures.labels(code).inc()
+    worker_id: str
+    role: Role
+    load: Load
 
 
 class GatewayMetrics:
-    """What the gateway says about its workers and its choices; services.gateway.http_metrics tells of the HTTP edge."""
+    """`workers` is asked at each scrape: a worker that has left is in no gauge any more."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._workers = Gauge("tailrace_workers", "Attached workers by role.", ["role"], registry=registry)
+    def __init__(self, registry: CollectorRegistry, workers: Callable[[], Iterable[WorkerSample]]) -> None:
         self._lost = Counter("tailrace_workers_lost", "Workers that went away.", ["role"], registry=registry)
-        self._replays = Counter("tailrace_replays", "Requests moved to another pair.", ["cause"], registry=registry)
-        self._cached = Counter("tailrace_prefix_hit_tokens", "Prompt tokens not computed.", ["tier"], registry=registry)
+        self._replays = Counter(
+            "tailrace_replays", "Attempts started again, by why the one before ended.", ["cause"], registry=registry
+        )
+        self._cached = Counter(
+            "tailrace_prefix_hit_tokens", "Prompt tokens not computed, by where found.", ["tier"], registry=registry
+        )
+        registry.register(_WorkerGauges(workers))
 
-    def set_workers(self, role: str, count: int) -> None:
-        self._workers.labels(role).set(count)
-
-    def worker_lost(self, role: str) -> None:
+    def worker_lost(self, role: Role) -> None:
         self._lost.labels(role).inc()
 
     def replayed(self, cause: str) -> None:
@@ -97,6 +65,37 @@ class GatewayMetrics:
         self._cached.labels(tier).inc(tokens)
 
 
+class _WorkerGauges(Collector):
+    def __init__(self, workers: Callable[[], Iterable[WorkerSample]]) -> None:
+        self._workers = workers
+
+    def collect(self) -> Iterator[Metric]:
+        samples = list(self._workers())
+        yield _by_role(samples)
+        yield _blocks(samples)
+        for name, (text, value) in _GAUGES.items():
+            gauge = GaugeMetricFamily(name, text, labels=["worker", "role"])
+            for sample in samples:
+                gauge.add_metric([sample.worker_id, sample.role], value(sample.load))
+            yield gauge
+
+
+def _by_role(samples: list[WorkerSample]) -> Metric:
+    gauge = GaugeMetricFamily("tailrace_workers", "Attached workers.", labels=["role"])
+    for role in Role:
+        gauge.add_metric([role], sum(sample.role is role for sample in samples))
+    return gauge
+
+
+def _blocks(samples: list[WorkerSample]) -> Metric:
+    """The states add up to all blocks of the worker."""
+    gauge = GaugeMetricFamily("tailrace_kv_blocks", "KV blocks by state.", labels=["worker", "role", "state"])
+    for sample in samples:
+        for state in _BLOCK_STATES:
+            gauge.add_metric([sample.worker_id, sample.role, state], getattr(sample.load, f"{state}_blocks"))
+    return gauge
+
+
 def render(registry: CollectorRegistry) -> bytes:
-    """The text that a scrape gets; its type is CONTENT_TYPE."""
+    """The text that a scrape gets."""
     return generate_latest(registry)

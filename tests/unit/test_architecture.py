@@ -45,7 +45,8 @@ def undeclared(names, distributions):
 
 
 def test_the_base_has_all_that_the_shared_library_and_the_command_line_import():
-    rooms = ("checkpoint", "cli", "client", "index", "kv", "policy", "rpc", "telemetry", "worker", "config.py")
+    telemetry = ("telemetry/log.py", "telemetry/metrics.py")
+    rooms = ("checkpoint", "cli", "client", "index", "kv", "policy", "rpc", *telemetry, "worker", "config.py")
     names = imported_by(*(f"tailrace/{room}" for room in rooms))
     assert "gguf" in names
     assert undeclared(names, declared()) == set()
@@ -53,6 +54,12 @@ def test_the_base_has_all_that_the_shared_library_and_the_command_line_import():
 
 def test_the_gateway_extra_has_all_that_the_gateway_imports():
     assert undeclared(imported_by("services/gateway"), declared("gateway")) == set()
+
+
+def test_the_otlp_extra_has_all_that_tracing_imports():
+    names = imported_by("tailrace/telemetry/trace.py")
+    assert "opentelemetry" in names
+    assert undeclared(names, declared("otlp")) == set()
 
 
 def test_the_worker_extra_has_all_that_workers_import():

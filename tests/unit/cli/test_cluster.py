@@ -10,7 +10,9 @@ from tailrace.cli.cluster import divide_cores, free_port, http_url, num_workers,
 from tailrace.cli.supervisor import ChildFailedError
 from tailrace.config import UpConfig
 from tailrace.errors import ConfigError
-from tailrace.telemetry.metrics import GatewayMetrics, render
+from tailrace.messages import Load
+from tailrace.telemetry.metrics import GatewayMetrics, WorkerSample, render
+from tailrace.types import Role
 from tests.helpers.fake_services import write_fake_services
 
 MODEL = Path("/models/m")
@@ -91,7 +93,7 @@ def test_the_url_can_be_dialled(host, url):
 
 def test_workers_are_counted_from_the_metrics_of_the_gateway():
     registry = CollectorRegistry()
-    GatewayMetrics(registry).set_workers("prefill", 3)
+    GatewayMetrics(registry, lambda: [WorkerSample(f"p{i}", Role.PREFILL, Load()) for i in range(3)])
     assert num_workers(render(registry).decode(), "prefill") == 3
     assert num_workers(render(registry).decode(), "decode") == 0
 

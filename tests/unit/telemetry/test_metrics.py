@@ -1,37 +1,90 @@
+import pytest
 from prometheus_client import CollectorRegistry
 
-from tailrace.telemetry.metrics import BlockCounts, GatewayMetrics, WorkerMetrics, render
+from tailrace.messages import Load
+from tailrace.telemetry.metrics import GatewayMetrics, WorkerSample, render
+from tailrace.types import Role
+
+LOAD = Load(
+    num_waiting=3,
+    num_running=2,
+    total_blocks=21,
+    free_blocks=1,
+    active_blocks=2,
+    cached_blocks=3,
+    lent_blocks=4,
+    landing_blocks=5,
+    quarantined_blocks=6,
+    prefill_tokens_per_s=1000.0,
+    decode_step_s=0.02,
+    transfer_bytes_per_s=5e9,
+)
 
 
-def test_a_worker_counts_its_blocks_by_state():
+def gateway(*samples):
     registry = CollectorRegistry()
-    metrics = WorkerMetrics(registry)
-    metrics.set_blocks(BlockCounts(free=5, active=1, cached=2, lent=0, landing=3, quarantined=0))
+    return registry, GatewayMetrics(registry, lambda: samples)
+
+
+def test_every_block_of_a_worker_is_in_one_state():
+    registry, _ = gateway(WorkerSample("d0", Role.DECODE, LOAD))
     states = ("free", "active", "cached", "lent", "landing", "quarantined")
-    assert [registry.get_sample_value("tailrace_kv_blocks", {"state": state}) for state in states] == [5, 1, 2, 0, 3, 0]
+    labels = {"worker": "d0", "role": "decode"}
+    blocks = [registry.get_sample_value("tailrace_kv_blocks", {**labels, "state": state}) for state in states]
+    assert blocks == [1, 2, 3, 4, 5, 6]
+    assert sum(blocks) == LOAD.total_blocks
 
 
-def test_pulls_are_counted_by_transport_and_outcome():
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("waiting", 3),
+        ("running", 2),
+        ("prefill_tokens_per_s", 1000.0),
+        ("decode_step_seconds", 0.02),
+        ("transfer_bytes_per_s", 5e9),
+    ],
+)
+def test_a_workers_last_load_report_is_shown(name, value):
+    registry, _ = gateway(WorkerSample("d0", Role.DECODE, LOAD), WorkerSample("p0", Role.PREFILL, Load()))
+    shown = [
+        registry.get_sample_value(f"tailrace_worker_{name}", {"worker": worker, "role": role})
+        for worker, role in (("d0", "decode"), ("p0", "prefill"))
+    ]
+    assert shown == [value, 0]
+
+
+def test_a_worker_that_has_left_is_in_no_gauge():
+    samples = [WorkerSample("d0", Role.DECODE, LOAD), WorkerSample("d1", Role.DECODE, LOAD)]
     registry = CollectorRegistry()
-    metrics = WorkerMetrics(registry)
-    metrics.pulled(1000, 0.01, transport="nixl", outcome="good")
-    metrics.pulled(500, 0.01, transport="nixl", outcome="stale")
-    good = {"transport": "nixl", "outcome": "good"}
-    assert registry.get_sample_value("tailrace_transfer_bytes_total", good) == 1000
-    assert registry.get_sample_value("tailrace_transfer_seconds_count", good) == 1
+    GatewayMetrics(registry, lambda: samples)
+    assert render(registry).count(b'worker="d1"') == 11
+    del samples[1]
+    assert b"d1" not in render(registry)
+    assert b'tailrace_workers{role="decode"} 1.0' in render(registry)
 
 
-def test_replays_are_counted_by_cause():
-    registry = CollectorRegistry()
-    metrics = GatewayMetrics(registry)
+def test_roles_without_a_worker_are_counted_as_none():
+    registry, _ = gateway()
+    assert [registry.get_sample_value("tailrace_workers", {"role": role}) for role in ("prefill", "decode")] == [0, 0]
+
+
+def test_what_happens_is_counted():
+    registry, metrics = gateway()
     metrics.replayed("worker_lost")
     metrics.replayed("worker_lost")
+    metrics.worker_lost(Role.PREFILL)
+    metrics.cached(48, tier="worker")
+    metrics.cached(16, tier="worker")
     assert registry.get_sample_value("tailrace_replays_total", {"cause": "worker_lost"}) == 2
+    assert registry.get_sample_value("tailrace_workers_lost_total", {"role": "prefill"}) == 1
+    assert registry.get_sample_value("tailrace_prefix_hit_tokens_total", {"tier": "worker"}) == 64
 
 
 def test_two_registries_share_nothing():
-    first, second = CollectorRegistry(), CollectorRegistry()
-    GatewayMetrics(first).set_workers("decode", 2)
-    GatewayMetrics(second)
-    assert b'tailrace_workers{role="decode"} 2.0' in render(first)
-    assert b"tailrace_workers{" not in render(second)
+    one, metrics = gateway(WorkerSample("d0", Role.DECODE, LOAD))
+    other, _ = gateway()
+    metrics.worker_lost(Role.DECODE)
+    assert b"d0" not in render(other)
+    assert other.get_sample_value("tailrace_workers_lost_total", {"role": "decode"}) is None
+    assert one.get_sample_value("tailrace_workers_lost_total", {"role": "decode"}) == 1

@@ -95,6 +95,19 @@ async def test_nothing_of_a_choice_comes_after_its_end():
         assert prose(await collect(session)) == ["0@5: 11", "0 ends: STOP", "1@5: 21", "1 ends: STOP", "usage"]
 
 
+async def test_of_a_run_of_tokens_only_the_new_ones_are_released_with_their_logprobs():
+    async with fake_cluster() as cluster:
+        session = await cluster.submit()
+        leg = cluster.members.get("d0").sinks[cluster.decode.last.handle]
+        leg.on_tokens(0, 5, [11, 12], [TokenLogprob(-1.0), TokenLogprob(-2.0)])
+        leg.on_tokens(0, 5, [11, 12, 13], [TokenLogprob(-1.0), TokenLogprob(-2.0), TokenLogprob(-3.0)])
+        leg.on_tokens(0, 6, [12], None)
+        leg.on_finished(0, STOP)
+        first, second, *rest = await collect(session)
+        assert prose([first, second, *rest]) == ["0@5: 11 12", "0@7: 13", "0 ends: STOP", "usage"]
+        assert [p.logprob for p in first.logprobs + second.logprobs] == [-1.0, -2.0, -3.0]
+
+
 # -- finish_choice ----------------------------------------------------------------------------------------------------
 
 
