@@ -52,6 +52,10 @@ class OwnerPeers:
         return self._peer(source.address).lend(terms)
 
     async def close(self) -> None:
+        meetings = list(self._meetings.values())
+        for meeting in meetings:
+            meeting.cancel()
+        await asyncio.gather(*meetings, return_exceptions=True)
         await asyncio.gather(*(peer.close() for peer in self._peers.values()))
         self._peers.clear()
 

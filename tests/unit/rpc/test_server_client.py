@@ -109,6 +109,11 @@ async def first_of(call: AttachCall) -> StepEvents:
     return await anext(call.events())
 
 
+async def drain(events: AsyncIterator[StepEvents]) -> None:
+    async for _ in events:
+        pass
+
+
 # -- who may call -----------------------------------------------------------------------------------------------------
 
 
@@ -288,9 +293,8 @@ async def test_whatever_ends_a_stream_cancels_what_came_over_it(how: str) -> Non
             await first_of(peer.attach("g", 2))
         await until(lambda: world.cancelled == [(1, ())])
         assert attachments.num_legs == 0
-        with pytest.raises((WorkerLostError, StopAsyncIteration)):
-            while True:
-                await anext(events)
+        with contextlib.suppress(WorkerLostError):
+            await drain(events)
         with pytest.raises(WorkerLostError):
             call.submit(make_submission(2))
 
@@ -303,5 +307,4 @@ async def test_a_stopping_server_is_a_lost_worker_to_its_gateways() -> None:
             await anext(events)
             await stack.aclose()
             with pytest.raises(WorkerLostError):
-                while True:
-                    await anext(events)
+                await drain(events)
