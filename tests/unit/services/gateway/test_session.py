@@ -8,7 +8,7 @@ from services.gateway.generation import UsageEvent
 from tailrace.errors import ErrorCode, InternalError, InvalidRequestError
 from tailrace.lifecycle import RequestState
 from tailrace.messages import ChoiceFinished, LegReport, StepEvents
-from tailrace.types import FinishReason, TokenLogprob
+from tailrace.types import FinishReason, SamplingParams, TokenLogprob
 from tests.helpers.fake_members import collect, events_and_error, fake_cluster, prose, settle
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
@@ -57,7 +57,7 @@ async def test_both_legs_get_the_same_request_and_decode_is_told_where_its_block
 
 async def test_logprobs_stay_with_their_tokens():
     async with fake_cluster() as cluster:
-        session = await cluster.submit()
+        session = await cluster.submit(sampling=SamplingParams(seed=7, logprobs=0))
         await cluster.prefill.tokens([11], logprobs=[TokenLogprob(-1.0)])
         await cluster.decode.tokens([11, 12], logprobs=[TokenLogprob(-1.0), TokenLogprob(-2.0)], reason=STOP)
         events = await collect(session)
@@ -97,7 +97,7 @@ async def test_nothing_of_a_choice_comes_after_its_end():
 
 async def test_of_a_run_of_tokens_only_the_new_ones_are_released_with_their_logprobs():
     async with fake_cluster() as cluster:
-        session = await cluster.submit()
+        session = await cluster.submit(sampling=SamplingParams(seed=7, logprobs=0))
         leg = cluster.members.get("d0").sinks[cluster.decode.last.handle]
         leg.on_tokens(0, 5, [11, 12], [TokenLogprob(-1.0), TokenLogprob(-2.0)])
         leg.on_tokens(0, 5, [11, 12, 13], [TokenLogprob(-1.0), TokenLogprob(-2.0), TokenLogprob(-3.0)])
