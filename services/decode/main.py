@@ -56,7 +56,7 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         epoch=identity.epoch,
         secret=identity.secret,
     )
-    service = DecodeService(worker, RequestMaker(engine.layout), peers)
+    service = DecodeService(worker, RequestMaker(engine.layout, engine.config.vocab_size), peers)
     thread = EngineThread(worker, deliver=service.deliver, died=die)
     attachments = Attachments(worker_info(config, identity, engine, port), service, steps=lambda: thread.num_steps)
     service.connect(thread, attachments)

@@ -1,5 +1,6 @@
 """The decode worker as its engine thread sees it: commands in, one report a step out."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,12 @@ from tailrace.worker.rates import Ewma
 from tailrace.worker.report import Destination, StepReport, with_ledger
 from tailrace.worker.runner import Runner
 
+log = logging.getLogger(__name__)
+
 NO_LOGITS = "the model gave nothing to draw a token from: its logits are not numbers, or all tokens are masked"
+QUARANTINE_IS_FULL = "too many blocks wait for reads that stall; this worker pulls nothing until they end"
+MAX_QUARANTINED_SHARE = 0.25
+"""Of the pool."""
 MAX_WAITING = 4096
 """Requests in line; one more is refused."""
 
@@ -68,6 +74,9 @@ class DecodeWorker:
 
     def book(self, request: Request, name: str) -> bool:
         """Promise room for a prompt whose KV will be pulled. False: refused, and said so in the next report."""
+        if self._pool.ledger().quarantined > MAX_QUARANTINED_SHARE * self._pool.num_blocks:
+            self._refuse(request.id, OverloadedError(QUARANTINE_IS_FULL, retry_after_s=1.0))
+            return False
         if not self._admit(request, name):
             return False
         if self._scheduler.book(request):
@@ -113,6 +122,15 @@ class DecodeWorker:
     def quarantine(self, blocks: Sequence[int]) -> None:
         """A read into these blocks stalls."""
         self._scheduler.quarantine(blocks)
+        held = self._pool.ledger().quarantined
+        log.error(
+            "%d blocks are quarantined, %d of %d in all: a peer's read neither ends nor fails; "
+            "past %d%% this worker pulls nothing more until they end or it is restarted",
+            len(blocks),
+            held,
+            self._pool.num_blocks,
+            round(MAX_QUARANTINED_SHARE * 100),
+        )
 
     def join(self, request_id: int, first: Sequence[FirstToken], pull: Pull) -> None:
         """Every block has landed."""
@@ -214,18 +232,29 @@ class DecodeWorker:
         return with_ledger(load, self._pool.ledger())
 
     def holdings(self) -> list[Holding]:
-        """Who holds what, and why. Landing blocks of a request that is gone have no name any more."""
+        """Who holds what, and why. What is still read into for a request that is gone is held by "a pending read"."""
         now = time.monotonic()
         held = [
             Holding(self._name(s.request.id), HoldingState.ACTIVE, tuple(s.blocks), self._age(s.request.id, now))
             for s in self._scheduler.sequences()
         ]
+        named: set[int] = set()
         for arrival in self._scheduler.arrivals():
             landing = tuple(b for b in arrival.blocks if self._pool.state(b) is BlockState.LANDING)
+            named.update(landing)
             if landing:
                 request_id = arrival.request.id
                 held.append(Holding(self._name(request_id), HoldingState.LANDING, landing, self._age(request_id, now)))
-        return held
+        return [*held, *self._pending_reads(named)]
+
+    def _pending_reads(self, named: set[int]) -> list[Holding]:
+        states = ((BlockState.LANDING, HoldingState.LANDING), (BlockState.QUARANTINED, HoldingState.QUARANTINED))
+        found = []
+        for state, name in states:
+            blocks = (b for b in range(self._pool.num_blocks) if b not in named and self._pool.state(b) is state)
+            if orphans := tuple(blocks):
+                found.append(Holding("a pending read", name, orphans, 0.0))
+        return found
 
     def _name(self, request_id: int) -> str:
         return self._lives[request_id].name if request_id in self._lives else f"#{request_id}"

@@ -228,6 +228,8 @@ class RequestSession:
             return
         state = self._choices[choice]
         expected = len(self.request.prompt_tokens) + len(state.tokens)
+        if self.request.sampling.logprobs is None:
+            logprobs = None
         skip = expected - position
         if skip < 0:
             self.fail(InternalError(f"choice {choice}: token {position} came before token {expected}"))

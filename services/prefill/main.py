@@ -49,7 +49,7 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         stop=parts.stop_rule,
     )
     worker = PrefillWorker(engine.runner, scheduler, pool, engine.layout, pool_address=engine.cache.address)
-    service = PrefillService(worker, RequestMaker(engine.layout))
+    service = PrefillService(worker, RequestMaker(engine.layout, engine.config.vocab_size))
     thread = EngineThread(worker, deliver=service.deliver, died=die)
     attachments = Attachments(worker_info(config, identity, engine, port), service, steps=lambda: thread.num_steps)
     lender = Lender(

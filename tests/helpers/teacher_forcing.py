@@ -1,4 +1,4 @@
-"""A text against what transformers finds most likely after each of its prefixes.
+"""Texts against what transformers finds most likely after each of their prefixes.
 
 Up to the first difference that is the reference's own greedy text, by induction, for one pass a prompt.
 """
@@ -17,15 +17,23 @@ class Reference:
         self._model = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
 
     @torch.inference_mode()
-    def compare(self, label: str, prompt: Sequence[int], text: Sequence[int]) -> Comparison:
-        """The two up to and with their first difference, which is all that can be compared."""
+    def tops(self, prompt: Sequence[int], text: Sequence[int]) -> list[Top]:
+        """For each token of `text`, the most likely ones in its place."""
         logits = self._model(torch.tensor([[*prompt, *text[:-1]]])).logits[0, len(prompt) - 1 :].float()
         best = logits.log_softmax(-1).topk(TOP_COUNT)
-        expected: list[int] = best.indices[:, 0].tolist()
+        return [
+            list(zip(ids, values, strict=True))
+            for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
 
-        def top(index: int) -> Top:
-            return list(zip(best.indices[index].tolist(), best.values[index].tolist(), strict=True))
-
+    def compare(self, label: str, prompt: Sequence[int], text: Sequence[int]) -> Comparison:
+        """The two up to and with their first difference, which is all that can be compared."""
+        tops = self.tops(prompt, text)
+        expected = [top[0][0] for top in tops]
         index = first_difference(text, expected)
         end = len(text) if index is None else index + 1
-        return Comparison(label, text[:end], expected[:end], top)
+        return Comparison(label, text[:end], expected[:end], tops.__getitem__)
+
+    def judge(self, label: str, prompt: Sequence[int], actual: Sequence[int], expected: Sequence[int]) -> Comparison:
+        """Two texts of others."""
+        return Comparison(label, actual, expected, lambda index: self.tops(prompt, expected)[index])

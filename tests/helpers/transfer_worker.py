@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from tailrace.errors import TailraceError
@@ -120,7 +121,11 @@ class WorkerProcess:
         await self.call("read", name=name, owner=owner.worker_id, reads=as_lists(reads))
 
     def stop(self) -> None:
+        """Returns when every thread of it stands still: the signal alone only asks for that."""
         self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        while any(_state(task) not in "TX" for task in tasks.iterdir()):
+            pass
 
     def go_on(self) -> None:
         self.process.send_signal(signal.SIGCONT)
@@ -159,3 +164,11 @@ async def worker(
 
 if __name__ == "__main__":
     asyncio.run(serve(json.loads(sys.argv[1])))
+
+
+def _state(task: Path) -> str:
+    """One letter of proc(5); a thread that ends meanwhile is dead."""
+    try:
+        return (task / "stat").read_text(encoding="utf-8").rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"

@@ -5,6 +5,7 @@ from tailrace.messages import KvSource, Submission, WorkerInfo
 from tailrace.types import Role, SamplingParams
 
 SECRET = b"cluster secret of a test"
+VOCAB_SIZE = 1 << 20
 
 
 def make_layout(**fields: object) -> KVLayout:

@@ -31,7 +31,7 @@ from tailrace.worker.engine_thread import EngineThread
 from tailrace.worker.lending import Lender
 from tailrace.worker.requests import RequestMaker
 from tests.helpers.fake_runner import EOS, FakeRunner, generate
-from tests.helpers.values import SECRET, make_info, make_layout
+from tests.helpers.values import SECRET, VOCAB_SIZE, make_info, make_layout
 from tests.helpers.waiting import until
 
 MAX_MODEL_LEN = 64
@@ -107,7 +107,7 @@ async def prefill_rig(*, num_blocks: int = 16, budget: int = 16) -> AsyncIterato
         stop=StopRule(frozenset({EOS}), MAX_MODEL_LEN),
     )
     worker = PrefillWorker(runner, scheduler, pool, layout, pool_address=POOL_ADDRESS)
-    service = PrefillService(worker, RequestMaker(layout))
+    service = PrefillService(worker, RequestMaker(layout, VOCAB_SIZE))
     deaths: list[BaseException] = []
     engine = EngineThread(worker, deliver=service.deliver, died=deaths.append)
     attachments = Attachments(make_info(Role.PREFILL), service, steps=lambda: engine.num_steps)
@@ -146,7 +146,7 @@ async def decode_rig(*, num_blocks: int = 16, budget: int = 16, max_num_seqs: in
     )
     worker = DecodeWorker(runner, scheduler, pool, block_bytes=layout.block_bytes)
     peers = FakePeers(FakeLink(runner))
-    service = DecodeService(worker, RequestMaker(layout), peers)
+    service = DecodeService(worker, RequestMaker(layout, VOCAB_SIZE), peers)
     deaths: list[BaseException] = []
     engine = EngineThread(worker, deliver=service.deliver, died=deaths.append)
     attachments = Attachments(make_info(), service, steps=lambda: engine.num_steps)
