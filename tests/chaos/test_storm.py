@@ -64,7 +64,6 @@ async def test_answers_are_right_whoever_dies(wide_model: Path, transport: str) 
         await disturb(cluster, random.Random(9), 12)
         over.set()
         results = await asyncio.gather(*asking)
-        print(results)
         assert sum(good for good, _ in results) > 20
         assert sum(refused for _, refused in results) == 0, "a pair was always there"
         cluster.wait_until_idle(10.0)

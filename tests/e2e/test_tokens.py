@@ -113,14 +113,16 @@ def test_greedy_tokens_are_those_of_transformers(
 
 @pytest.mark.parity
 async def test_bfloat16_differs_in_near_ties_only(smollm2: Path, prompts: list[list[int]]) -> None:
-    """From transformers in float32, which does not tie, over each transport and without."""
+    """One after the other, because the shape of a batch flips near-ties, and requests meet in batches by chance."""
+    alone = OneProcess(smollm2, dtype="bfloat16")
+    expected = [alone.generate([prompt], SamplingParams(**GREEDY))[0] for prompt in prompts]
     reference = Reference(smollm2, torch.float32)
-    for name, transport in TRANSPORTS.items():
-        with start(smollm2, name, "bfloat16") as cluster:
-            cluster.start_workers(prefill=1 if transport else 0)
-            texts = await generate(Arm(cluster, transport), prompts, GREEDY, "")
-        comparisons = [
-            reference.compare(f"{name}: {label[:30]}", prompt, text)
-            for label, prompt, text in zip(PROMPTS, prompts, texts, strict=True)
-        ]
-        assert_equal_but_for_near_ties(comparisons, min_equal=10)
+    compared = [reference.compare(*each) for each in zip(PROMPTS, prompts, expected, strict=True)]
+    assert_equal_but_for_near_ties(compared, min_equal=10)
+    for transport in ("nixl", "stream"):
+        with start(smollm2, transport, "bfloat16") as cluster:
+            arm = Arm(cluster.start_workers(), transport)
+            texts = [(await generate(arm, [prompt], GREEDY, ""))[0] for prompt in prompts]
+        judged = [reference.judge(*each) for each in zip(PROMPTS, prompts, texts, expected, strict=True)]
+        # Alone it is the same computation.
+        assert_equal_but_for_near_ties(judged, min_equal=18)
