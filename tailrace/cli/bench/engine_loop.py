@@ -13,6 +13,7 @@ from tailrace.kv.hashing import chain_seed, hash_blocks
 from tailrace.plan import StepPlan
 from tailrace.policy.decode_scheduler import DecodeScheduler
 from tailrace.policy.request import Request, StopRule, blocks_for
+from tailrace.policy.sequence import DecodeStep
 from tailrace.types import SamplingParams
 
 FIRST_ORDINARY_TOKEN = 1000
@@ -60,10 +61,11 @@ class StepTimes:
 class RunTimes:
     """One whole generation: `wall_s` from the first submission to the last token."""
 
-    num_prompts: int
     output_tokens: int = 0
     wall_s: float = 0.0
     steps: list[StepTimes] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    """What each prompt was continued by."""
 
     @property
     def output_tokens_per_s(self) -> float:
@@ -125,26 +127,33 @@ class EngineLoop:
 
     def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> RunTimes:
         """Greedy, exactly `output_tokens` a prompt, whatever the model says."""
-        times = RunTimes(len(prompts))
+        times = RunTimes()
         sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
+        drawn: dict[int, list[int]] = {}
         began = time.perf_counter()
         for prompt in prompts:
-            self._submit(list(prompt), sampling)
+            drawn[self._submit(list(prompt), sampling)] = []
         num_open = len(prompts)
         while num_open:
-            num_open -= self._step(times)
+            step = self._step(times)
+            for key, token in zip(step.keys, step.drawn, strict=True):
+                drawn[key.handle].append(token.token_id)
+            num_open -= len(step.finished)
         times.wall_s = time.perf_counter() - began
+        times.tokens = list(drawn.values())
+        times.output_tokens = sum(map(len, times.tokens))
         return times
 
-    def _submit(self, tokens: list[int], sampling: SamplingParams) -> None:
+    def _submit(self, tokens: list[int], sampling: SamplingParams) -> int:
+        """The request's id."""
+        request_id, self._next_id = self._next_id, self._next_id + 1
         hashes = hash_blocks(tokens, self.options.block_size, self._hash_seed)
         self._scheduler.submit_local(
-            Request(self._next_id, tokens, len(tokens), sampling, hash_seed=self._hash_seed, hashes=hashes)
+            Request(request_id, tokens, len(tokens), sampling, hash_seed=self._hash_seed, hashes=hashes)
         )
-        self._next_id += 1
+        return request_id
 
-    def _step(self, times: RunTimes) -> int:
-        """Returns how many prompts are done now."""
+    def _step(self, times: RunTimes) -> DecodeStep:
         begun = time.perf_counter()
         plan = self._scheduler.schedule()
         scheduled = time.perf_counter()
@@ -155,7 +164,6 @@ class EngineLoop:
         ran = time.perf_counter()
         step = self._scheduler.finish(plan, out)
         finished = time.perf_counter()
-        times.output_tokens += len(step.drawn)
         times.steps.append(
             StepTimes(
                 num_decode=len(plan.decode),
@@ -168,7 +176,7 @@ class EngineLoop:
                 finish_s=finished - ran,
             )
         )
-        return len(step.finished)
+        return step
 
 
 def random_prompts(count: int, num_tokens: int, vocab_size: int, *, seed: int = 0) -> list[list[int]]:

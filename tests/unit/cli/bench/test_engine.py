@@ -24,8 +24,8 @@ COSTS = ModelCosts(weight_bytes=600, kv_bytes_per_token=2, flops_per_token=10, f
 
 
 def test_definitions_of_every_rate():
-    slow = RunTimes(2, output_tokens=10, wall_s=5.0, steps=[PREFILL, MIXED, DECODE])
-    fast = RunTimes(2, output_tokens=10, wall_s=2.0, steps=[PREFILL, DECODE])
+    slow = RunTimes(output_tokens=10, wall_s=5.0, steps=[PREFILL, MIXED, DECODE])
+    fast = RunTimes(output_tokens=10, wall_s=2.0, steps=[PREFILL, DECODE])
     result = summarize([slow, fast, slow], COSTS, MachineLimits(stream_bytes_per_s=2000, gemm_flops_per_s=21200))
     assert result["output_tokens_per_s"] == 5.0
     assert result["all_runs_output_tokens_per_s"] == [2.0, 5.0, 2.0]
@@ -59,6 +59,7 @@ def test_the_loop_counts_every_token_and_leaves_nothing_behind(tmp_path):
     prompts = random_prompts(3, 20, loop.engine.config.vocab_size)
     for _ in range(2):
         times = loop.generate(prompts, 10)
+        assert [len(tokens) for tokens in times.tokens] == [10, 10, 10]
         assert times.output_tokens == 30
         assert sum(s.prompt_tokens for s in times.steps) == 60
         assert sum(s.attended_tokens for s in times.steps) == 3 * 20 * 21 // 2
