@@ -10,19 +10,22 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
+from typing import TextIO
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 """Takes prompts and how many tokens each is to be continued by, greedily; gives those tokens."""
 
 
-def claim_stdout():
+def claim_stdout() -> TextIO:
     """The only stream that answers go to. What libraries print to stdout goes to stderr from now on."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers
 
 
-def serve(answers, generate: Generate, *, name: str, packages: tuple[str, ...], settings: dict[str, object]) -> None:
+def serve(
+    answers: TextIO, generate: Generate, *, name: str, packages: tuple[str, ...], settings: dict[str, object]
+) -> None:
     """Answer until stdin ends."""
     versions = {package: metadata.version(package) for package in packages}
     _say(answers, {"name": name, "versions": versions, "settings": settings})
@@ -35,5 +38,5 @@ def serve(answers, generate: Generate, *, name: str, packages: tuple[str, ...], 
         _say(answers, {"wall_s": wall_s, "output_tokens": count, "tokens": continuations[0]})
 
 
-def _say(answers, message: dict[str, object]) -> None:
+def _say(answers: TextIO, message: dict[str, object]) -> None:
     print(json.dumps(message), file=answers, flush=True)
