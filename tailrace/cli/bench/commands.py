@@ -126,5 +126,23 @@ def bench_interference(
     run_interference(_quiet(settings), options, as_json=as_json)
 
 
+@bench_app.command("gateway")
+def bench_gateway(
+    model: Model = DEFAULT_MODEL,
+    streams: Annotated[int, typer.Option(min=1, max=4096)] = 32,
+    tokens_per_s: Annotated[float, typer.Option(min=0.1, max=1000, help="Of each stream.")] = 50.0,
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Of one turn of one arm.")] = 10.0,
+    rounds: Annotated[int, typer.Option(min=1, max=100)] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """CPU that the gateway's process spends on a token, beside FastAPI with pydantic and StreamingResponse."""
+    from tailrace.cli.bench.gateway import GatewayBenchOptions, run_gateway
+
+    options = GatewayBenchOptions(
+        model=model, streams=streams, tokens_per_s=tokens_per_s, seconds=seconds, rounds=rounds
+    )
+    run_gateway(options, as_json=as_json)
+
+
 def _quiet(settings: Settings) -> UpConfig:
     return UpConfig(**settings, port=0, log_level="warning")
