@@ -7,12 +7,12 @@ import argparse
 import datetime
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from benchmarks.arms import Answer, Arm, ArmFailedError
+from benchmarks.arms import Answer, Arm, ArmFailedError, ArmSpec
 from benchmarks.own import run_own
 from benchmarks.page import write_page
 from benchmarks.workloads import ROOT, Group, Workload, plan
@@ -51,7 +51,7 @@ class Sample:
 @dataclass(slots=True)
 class GroupResult:
     group: Group
-    abouts: dict[str, dict[str, object]] = field(default_factory=dict)
+    abouts: dict[str, dict[str, Any]] = field(default_factory=dict)
     started_in_s: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     samples: dict[tuple[Workload, str], list[Sample]] = field(default_factory=dict)
@@ -61,26 +61,21 @@ class GroupResult:
 def measure(group: Group, rounds: int, vocab_size: int, logs: Path) -> GroupResult:
     result = GroupResult(group)
     with ExitStack() as stack:
-        arms = [
-            arm
-            for arm in (_start(spec_index, group, result, logs, stack) for spec_index in range(len(group.arms)))
-            if arm
-        ]
+        arms = [arm for spec in group.arms if (arm := _start(spec, result, logs, stack)) is not None]
         for workload in group.workloads:
             able = [arm for arm in arms if workload.batch <= arm.spec.max_batch]
-            for arm in able:
-                arm.ask(workload.prompts(vocab_size, -1), WARMUP_TOKENS)
-            for turn in range(rounds):
-                _round(result, able[turn % len(able) :] + able[: turn % len(able)], workload, turn, vocab_size)
+            for turn in range(-1, rounds):
+                shift = turn % max(1, len(able))
+                for arm in able[shift:] + able[:shift]:
+                    _take_turn(result, arm, workload, turn, vocab_size)
     return result
 
 
-def _start(index: int, group: Group, result: GroupResult, logs: Path, stack: ExitStack) -> Arm | None:
+def _start(spec: ArmSpec, result: GroupResult, logs: Path, stack: ExitStack) -> Arm | None:
     """None, and the reason in the result, when it does not start."""
-    spec = group.arms[index]
-    _say(f"starting {spec.name} on {len(group.cores)} core(s)")
+    _say(f"starting {spec.name} on {len(spec.cores)} core(s)")
     try:
-        arm = Arm(spec, logs / f"{spec.name}-{len(group.cores)}.log")
+        arm = Arm(spec, logs / f"{spec.name}-{len(spec.cores)}.log")
     except (ArmFailedError, OSError) as error:
         result.failures[spec.name] = str(error)
         _say(str(error))
@@ -91,13 +86,23 @@ def _start(index: int, group: Group, result: GroupResult, logs: Path, stack: Exi
     return arm
 
 
-def _round(result: GroupResult, arms: Sequence[Arm], workload: Workload, turn: int, vocab_size: int) -> None:
+def _take_turn(result: GroupResult, arm: Arm, workload: Workload, turn: int, vocab_size: int) -> None:
+    """Turn -1 is the warm-up. An arm that has failed is asked no more."""
+    name = arm.spec.name
+    if name in result.failures:
+        return
     prompts = workload.prompts(vocab_size, turn)
-    for arm in arms:
+    try:
+        if turn < 0:
+            arm.ask(prompts, WARMUP_TOKENS)
+            return
         sample = Sample.of(workload, arm.ask(prompts, 1), arm.ask(prompts, workload.output))
-        result.samples.setdefault((workload, arm.spec.name), []).append(sample)
-        rate, others = sample.output_tokens_per_s, sample.other_cores
-        _say(f"{workload}, round {turn + 1}: {arm.spec.name} {rate:.1f} tokens/s beside {others:.2f} cores of others")
+    except ArmFailedError as error:
+        result.failures[name] = str(error)
+        return
+    result.samples.setdefault((workload, name), []).append(sample)
+    rate, others = sample.output_tokens_per_s, sample.other_cores
+    _say(f"{workload}, round {turn + 1}: {name} {rate:.1f} tokens/s beside {others:.2f} cores of others")
 
 
 def _say(text: str) -> None:
