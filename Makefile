@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.tailrace-ready
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup check test bench proto docs demo up chaos kernels-full clean
+.PHONY: help setup check test bench bench-peers proto docs demo up chaos kernels-full clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -27,8 +27,11 @@ test: $(READY) ## all tests but chaos (options: ARGS="-k hashing")
 check: $(READY) ## lint, format, types, architecture, generated code
 	@scripts/check.sh
 
-bench: $(READY) ## the hand-off benchmark (options: ARGS="--json")
-	@$(BIN)/tailrace bench handoff $(ARGS)
+bench: $(READY) ## Tailrace and its peers in turn, then its own benchmarks; writes docs/benchmarks/<date>.md
+	@$(BIN)/python -m benchmarks.compare $(ARGS)
+
+bench-peers: $(READY) ## the peers, each in its own environment (minutes, gigabytes)
+	@benchmarks/setup_peers.sh
 
 proto: $(READY) ## generate the gRPC stubs after a change in proto/
 	@scripts/buf.sh lint

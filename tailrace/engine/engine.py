@@ -6,16 +6,18 @@ from pathlib import Path
 import torch
 
 from tailrace.checkpoint.model_config import DTYPES, ModelConfig, load_model_config
+from tailrace.checkpoint.resolve import default_cache_dir
 from tailrace.engine.batch import BatchState
 from tailrace.engine.kv_cache import KVCache
-from tailrace.engine.models.loading import load_decoder, open_source
+from tailrace.engine.implementation import Target, load_model
+from tailrace.engine.models.loading import open_source
 from tailrace.engine.runner import ModelRunner
 from tailrace.engine.sampler import SamplingState
 from tailrace.engine.weights import Progress
 from tailrace.errors import ConfigError
 from tailrace.kv.layout import KVLayout, LayerGroup
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Part of every layout: raise it whenever the engine computes keys or values differently."""
 LOAD_FORMATS = ("auto", "dummy")
 _DEVICES = ("auto", "cpu", "cuda")
@@ -42,6 +44,10 @@ class EngineOptions:
     num_threads: int = 1
     device: str = "auto"
     """auto: the CPU. cuda runs the same plain torch ops; no test has run them there yet, so it must be asked for."""
+    native: bool = True
+    """On a CPU, use kernels compiled for it where they can be had."""
+    cache_dir: Path | None = None
+    """Where compiled kernels are kept; None: tailrace in the user's cache directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +74,9 @@ def load_engine(options: EngineOptions, *, progress: Progress | None = None) -> 
     source = open_source(options.model_dir, config, options.load_format)
     layout = _layout(config, source.digest, options.block_size, dtype)
     num_blocks = _num_blocks(options, layout, max_model_len)
+    target = Target(config, dtype, device, max_model_len, options.num_threads)
     with torch.inference_mode():
-        model = load_decoder(
-            source,
-            config,
-            dtype=getattr(torch, dtype),
-            device=device,
-            max_model_len=max_model_len,
-            progress=progress,
-        )
+        model = load_model(source, target, native_in=_native_cache(options), progress=progress)
     cache = KVCache(layout, num_blocks, device)
     batch = BatchState(options.max_num_seqs, max_model_len, options.block_size, device)
     sampling = SamplingState(options.max_num_seqs, config.vocab_size, config.eos_token_ids, device)
@@ -112,6 +112,10 @@ def _device(options: EngineOptions) -> torch.device:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no CUDA device", param="device")
     return torch.device("cpu" if options.device == "auto" else options.device)
+
+
+def _native_cache(options: EngineOptions) -> Path | None:
+    return (options.cache_dir or default_cache_dir()) if options.native else None
 
 
 def _layout(config: ModelConfig, weights_digest: str, block_size: int, dtype: str) -> KVLayout:

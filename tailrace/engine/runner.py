@@ -2,15 +2,26 @@
 
 import time
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from tailrace.checkpoint.model_config import ModelConfig
 from tailrace.engine.batch import BatchState, Draws
 from tailrace.engine.kv_cache import KVCache
-from tailrace.engine.models.decoder import Decoder
 from tailrace.engine.sampler import SamplingState, sample
 from tailrace.plan import StepOutput, StepPlan
+
+
+class Model(Protocol):
+    """What models.decoder.Decoder is, and what other implementations of it are."""
+
+    config: ModelConfig
+
+    def forward(self, plan: StepPlan, batch: BatchState, pool: Tensor) -> Tensor: ...
+
+    def logits(self, hidden: Tensor, *, reuse: bool = False) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +29,10 @@ class StepLogits:
     """What a step computed, before anything is drawn."""
 
     hidden: Tensor
-    """[tokens, hidden]: decode rows, then chunk after chunk; `Decoder.logits` turns any of them into logits."""
+    """[tokens, hidden]: decode rows, then chunk after chunk; `Model.logits` turns any of them into logits."""
     draws: Draws
     logits: Tensor
-    """[draws, vocab] float32"""
+    """[draws, vocab] float32; overwritten by the next step."""
 
 
 class ModelRunner:
@@ -31,14 +42,11 @@ class ModelRunner:
     for every token it computes, and no sequence longer than max_model_len.
     """
 
-    def __init__(self, model: Decoder, cache: KVCache, batch: BatchState, sampling: SamplingState) -> None:
+    def __init__(self, model: Model, cache: KVCache, batch: BatchState, sampling: SamplingState) -> None:
         self.model = model
         self.batch = batch
         self._cache = cache
         self._sampling = sampling
-        config = model.config
-        is_windowed = set(config.windowed_layers)
-        self._windows = tuple({config.window if layer in is_windowed else 0 for layer in range(config.num_layers)})
 
     def run(self, plan: StepPlan) -> StepOutput:
         """Raises ValueError for a plan that names rows or tokens that do not exist."""
@@ -56,9 +64,9 @@ class ModelRunner:
         if plan.is_empty:
             return None
         draws = self.batch.draws(plan)
-        hidden = self.model.forward(self.batch.inputs(plan, self._cache.tensor, self._windows), self._cache.tensor)
+        hidden = self.model.forward(plan, self.batch, self._cache.tensor)
         rows = hidden if draws.rows is None else hidden[draws.rows]
-        logits = self.model.logits(rows)
+        logits = self.model.logits(rows, reuse=True)
         return StepLogits(hidden, draws, logits if draws.logit_rows is None else logits[draws.logit_rows])
 
     def _apply(self, plan: StepPlan) -> None:

@@ -239,3 +239,9 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
     ) -> AsyncIterator[control_pb2.SnapshotResponse]:
         async for batch in self._worker.snapshot():
             yield control_pb2.SnapshotResponse(events=convert.kv_events_to_proto(batch))
+
+
+def add_worker(server: Server, attachments: Attachments, worker: Controlled) -> None:
+    """What every worker answers, whether it lends KV or not."""
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(attachments), server.grpc)
+    control_pb2_grpc.add_ControlServiceServicer_to_server(ControlServicer(worker), server.grpc)

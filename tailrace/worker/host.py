@@ -23,9 +23,9 @@ from tailrace.kv.layout import KVLayout
 from tailrace.messages import Holding, KvEventBatch, LedgerReport, LendDone, LendTerms, LentBlocks, Load, WorkerInfo
 from tailrace.policy.request import StopRule
 from tailrace.rpc.client import Peer
-from tailrace.rpc.gen import control_pb2_grpc, kv_pb2_grpc, worker_pb2_grpc
+from tailrace.rpc.gen import kv_pb2_grpc
 from tailrace.rpc.options import PEER_LOSS_S
-from tailrace.rpc.server import ControlServicer, KvOwnerServicer, Server, WorkerServicer
+from tailrace.rpc.server import KvOwnerServicer, Server, add_worker
 from tailrace.transfer import PeerEndpoints, PoolMemory, TlsFiles, TransferOptions, TransferPlane, open_transfer
 from tailrace.types import Role
 from tailrace.worker.attach import Attachments
@@ -250,9 +250,8 @@ def worker_info(config: WorkerConfig, identity: Identity, engine: Engine, port: 
 async def serve(parts: Parts, wiring: Wiring, server: Server) -> None:
     """Run until SIGTERM or SIGINT, or until the engine fails (then raises). Ends by closing everything, in order."""
     host = WorkerHost(parts, wiring)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(wiring.attachments), server.grpc)
+    add_worker(server, wiring.attachments, host)
     kv_pb2_grpc.add_KvOwnerServiceServicer_to_server(KvOwnerServicer(host), server.grpc)
-    control_pb2_grpc.add_ControlServiceServicer_to_server(ControlServicer(host), server.grpc)
     wiring.engine.start()
     await server.start()
     address = wiring.attachments.info.address

@@ -45,11 +45,29 @@ def undeclared(names, distributions):
 
 
 def test_the_base_has_all_that_the_shared_library_and_the_command_line_import():
-    telemetry = ("telemetry/log.py", "telemetry/metrics.py")
-    rooms = ("checkpoint", "cli", "client", "index", "kv", "policy", "rpc", *telemetry, "worker", "config.py")
+    command_line = (path.name for path in (REPOSITORY / "tailrace/cli").glob("*.py"))
+    rooms = (
+        *(f"cli/{name}" for name in command_line),
+        "checkpoint",
+        "client",
+        "index",
+        "kv",
+        "policy",
+        "rpc",
+        "telemetry/log.py",
+        "telemetry/metrics.py",
+        "worker",
+        "config.py",
+    )
     names = imported_by(*(f"tailrace/{room}" for room in rooms))
     assert "gguf" in names
     assert undeclared(names, declared()) == set()
+
+
+def test_benchmarks_import_what_they_measure_and_no_more():
+    names = imported_by("tailrace/cli/bench")
+    assert "fastapi" in names
+    assert undeclared(names, declared("gateway", "worker")) == set()
 
 
 def test_the_gateway_extra_has_all_that_the_gateway_imports():

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tailrace.checkpoint.model_config import ModelConfig
-from tailrace.engine.batch import AttentionRows, StepInputs
+from tailrace.engine.batch import AttentionRows, BatchState, StepInputs
 from tailrace.engine.kernels.attention_decode import attention_decode
 from tailrace.engine.kernels.attention_prefill import attention_prefill
 from tailrace.engine.kernels.kv_write import kv_write
@@ -17,33 +18,37 @@ from tailrace.engine.kernels.rope import rope_
 from tailrace.engine.kernels.silu_mul import silu_mul
 from tailrace.engine.models.linear import Linear
 from tailrace.engine.models.rotary import RotaryTable
+from tailrace.plan import StepPlan
 
 # Of a logit: one step of bfloat16, twice over for safety.
 _TIE_SHARE = 2**-6
 _REFINED_AT_ONCE = 4096
 
+LinearT = TypeVar("LinearT")
+"""A product with a weight: a callable, or a weight packed for compiled kernels."""
+
 
 @dataclass(frozen=True, slots=True)
-class LayerWeights:
+class LayerWeights(Generic[LinearT]):
     """Projections of one input are fused: queries, keys and values; gates and values of the feed-forward layer."""
 
     attention_norm: Tensor
-    qkv: Linear
+    qkv: LinearT
     query_norm: Tensor | None
     key_norm: Tensor | None
-    attention_out: Linear
+    attention_out: LinearT
     mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: LinearT
+    down: LinearT
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderWeights:
+class DecoderWeights(Generic[LinearT]):
     embedding: Tensor
     """[vocab, hidden]"""
-    layers: Sequence[LayerWeights]
+    layers: Sequence[LayerWeights[LinearT]]
     final_norm: Tensor
-    lm_head: Linear
+    lm_head: LinearT
     lm_head_rows: Tensor
     """[vocab, hidden]: the head's weight as it came; the embedding itself where they are tied."""
 
@@ -51,7 +56,7 @@ class DecoderWeights:
 class Decoder:
     """Stateless apart from its weights: keys and values live in the pool it is given."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, rotary: RotaryTable) -> None:
+    def __init__(self, config: ModelConfig, weights: DecoderWeights[Linear], rotary: RotaryTable) -> None:
         self.config = config
         self._weights = weights
         self._rotary = rotary
@@ -59,11 +64,15 @@ class Decoder:
             config.window if layer in config.windowed_layers else 0 for layer in range(config.num_layers)
         )
 
-    def forward(self, inputs: StepInputs, pool: Tensor) -> Tensor:
+    def forward(self, plan: StepPlan, batch: BatchState, pool: Tensor) -> Tensor:
         """Float32 hidden states [tokens, hidden] after the last layer, before its norm; the tokens' KV goes to `pool`.
 
+        The plan's changes are applied to `batch` already.
         pool: [num_blocks, layers, 2, kv_heads, block, head_dim], changed in place.
         """
+        return self._forward(batch.inputs(plan, pool, sorted(set(self._windows))), pool)
+
+    def _forward(self, inputs: StepInputs, pool: Tensor) -> Tensor:
         cos, sin = self._rotary.cos[inputs.positions], self._rotary.sin[inputs.positions]
         # The sum over layers is kept in float32: rounding it twice a layer would be most of bfloat16's error.
         hidden = F.embedding(inputs.token_ids, self._weights.embedding).float()
@@ -75,15 +84,18 @@ class Decoder:
             hidden += weights.down(silu_mul(weights.gate_up(rms_norm(hidden, weights.mlp_norm, eps))))
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [rows, hidden] of `forward`. Returns [rows, vocab] float32."""
+    def logits(self, hidden: Tensor, *, reuse: bool = False) -> Tensor:
+        """hidden: [rows, hidden] of `forward`. Returns [rows, vocab] float32.
+
+        `reuse`: the result may be overwritten by the next call that says so.
+        """
         normed = rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
         logits = self._weights.lm_head(normed).float()
         if normed.dtype != torch.float32:
             refine_best(logits, normed, self._weights.lm_head_rows)
         return logits
 
-    def _project(self, weights: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _project(self, weights: LayerWeights[Linear], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[tokens, heads + 2 * kv_heads, head_dim]: query, key and value heads, the first two rotated."""
         config = self.config
         qkv = weights.qkv(x).view(x.shape[0], -1, config.head_dim)

@@ -1,15 +1,17 @@
 """From named tensors to a Decoder: which tensors a config asks for, and how they are fused."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Generic
 
 import torch
 from torch import Tensor
 
 from tailrace.checkpoint.model_config import ModelConfig
-from tailrace.engine.models.decoder import Decoder, DecoderWeights, LayerWeights
-from tailrace.engine.models.linear import Linear, linear_maker
+from tailrace.engine.models.decoder import Decoder, DecoderWeights, LayerWeights, LinearT
+from tailrace.engine.models.linear import linear_maker
 from tailrace.engine.models.rotary import rotary_table
 from tailrace.engine.weights import DummySource, Progress, SafetensorsSource, Shape, TensorSource
 
@@ -35,6 +37,15 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
+@dataclass(frozen=True, slots=True)
+class LinearMakers(Generic[LinearT]):
+    """How fused weights become products. Each takes (weight [outputs, inputs], bias [outputs] or None)."""
+
+    plain: Callable[[Tensor, Tensor | None], LinearT]
+    gated: Callable[[Tensor, Tensor | None], LinearT]
+    """Of the fused gates and values of a feed-forward layer."""
+
+
 def load_decoder(
     source: TensorSource,
     config: ModelConfig,
@@ -44,10 +55,23 @@ def load_decoder(
     max_model_len: int,
     progress: Progress | None = None,
 ) -> Decoder:
-    """Converts, fuses and packs layer by layer, so that little more than the served weights is ever in memory."""
-    loader = _Loader(source, config, dtype, device, progress)
-    weights = loader.load()
+    """The decoder in torch's own operations."""
+    make = linear_maker(dtype, device)
+    weights = load_weights(source, config, LinearMakers(make, make), dtype=dtype, device=device, progress=progress)
     return Decoder(config, weights, rotary_table(config.rope, config.head_dim, max_model_len, device))
+
+
+def load_weights(
+    source: TensorSource,
+    config: ModelConfig,
+    makers: LinearMakers[LinearT],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> DecoderWeights[LinearT]:
+    """Converts, fuses and packs layer by layer, so that little more than the served weights is ever in memory."""
+    return _Loader(source, config, makers, dtype, device, progress).load()
 
 
 def _layer_shapes(config: ModelConfig) -> Iterator[tuple[str, Shape]]:
@@ -78,13 +102,14 @@ def _ignored(config: ModelConfig) -> list[str]:
     return [*names, _LM_HEAD] if config.tie_word_embeddings else names
 
 
-class _Loader:
+class _Loader(Generic[LinearT]):
     """One load: knows the target and counts what is done."""
 
     def __init__(
         self,
         source: TensorSource,
         config: ModelConfig,
+        makers: LinearMakers[LinearT],
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None,
@@ -94,41 +119,44 @@ class _Loader:
         self._dtype = dtype
         self._device = device
         self._progress = progress
-        self._make_linear = linear_maker(dtype, device)
+        self._makers = makers
         self._shapes = tensor_shapes(config)
         self._total = sum(map(prod, self._shapes.values())) * dtype.itemsize
         self._done = 0
 
-    def load(self) -> DecoderWeights:
+    def load(self) -> DecoderWeights[LinearT]:
         embedding = self._tensor(_EMBEDDING)
         head = embedding if self._config.tie_word_embeddings else self._tensor(_LM_HEAD)
         return DecoderWeights(
             embedding=embedding,
             layers=[self._layer(f"model.layers.{layer}.") for layer in range(self._config.num_layers)],
             final_norm=self._tensor(_FINAL_NORM),
-            lm_head=self._make_linear(head, None),
+            lm_head=self._makers.plain(head, None),
             lm_head_rows=head,
         )
 
-    def _layer(self, prefix: str) -> LayerWeights:
+    def _layer(self, prefix: str) -> LayerWeights[LinearT]:
         attention = f"{prefix}self_attn."
         has_norm = self._config.qk_norm
         return LayerWeights(
             attention_norm=self._tensor(f"{prefix}input_layernorm.weight"),
-            qkv=self._fused(f"{attention}q_proj", f"{attention}k_proj", f"{attention}v_proj"),
+            qkv=self._linear(f"{attention}q_proj", f"{attention}k_proj", f"{attention}v_proj"),
             query_norm=self._tensor(f"{attention}q_norm.weight") if has_norm else None,
             key_norm=self._tensor(f"{attention}k_norm.weight") if has_norm else None,
-            attention_out=self._fused(f"{attention}o_proj"),
+            attention_out=self._linear(f"{attention}o_proj"),
             mlp_norm=self._tensor(f"{prefix}post_attention_layernorm.weight"),
-            gate_up=self._fused(f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"),
-            down=self._fused(f"{prefix}mlp.down_proj"),
+            gate_up=self._makers.gated(*self._fused((f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"))),
+            down=self._linear(f"{prefix}mlp.down_proj"),
         )
 
-    def _fused(self, *names: str) -> Linear:
+    def _linear(self, *names: str) -> LinearT:
+        return self._makers.plain(*self._fused(names))
+
+    def _fused(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of projections of one input, as of one."""
         weight = torch.cat([self._tensor(f"{name}.weight") for name in names])
         has_bias = f"{names[0]}.bias" in self._shapes
-        bias = torch.cat([self._tensor(f"{name}.bias") for name in names]) if has_bias else None
-        return self._make_linear(weight, bias)
+        return weight, torch.cat([self._tensor(f"{name}.bias") for name in names]) if has_bias else None
 
     def _tensor(self, name: str) -> Tensor:
         tensor = self._source.tensor(name).to(device=self._device, dtype=self._dtype)

@@ -37,8 +37,9 @@ def test_every_command_has_help_and_none_of_it_loads_torch():
 import sys
 from typer.testing import CliRunner
 from tailrace.cli.main import app
-for name in ("up", "gateway", "prefill", "decode", "chat", "demo", "doctor", "model"):
-    result = CliRunner().invoke(app, [name, "--help"])
+BENCHES = ("bench engine", "bench serve", "bench handoff", "bench gateway", "bench interference")
+for name in ("up", "gateway", "prefill", "decode", "chat", "demo", "doctor", "model", "bench", *BENCHES):
+    result = CliRunner().invoke(app, [*name.split(), "--help"])
     assert result.exit_code == 0 and "Usage" in result.output, (name, result.output)
 print([name for name in ("torch", "transformers", "grpc", "fastapi") if name in sys.modules])
 """

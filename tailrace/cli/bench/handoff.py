@@ -6,16 +6,12 @@ answer in turn, so that what drifts hits both alike; only ratios of the same run
 
 import asyncio
 import json
-import os
-import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +19,14 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from tailrace.cli.bench.report import Spread, header, print_footer, print_json
 from tailrace.cli.cluster import Cluster, running_cluster
 from tailrace.cli.console import ClusterConsole
 from tailrace.cli.model import fetch_model
 from tailrace.cli.up import until_signalled
-from tailrace.config import UpConfig, available_cores
+from tailrace.config import UpConfig
 from tailrace.errors import UnavailableError
 
-_PACKAGES = ("tailrace", "torch", "nixl-cu12", "grpcio")
 _MAX_TOKENS = 4
 _FIRST_ORDINARY_TOKEN = 1000
 """Below it lie control tokens and single bytes."""
@@ -45,20 +41,6 @@ class HandoffOptions:
     threads: int = 1
     """Compute threads a worker, in both arms."""
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Milliseconds."""
-
-    median: float
-    min: float
-    max: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> "Spread":
-        ms = [s * 1e3 for s in seconds]
-        return cls(round(statistics.median(ms), 2), round(min(ms), 2), round(max(ms), 2))
 
 
 @dataclass(slots=True)
@@ -81,9 +63,9 @@ class ArmTimes:
 
     def summary(self) -> dict[str, Any]:
         return {
-            "first_token_ms": asdict(Spread.of(self.first)),
-            "second_token_ms": asdict(Spread.of(self.second)),
-            "transfer_ms": asdict(Spread.of(self.transfer)),
+            "first_token_ms": asdict(Spread.of_ms(self.first)),
+            "second_token_ms": asdict(Spread.of_ms(self.second)),
+            "transfer_ms": asdict(Spread.of_ms(self.transfer)),
             "transfer_bytes": self.transfer_bytes,
             "transport": self.transport,
         }
@@ -96,7 +78,7 @@ def run_handoff(config: UpConfig, options: HandoffOptions, *, as_json: bool) -> 
     async def measure_and_print() -> None:
         result = await _measure(config, options, model)
         if as_json:
-            print(json.dumps(result, indent=2))
+            print_json(result)
         else:
             _print(result)
 
@@ -104,6 +86,7 @@ def run_handoff(config: UpConfig, options: HandoffOptions, *, as_json: bool) -> 
 
 
 async def _measure(config: UpConfig, options: HandoffOptions, model: Path) -> dict[str, Any]:
+    head = header("handoff")
     shared = config.model_copy(update={"port": 0, "threads": options.threads, "prefix_caching": False})
     listener = ClusterConsole(Console(stderr=True), quiet=True)
     rng = random.Random(options.seed)  # noqa: S311 - test data
@@ -120,7 +103,7 @@ async def _measure(config: UpConfig, options: HandoffOptions, model: Path) -> di
                 arrivals, usage = await _ask(http, clusters[arm].api_url, config.model_names[0], prompt)
                 if turn >= options.warmup:
                     arms[arm].add(arrivals, usage)
-    return _report(options, arms)
+    return _report(head, options, arms)
 
 
 async def _ask(http: httpx.AsyncClient, url: str, model: str, prompt: list[int]) -> tuple[list[float], dict[str, Any]]:
@@ -153,21 +136,13 @@ async def _ask(http: httpx.AsyncClient, url: str, model: str, prompt: list[int])
     return arrivals, usage
 
 
-def _report(options: HandoffOptions, arms: dict[str, ArmTimes]) -> dict[str, Any]:
+def _report(head: dict[str, Any], options: HandoffOptions, arms: dict[str, ArmTimes]) -> dict[str, Any]:
     def ratio(name: str) -> float:
         pd, colocated = (statistics.median(getattr(arms[arm], name)) for arm in ("pd", "colocated"))
         return round(float(pd / colocated), 4)
 
     return {
-        "benchmark": "handoff",
-        "command": " ".join(["tailrace", *sys.argv[1:]]),
-        "machine": {
-            "processor": _processor(),
-            "cores": len(available_cores()),
-            "python": platform.python_version(),
-            "load_before": round(os.getloadavg()[2], 2),
-        },
-        "versions": {name: _version(name) for name in _PACKAGES},
+        **head,
         "options": asdict(options),
         "pd": arms["pd"].summary(),
         "colocated": arms["colocated"].summary(),
@@ -176,35 +151,16 @@ def _report(options: HandoffOptions, arms: dict[str, ArmTimes]) -> dict[str, Any
     }
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _print(result: dict[str, Any]) -> None:
     options = result["options"]
     table = Table(title=f"{options['prompt_tokens']} tokens, {options['threads']} threads a worker, idle pair")
     for column in ("", "P/D", "colocated", "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     for name in ("first", "second"):
-        cells = [_cell(result[arm][f"{name}_token_ms"]) for arm in ("pd", "colocated")]
+        cells = [str(Spread(**result[arm][f"{name}_token_ms"])) for arm in ("pd", "colocated")]
         table.add_row(f"{name} token, ms: median (min-max)", *cells, f"{result[f'{name}_token_ratio']:.3f}")
     pd = result["pd"]
-    table.add_row(f"transfer over {pd['transport'] or '-'}, ms", _cell(pd["transfer_ms"]), "", "")
+    table.add_row(f"transfer over {pd['transport'] or '-'}, ms", str(Spread(**pd["transfer_ms"])), "", "")
     console = Console()
     console.print(table)
-    console.print(f"{result['machine']['processor']}, {result['machine']['cores']} cores; {result['versions']}")
-
-
-def _cell(spread: dict[str, float]) -> str:
-    return f"{spread['median']:.1f} ({spread['min']:.1f}-{spread['max']:.1f})"
+    print_footer(console, result)

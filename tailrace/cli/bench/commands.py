@@ -1,0 +1,148 @@
+"""The sub-commands of `tailrace bench`. Each imports its benchmark when it runs."""
+
+from typing import Annotated
+
+import typer
+
+from tailrace.cli.options import Settings
+from tailrace.config import DEFAULT_MODEL, UpConfig
+from tailrace.errors import ConfigError
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measurements on this machine.")
+
+Model = Annotated[str, typer.Option(help="A directory, a built-in name, or org/name on the Hugging Face hub.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Transport = Annotated[str, typer.Option(help="auto, nixl or stream.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+@bench_app.command("handoff")
+def bench_handoff(
+    model: Model = DEFAULT_MODEL,
+    transport: Transport = "auto",
+    dtype: Dtype = "auto",
+    prompt_tokens: Annotated[int, typer.Option(min=2, max=100_000)] = 1024,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Counted requests to each arm.")] = 10,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Compute threads a worker, in both arms.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """First and second token of an idle pair that hands KV over, against one worker that does both."""
+    from tailrace.cli.bench.handoff import HandoffOptions, run_handoff
+
+    options = HandoffOptions(prompt_tokens=prompt_tokens, rounds=rounds, threads=threads)
+    run_handoff(_quiet({"model": model, "transport": transport, "dtype": dtype}), options, as_json=as_json)
+
+
+@bench_app.command("engine")
+def bench_engine(
+    model: Model = DEFAULT_MODEL,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="Sequences, all at once.")] = 16,
+    input_tokens: Annotated[int, typer.Option("--input", min=1, max=1_000_000, help="Prompt tokens each.")] = 128,
+    output_tokens: Annotated[int, typer.Option("--output", min=1, max=1_000_000, help="Output tokens each.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Compute threads.")] = 1,
+    dtype: Dtype = "auto",
+    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights of the right shapes.")] = "auto",
+    max_num_batched_tokens: Annotated[int, typer.Option(min=16, max=1 << 20, help="Tokens of one step.")] = 512,
+    runs: Annotated[int, typer.Option(min=1, max=100, help="Counted runs after the warm-up; the best counts.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """The engine alone, in this process, prefix cache off: tokens a second, step times, MBU and MFU."""
+    from tailrace.cli.bench.engine import EngineBenchOptions, run_engine
+
+    options = EngineBenchOptions(
+        model=model,
+        batch=batch,
+        input=input_tokens,
+        output=output_tokens,
+        threads=threads,
+        dtype=dtype,
+        load_format=load_format,
+        max_num_batched_tokens=max_num_batched_tokens,
+        runs=runs,
+    )
+    run_engine(options, as_json=as_json)
+
+
+@bench_app.command("serve")
+def bench_serve(
+    url: Annotated[str, typer.Option(help="An OpenAI API, with /v1; else a cluster is started for the time.")] = "",
+    prefill: Annotated[int | None, typer.Option(min=0, max=64, help="Prefill workers to start.")] = None,
+    decode: Annotated[int | None, typer.Option(min=1, max=64, help="Decode workers to start.")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, max=100_000, help="Requests that are open at once.")] = None,
+    request_rate: Annotated[float | None, typer.Option(min=0.001, help="Or: requests a second, Poisson.")] = None,
+    num_requests: Annotated[int, typer.Option(min=1, max=1_000_000)] = 64,
+    input_tokens: Annotated[int, typer.Option(min=1, max=1_000_000)] = 128,
+    output_tokens: Annotated[int, typer.Option(min=1, max=1_000_000)] = 64,
+    slo_ttft_ms: Annotated[float | None, typer.Option(min=0, help="Goodput counts requests within all SLOs.")] = None,
+    slo_tpot_ms: Annotated[float | None, typer.Option(min=0)] = None,
+    slo_icl_ms: Annotated[float | None, typer.Option(min=0, help="Of a request's longest gap.")] = None,
+    vocab_size: Annotated[int, typer.Option(min=2, help="With --url: prompts are drawn below it.")] = 32_000,
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "auto",
+    transport: Transport = "auto",
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="A worker; 0: as many as it has cores.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """A server under load: TTFT, TPOT, ICL, goodput and errors; tokens as its `usage` counts them."""
+    from tailrace.cli.bench.serve import ServeOptions, Slo, run_serve
+
+    if url and (prefill is not None or decode is not None):
+        raise ConfigError("url: a server that runs already, or --prefill and --decode to start one; not both")
+    slo = Slo(slo_ttft_ms, slo_tpot_ms, slo_icl_ms)
+    options = ServeOptions(
+        url=url,
+        concurrency=concurrency,
+        request_rate=request_rate,
+        num_requests=num_requests,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        vocab_size=vocab_size,
+        slo=slo,
+    )
+    workers = {"prefill": 1 if prefill is None else prefill, "decode": decode or 1, "threads": threads}
+    run_serve(_quiet({"model": model, "dtype": dtype, "transport": transport, **workers}), options, as_json=as_json)
+
+
+@bench_app.command("interference")
+def bench_interference(
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "auto",
+    transport: Transport = "auto",
+    decoders: Annotated[int, typer.Option(min=1, max=1024, help="Sequences that decode all the time.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option(min=1, max=100_000)] = 1024,
+    prompts_per_s: Annotated[float, typer.Option(min=0.01, max=1000)] = 0.6,
+    seconds: Annotated[float, typer.Option(min=1, max=3600, help="Of one turn of one arm.")] = 15.0,
+    rounds: Annotated[int, typer.Option(min=1, max=100)] = 2,
+    chunk_tokens: Annotated[int, typer.Option(min=16, max=1 << 16, help="Of the chunked arm, and of prefill.")] = 512,
+    as_json: AsJson = False,
+) -> None:
+    """Gaps between the tokens of steady decoders while long prompts arrive: colocated whole, in chunks, and P/D."""
+    from tailrace.cli.bench.interference import InterferenceOptions, run_interference
+
+    settings = {"model": model, "dtype": dtype, "transport": transport, "max_num_batched_tokens": chunk_tokens}
+    options = InterferenceOptions(
+        decoders=decoders, prompt_tokens=prompt_tokens, prompts_per_s=prompts_per_s, seconds=seconds, rounds=rounds
+    )
+    run_interference(_quiet(settings), options, as_json=as_json)
+
+
+@bench_app.command("gateway")
+def bench_gateway(
+    model: Model = DEFAULT_MODEL,
+    streams: Annotated[int, typer.Option(min=1, max=4096)] = 32,
+    tokens_per_s: Annotated[float, typer.Option(min=0.1, max=1000, help="Of each stream.")] = 50.0,
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Of one turn of one arm.")] = 10.0,
+    rounds: Annotated[int, typer.Option(min=1, max=100)] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """CPU that the gateway's process spends on a token, beside FastAPI with pydantic and StreamingResponse."""
+    from tailrace.cli.bench.gateway import GatewayBenchOptions, run_gateway
+
+    options = GatewayBenchOptions(
+        model=model, streams=streams, tokens_per_s=tokens_per_s, seconds=seconds, rounds=rounds
+    )
+    run_gateway(options, as_json=as_json)
+
+
+def _quiet(settings: Settings) -> UpConfig:
+    return UpConfig(**settings, port=0, log_level="warning")

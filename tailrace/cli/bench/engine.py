@@ -1,0 +1,197 @@
+"""`tailrace bench engine`: tokens a second of the engine alone, and how far it is from what the machine could do."""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tailrace.checkpoint.model_config import ModelConfig, load_model_config
+from tailrace.cli.bench.engine_loop import EngineLoop, LoopOptions, RunTimes, StepTimes, random_prompts
+from tailrace.cli.bench.probes import MachineLimits, measure_limits
+from tailrace.cli.bench.report import header, percentile, print_footer, print_json
+from tailrace.cli.bench.scheduler_load import time_scheduler
+from tailrace.cli.model import fetch_model
+from tailrace.errors import ConfigError
+from tailrace.kv.layout import DTYPE_BYTES
+
+_MANY_SEQUENCES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class EngineBenchOptions:
+    model: str
+    batch: int = 16
+    input: int = 128
+    """Prompt tokens a sequence."""
+    output: int = 64
+    """Output tokens a sequence."""
+    threads: int = 1
+    dtype: str = "auto"
+    load_format: str = "auto"
+    max_num_batched_tokens: int = 512
+    """Of one step, as for a worker."""
+    runs: int = 3
+    seed: int = 0
+
+
+def run_engine(options: EngineBenchOptions, *, as_json: bool) -> None:
+    """Prints a table, or one JSON object on stdout. Raises ConfigError or CheckpointError for what cannot be loaded."""
+    result = measure(options)
+    if as_json:
+        print_json(result)
+    else:
+        _print(result)
+
+
+def measure(options: EngineBenchOptions) -> dict[str, Any]:
+    """A warm-up, the runs, then the machine's limits in the same process and with the same threads."""
+    head = header("engine", packages=("tailrace", "torch"))
+    model_dir = fetch_model(options.model)
+    config = load_model_config(model_dir)
+    if options.input + options.output > config.max_position_embeddings:
+        raise ConfigError(f"input + output: at most {config.max_position_embeddings} tokens for this model")
+    loop = EngineLoop(
+        LoopOptions(
+            model_dir,
+            max_batch=options.batch,
+            max_tokens=options.input + options.output,
+            threads=options.threads,
+            dtype=options.dtype,
+            load_format=options.load_format,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+        )
+    )
+    prompts = random_prompts(options.batch, options.input, config.vocab_size, seed=options.seed)
+    loop.generate(prompts, options.output)
+    runs = [loop.generate(prompts, options.output) for _ in range(options.runs)]
+    costs = ModelCosts.of(config, loop.engine.layout.kv_dtype, loop.engine.layout.bytes_per_token)
+    return {
+        **head,
+        "options": asdict(options),
+        **summarize(runs, costs, measure_limits()),
+        "scheduler_us_256_sequences": round(statistics.median(time_scheduler(_MANY_SEQUENCES)) * 1e6, 1),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCosts:
+    """What a step must read and compute at the least."""
+
+    weight_bytes: int
+    """Of every matrix that a step multiplies by: the layers' and the head's."""
+    kv_bytes_per_token: int
+    flops_per_token: int
+    """Of a token's way through the layers, attention apart."""
+    flops_per_attended: int
+    """Of one token looking at one other, in all layers."""
+    flops_per_draw: int
+    """Of the head, for one row of logits."""
+
+    @classmethod
+    def of(cls, config: ModelConfig, dtype: str, kv_bytes_per_token: int) -> "ModelCosts":
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        attention = config.hidden_size * (2 * queries + 2 * keys)
+        layers = config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+        head = config.vocab_size * config.hidden_size
+        return cls(
+            weight_bytes=(layers + head) * DTYPE_BYTES[dtype],
+            kv_bytes_per_token=kv_bytes_per_token,
+            flops_per_token=2 * layers,
+            flops_per_attended=4 * config.num_layers * queries,
+            flops_per_draw=2 * head,
+        )
+
+    def bytes_read(self, step: StepTimes) -> int:
+        """By a step that only decodes."""
+        return self.weight_bytes + step.context_tokens * self.kv_bytes_per_token
+
+    def flops(self, step: StepTimes) -> int:
+        """Of a step's prompt tokens; what the head does for their few draws is left out."""
+        return step.prompt_tokens * self.flops_per_token + step.attended_tokens * self.flops_per_attended
+
+
+def summarize(runs: Sequence[RunTimes], costs: ModelCosts, limits: MachineLimits) -> dict[str, Any]:
+    """Rates of the best run, all runs beside it; everything about steps from all runs together.
+
+    A step with prompt tokens in it counts as prefill, whatever else decodes in it; decode is the steps without.
+    """
+    best = max(runs, key=lambda run: run.output_tokens_per_s)
+    steps = [step for run in runs for step in run.steps]
+    decode = [step for step in steps if not step.prompt_tokens]
+    prefill = [step for step in steps if step.prompt_tokens and not step.num_decode]
+    return {
+        "output_tokens_per_s": round(best.output_tokens_per_s, 2),
+        "all_runs_output_tokens_per_s": [round(run.output_tokens_per_s, 2) for run in runs],
+        "prefill_tokens_per_s": _best(_prefill_rate(run) for run in runs),
+        "decode_tokens_per_s": _best(_decode_rate(run) for run in runs),
+        "decode_step": describe_steps(decode),
+        "prefill_step": describe_steps(prefill),
+        "mbu_decode": _median_share(decode, lambda s: costs.bytes_read(s) / s.step_s / limits.stream_bytes_per_s),
+        "mfu_prefill": _median_share(prefill, lambda s: costs.flops(s) / s.step_s / limits.gemm_flops_per_s),
+        "limits": {
+            "stream_gb_per_s": round(limits.stream_bytes_per_s / 1e9, 2),
+            "bf16_gemm_gflops": round(limits.gemm_flops_per_s / 1e9, 1),
+        },
+        "weight_bytes": costs.weight_bytes,
+        "kv_bytes_per_token": costs.kv_bytes_per_token,
+    }
+
+
+def describe_steps(steps: Sequence[StepTimes]) -> dict[str, Any]:
+    """Host overhead: what of a step is neither the model's forward pass nor its logits."""
+    if not steps:
+        return {"count": 0}
+    times = [step.step_s for step in steps]
+    return {
+        "count": len(steps),
+        "p50_ms": round(percentile(times, 0.5) * 1e3, 3),
+        "p99_ms": round(percentile(times, 0.99) * 1e3, 3),
+        "host_overhead": round(statistics.median((s.step_s - s.model_s) / s.step_s for s in steps), 4),
+        "host_overhead_ms": round(statistics.median(s.step_s - s.model_s for s in steps) * 1e3, 3),
+        "scheduler_us": round(statistics.median(s.scheduler_s for s in steps) * 1e6, 1),
+    }
+
+
+def _prefill_rate(run: RunTimes) -> float:
+    steps = [step for step in run.steps if step.prompt_tokens]
+    return sum(step.prompt_tokens for step in steps) / sum(step.step_s for step in steps)
+
+
+def _decode_rate(run: RunTimes) -> float:
+    steps = [step for step in run.steps if not step.prompt_tokens]
+    return sum(step.num_decode for step in steps) / sum(step.step_s for step in steps) if steps else 0.0
+
+
+def _best(rates: Iterable[float]) -> float:
+    return round(max(rates), 2)
+
+
+def _median_share(steps: Sequence[StepTimes], share: Callable[[StepTimes], float]) -> float:
+    """0 where no step is of that kind."""
+    return round(statistics.median(map(share, steps)), 4) if steps else 0.0
+
+
+def _print(result: dict[str, Any]) -> None:
+    options, decode, prefill = result["options"], result["decode_step"], result["prefill_step"]
+    title = f"{options['batch']} x ({options['input']} in, {options['output']} out), {options['threads']} threads"
+    table = Table("", "", title=title, show_header=False)
+    table.columns[1].justify = "right"
+    all_runs = ", ".join(f"{rate:.1f}" for rate in result["all_runs_output_tokens_per_s"])
+    table.add_row("output tokens/s, prefill included", f"{result['output_tokens_per_s']:.1f} of {all_runs}")
+    table.add_row("prefill tokens/s", f"{result['prefill_tokens_per_s']:.1f}")
+    table.add_row("decode tokens/s", f"{result['decode_tokens_per_s']:.1f}")
+    for name, step in (("decode", decode), ("prefill", prefill)):
+        if step["count"]:
+            table.add_row(f"{name} step, ms: p50 / p99", f"{step['p50_ms']:.2f} / {step['p99_ms']:.2f}")
+            table.add_row(f"{name} step, host overhead", f"{step['host_overhead']:.1%}")
+            table.add_row(f"{name} step, scheduler, us", f"{step['scheduler_us']:.0f}")
+    table.add_row("scheduler at 256 sequences, us", f"{result['scheduler_us_256_sequences']:.0f}")
+    limits = result["limits"]
+    table.add_row(f"decode MBU, of {limits['stream_gb_per_s']:.1f} GB/s", f"{result['mbu_decode']:.3f}")
+    table.add_row(f"prefill MFU, of {limits['bf16_gemm_gflops']:.0f} GFLOP/s", f"{result['mfu_prefill']:.3f}")
+    console = Console()
+    console.print(table)
+    print_footer(console, result)

@@ -1,0 +1,126 @@
+"""The compiled kernels as Python sees them. Mirrors the structs of source/decoder.c."""
+
+import ctypes
+from ctypes import POINTER, c_double, c_int, c_int64, c_void_p
+from pathlib import Path
+
+from tailrace.engine.native.build import NativeUnavailableError, build_library
+
+
+class LinearStruct(ctypes.Structure):
+    _fields_ = [("inputs", c_int64), ("outputs", c_int64), ("words", c_void_p), ("bias", c_void_p)]
+
+
+class LayerStruct(ctypes.Structure):
+    _fields_ = [
+        ("attention_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("qkv", LinearStruct),
+        ("attention_out", LinearStruct),
+        ("gate_up", LinearStruct),
+        ("down", LinearStruct),
+        ("window", c_int64),
+    ]
+
+
+class ModelStruct(ctypes.Structure):
+    _fields_ = [
+        ("num_layers", c_int64),
+        ("hidden", c_int64),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("inner", c_int64),
+        ("vocab", c_int64),
+        ("max_positions", c_int64),
+        ("eps", c_double),
+        ("embedding", c_void_p),
+        ("cosines", c_void_p),
+        ("sines", c_void_p),
+        ("final_norm", c_void_p),
+        ("head", LinearStruct),
+        ("layers", POINTER(LayerStruct)),
+        ("threads", c_void_p),
+        ("block", c_int64),
+        ("num_blocks", c_int64),
+    ]
+
+
+class ChunkStruct(ctypes.Structure):
+    _fields_ = [("slot", c_int64), ("start", c_int64), ("end", c_int64)]
+
+
+class StepStruct(ctypes.Structure):
+    _fields_ = [
+        ("num_tokens", c_int64),
+        ("num_decode", c_int64),
+        ("num_chunks", c_int64),
+        ("decode", POINTER(c_int64)),
+        ("chunks", POINTER(ChunkStruct)),
+        ("tokens", c_void_p),
+        ("tokens_stride", c_int64),
+        ("tables", c_void_p),
+        ("tables_stride", c_int64),
+        ("lengths", c_void_p),
+        ("num_slots", c_int64),
+        ("pool", c_void_p),
+        ("hidden", c_void_p),
+        ("places", c_void_p),
+        ("input", c_void_p),
+        ("qkv", c_void_p),
+        ("gated", c_void_p),
+        ("partials", c_void_p),
+        ("jobs", POINTER(c_int64)),
+    ]
+
+
+class LogitsStruct(ctypes.Structure):
+    _fields_ = [
+        ("model", POINTER(ModelStruct)),
+        ("hidden", c_void_p),
+        ("rows", c_int64),
+        ("normed", c_void_p),
+        ("logits", c_void_p),
+    ]
+
+
+_STRUCTS = (LinearStruct, LayerStruct, ModelStruct, ChunkStruct, StepStruct, LogitsStruct)
+
+
+class NativeLibrary:
+    """Its functions run without the interpreter's lock. Raises NativeUnavailableError when it cannot be loaded."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._functions = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise NativeUnavailableError(f"{path} cannot be loaded: {error}") from None
+        self.forward = self._functions.tailrace_forward
+        self.forward.argtypes, self.forward.restype = (c_void_p, c_void_p), c_int
+        self.logits = self._functions.tailrace_logits
+        self.logits.argtypes, self.logits.restype = (c_void_p,), None
+        self.num_parts = self._functions.tailrace_num_parts
+        self.num_parts.argtypes, self.num_parts.restype = (c_void_p, c_void_p), c_int64
+        self.open_threads = self._functions.tailrace_open_threads
+        self.open_threads.argtypes, self.open_threads.restype = (c_int64,), c_void_p
+        self.close_threads = self._functions.tailrace_close_threads
+        self.close_threads.argtypes, self.close_threads.restype = (c_void_p,), None
+        self._check()
+
+    def _check(self) -> None:
+        sizes = (c_int64 * len(_STRUCTS))()
+        self._functions.tailrace_sizes(sizes)
+        assert list(sizes) == list(map(ctypes.sizeof, _STRUCTS)), "library.py and decoder.c differ"
+
+
+def load_library(dtype: str, cache_dir: Path) -> NativeLibrary:
+    """Raises NativeUnavailableError."""
+    path = build_library(dtype, cache_dir)
+    try:
+        return NativeLibrary(path)
+    except NativeUnavailableError:
+        # A file that was cut short by a full disk, say. A directory that forbids execution fails again.
+        path.unlink(missing_ok=True)
+        return NativeLibrary(build_library(dtype, cache_dir))

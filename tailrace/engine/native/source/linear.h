@@ -1,0 +1,145 @@
+/* Products with packed weights.
+ *
+ * A weight [outputs, inputs] lies in panels of 64 outputs: for each word of inputs (a float, or a pair of bfloat16) the
+ * 64 outputs' words side by side. Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), with
+ * the packing of the weights done once at load and none of the activations. */
+#pragma once
+#include "threads.h"
+#include "vector.h"
+
+enum {
+    PANEL = 64,
+    LINE = 64,
+    TILE_ROWS = 384,       /* sums of a panel kept at once */
+    SLAB_STEPS = 1024,     /* words of inputs at once: 256 KiB of a panel */
+    ROWS_BYTES = 384 << 10 /* activations that stay in the second-level cache while the panels pass */
+};
+
+typedef struct {
+    int64_t inputs, outputs;
+    const uint32_t *words;
+    const float *bias; /* by column of the panels, or NULL */
+} Linear;
+
+/* sums [rows, PANEL] from x [rows, steps] words and one slab of a panel, of which `lines` further lines a step are
+ * fetched from `ahead`. */
+INLINE void multiply_rows(const int rows, const word *x, int64_t x_stride, const uint32_t *w, int64_t steps, float *out,
+                          int64_t out_stride, int adds, const char *ahead, const int lines) {
+    vfloat sums[MR][NV];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < NV; v++) sums[r][v] = adds ? load(out + r * out_stride + v * VL) : (vfloat){0};
+    for (int64_t k = 0; k < steps; k++) {
+        vword column[NV];
+        UNROLL for (int v = 0; v < NV; v++) column[v] = *(const vword_any *)(w + k * PANEL + v * VL);
+        UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + (k * lines + i) * LINE, 0, 2);
+        UNROLL for (int r = 0; r < rows; r++) {
+            uint32_t element_pair = x[r * x_stride + k];
+            UNROLL for (int v = 0; v < NV; v++) sums[r][v] = add_product(sums[r][v], column[v], element_pair);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < NV; v++) store(out + r * out_stride + v * VL, sums[r][v]);
+}
+
+static void multiply_block(int64_t rows, const word *x, int64_t x_stride, const uint32_t *w, int64_t steps, float *out,
+                           int64_t out_stride, int adds, const char *ahead, int lines) {
+#define CASE(n, l)                                                                             \
+    case (n) * 8 + (l):                                                                        \
+        multiply_rows(n, x, x_stride, w, steps, out, out_stride, adds, ahead, l); \
+        break;
+#define CASES(n) CASE(n, 0) CASE(n, 1) CASE(n, 2) CASE(n, 4)
+    switch (rows * 8 + lines) {
+        CASES(1) CASES(2) CASES(3) CASES(4)
+#if defined(__AVX512F__) || defined(__aarch64__)
+        CASES(5) CASES(6)
+#endif
+    }
+#undef CASES
+#undef CASE
+}
+
+/* out [rows, PANEL] = or += x times one slab. What follows the slab in memory comes next, so it is fetched meanwhile. */
+static void multiply(int64_t rows, const word *x, int64_t x_stride, const uint32_t *w, int64_t steps, float *out,
+                     int64_t out_stride, int adds, int fetches) {
+    int64_t blocks = parts_of(rows, MR);
+    int lines = !fetches ? 0 : blocks == 1 ? 4 : blocks < 4 ? 2 : 1;
+    const char *ahead = (const char *)(w + steps * PANEL);
+    for (int64_t column = 0; column < PANEL; column += NV * VL) {
+        for (int64_t i = 0; i < blocks; i++) {
+            int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
+            int fetched = column == 0 && i * lines < 4 ? lines : 0;
+            multiply_block(count, x + first * x_stride, x_stride, w + column, steps, out + first * out_stride + column,
+                           out_stride, adds, ahead, fetched);
+            ahead += fetched * steps * LINE;
+        }
+    }
+}
+
+typedef enum { TO_ELEMENTS, TO_FLOATS, ADD_TO_FLOATS, SILU_MUL } Ending;
+
+typedef struct {
+    Ending ending;
+    void *out;
+    int64_t stride;
+} Target;
+
+INLINE vfloat silu(vfloat x) { return x / (1.0f + exp_of(-x)); }
+
+static void end_gated(const float *sums, int64_t rows, int64_t first_row, int64_t panel, const Linear *linear,
+                      Target to) {
+    const int64_t half = PANEL / 2, first = panel * half, columns = smaller(half, linear->outputs - first);
+    for (int64_t row = 0; row < rows; row++) {
+        element *out = (element *)to.out + (first_row + row) * to.stride + first;
+        for (int64_t c = 0; c < columns; c += VL) {
+            vfloat gate = load(sums + row * PANEL + c), up = load(sums + row * PANEL + half + c);
+            if (linear->bias) {
+                gate += load(linear->bias + panel * PANEL + c);
+                up += load(linear->bias + panel * PANEL + half + c);
+            }
+            store_some(out + c, silu(gate) * up, columns - c);
+        }
+    }
+}
+
+static void end_plain(const float *sums, int64_t rows, int64_t first_row, int64_t panel, const Linear *linear,
+                      Target to) {
+    const int64_t first = panel * PANEL, columns = smaller(PANEL, linear->outputs - first);
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t at = (first_row + row) * to.stride + first;
+        for (int64_t c = 0; c < columns; c += VL) {
+            vfloat sum = load(sums + row * PANEL + c);
+            float *floats = (float *)to.out + at + c;
+            if (linear->bias) sum += load(linear->bias + first + c);
+            if (to.ending == TO_ELEMENTS)
+                store_some((element *)to.out + at + c, sum, columns - c);
+            else if (to.ending == TO_FLOATS)
+                store_floats(floats, sum, columns - c);
+            else
+                store_floats(floats, load_floats(floats, columns - c) + sum, columns - c);
+        }
+    }
+}
+
+INLINE int64_t num_panels(const Linear *linear, Ending ending) {
+    return parts_of(linear->outputs, ending == SILU_MUL ? PANEL / 2 : PANEL);
+}
+
+/* x: [rows, inputs] elements, contiguous. Threads share the panels. Scratch: TILE_ROWS * PANEL floats. */
+static void apply_linear(Thread *thread, const Linear *linear, const element *x, int64_t rows, Target to) {
+    const int64_t steps = linear->inputs / PER_WORD, panels = num_panels(linear, to.ending);
+    const int64_t from = panels * thread->index / thread->count, end = panels * (thread->index + 1) / thread->count;
+    int64_t at_once = larger(MR, ROWS_BYTES / (linear->inputs * (int64_t)sizeof(element)));
+    at_once = smaller(TILE_ROWS, at_once / MR * MR);
+    float *sums = thread->scratch;
+    for (int64_t first = 0; first < rows; first += at_once) {
+        const int64_t count = smaller(at_once, rows - first);
+        for (int64_t panel = from; panel < end; panel++) {
+            for (int64_t k = 0; k < steps; k += SLAB_STEPS) {
+                const uint32_t *slab = linear->words + (panel * steps + k) * PANEL;
+                multiply(count, (const word *)(x + first * linear->inputs) + k, steps, slab,
+                         smaller(SLAB_STEPS, steps - k), sums, PANEL, k > 0, 1);
+            }
+            (to.ending == SILU_MUL ? end_gated : end_plain)(sums, count, first, panel, linear, to);
+        }
+    }
+}
