@@ -9,7 +9,7 @@ Case = tuple[Any, ...]
 
 
 def pairwise(*columns: Sequence[Any]) -> list[Case]:
-    """Rows with a value of each column: any two values of two columns meet in some row. Greedy, the same ones always."""
+    """Rows with a value of each column: any two values of two columns meet in some row. Greedy; always the same."""
     missing = {
         (left, right, a, b)
         for left, right in combinations(range(len(columns)), 2)

@@ -140,22 +140,25 @@ def join_kernel(
 def decode_launch(
     group: int, kv_heads: int, head_dim: int, block: int, window: int, splits: int, dtype: torch.dtype
 ) -> Launch:
-    row_bytes = head_dim * dtype.itemsize
+    dims = power_of_2(head_dim)
+    is_wide = dtype == torch.float32
     return Launch(
         {
             "KV_HEADS": kv_heads,
             "GROUP": group,
             "GROUP_ROWS": max(_MIN_ROWS, power_of_2(group)),
             "HEAD_DIM": head_dim,
-            "DIMS": power_of_2(head_dim),
+            "DIMS": dims,
             "BLOCK": block,
             "WINDOW": window,
-            "TILE": 64 if row_bytes <= 256 else 32,
+            # 16 KiB of keys, and as much of values; products of float32 spill registers beyond 64 x 64.
+            "TILE": (64 if dims <= 64 else 16) if is_wide else min(64, 8192 // dims),
             "SPLITS": splits,
             "PRECISION": dot_precision(dtype),
         },
         num_warps=4,
-        num_stages=3,
+        # The table's entry is a stage ahead of its block: these make two tiles on their way while one is used.
+        num_stages=3 if is_wide else 5,
     )
 
 

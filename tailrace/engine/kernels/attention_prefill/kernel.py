@@ -15,8 +15,7 @@ from torch import Tensor
 from tailrace.engine.kernels.launch import Launch, dot_precision, power_of_2
 
 _LOG2_E = 1.4426950408889634
-_TILE_Q = 128
-_SMALL_TILE_Q = 64
+_HOPPER = 9
 
 
 @triton.jit
@@ -137,7 +136,9 @@ def prefill_launch(
     group: int, kv_heads: int, head_dim: int, block: int, window: int, tile_queries: int, dtype: torch.dtype
 ) -> Launch:
     dims = power_of_2(head_dim)
-    tile_keys = 64 if dims * dtype.itemsize <= 256 else 32
+    is_wide = dtype == torch.float32
+    tile_keys = (32 if dims <= 64 else 16) if is_wide else (64 if dims <= 128 else 32)
+    has_many_warps = tile_queries >= 128 or dims > (64 if is_wide else 128)
     return Launch(
         {
             "KV_HEADS": kv_heads,
@@ -150,14 +151,17 @@ def prefill_launch(
             "TILE_K": tile_keys,
             "PRECISION": dot_precision(dtype),
         },
-        num_warps=8 if tile_queries * dims > 64 * 64 else 4,
+        num_warps=8 if has_many_warps else 4,
         num_stages=2,
     )
 
 
-def tile_queries(head_dim: int, dtype: torch.dtype) -> int:
-    """Tokens a program: what its registers hold of queries and sums."""
-    return _TILE_Q if power_of_2(head_dim) * dtype.itemsize <= 256 else _SMALL_TILE_Q
+def tile_queries(head_dim: int, dtype: torch.dtype, capability: int) -> int:
+    """Tokens a program: the most whose queries and sums fit into registers, on devices of this major capability."""
+    if dtype == torch.float32:
+        return 32
+    # From Hopper on queries stay in shared memory.
+    return 128 if capability >= _HOPPER and head_dim <= 128 else 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +206,7 @@ class PagedSpan:
 
 def paged_span(pool: Tensor, tables: Tensor, ranges: Sequence[tuple[int, int]], window: int) -> PagedSpan:
     """`tables` [chunks, max_blocks] int32; `ranges`: each chunk's first position and the one after its last."""
-    size = tile_queries(pool.shape[5], pool.dtype)
+    size = tile_queries(pool.shape[5], pool.dtype, _capability(pool))
     tiles, begin = [], 0
     for chunk, (start, end) in enumerate(ranges):
         for at in range(start, end, size):
@@ -212,3 +216,7 @@ def paged_span(pool: Tensor, tables: Tensor, ranges: Sequence[tuple[int, int]], 
     tiles.sort(key=lambda tile: -tile[3])
     table = torch.tensor(tiles, dtype=torch.int32).view(-1, 4)
     return PagedSpan(tables, table.to(pool.device), size, window)
+
+
+def _capability(pool: Tensor) -> int:
+    return torch.cuda.get_device_capability(pool.device)[0] if pool.is_cuda else _HOPPER
