@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from tailrace.engine.kernels.attention_decode import DecodeRows, decode_rows
-from tailrace.engine.kernels.attention_prefill import ChunkSpan, chunk_span
+from tailrace.engine.kernels.attention_prefill import ChunkSpan, chunk_span, joins_chunks, joint_span
 from tailrace.engine.kernels.kv_write import write_rows
 from tailrace.plan import BlockAppend, Chunk, SequenceStart, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkRows:
-    """One chunk's tokens [begin, end) among the step's, and what its attention reads."""
+    """Tokens [begin, end) of the step, of one chunk or of all, and what their attention reads."""
 
     begin: int
     end: int
@@ -127,13 +127,25 @@ class BatchState:
         if plan.decode:
             host_lengths = self._host_lengths[list(plan.decode)].tolist()
             rows = decode_rows(pool, self.tables[decode], self.lengths[decode], host_lengths, window)
+        return AttentionRows(len(plan.decode), rows, self._chunks(plan, pool, window))
+
+    def _chunks(self, plan: StepPlan, pool: Tensor, window: int) -> tuple[ChunkRows, ...]:
+        if plan.chunks and joins_chunks(pool):
+            return (self._joint_chunks(plan, pool, window),)
         chunks, begin = [], len(plan.decode)
         for chunk in plan.chunks:
             end = begin + chunk.end - chunk.start
             span = chunk_span(pool, self.tables[chunk.slot], chunk.start, chunk.end, window)
             chunks.append(ChunkRows(begin, end, span))
             begin = end
-        return AttentionRows(len(plan.decode), rows, tuple(chunks))
+        return tuple(chunks)
+
+    def _joint_chunks(self, plan: StepPlan, pool: Tensor, window: int) -> ChunkRows:
+        tables = self.tables[[chunk.slot for chunk in plan.chunks]]
+        ranges = [(chunk.start, chunk.end) for chunk in plan.chunks]
+        begin = len(plan.decode)
+        end = begin + sum(end - start for start, end in ranges)
+        return ChunkRows(begin, end, joint_span(pool, tables, ranges, window))
 
     def draws(self, plan: StepPlan) -> Draws:
         """Raises ValueError for a chunk that draws for its own sequence elsewhere than at the sequence's end."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+_TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @contextmanager
@@ -42,7 +42,8 @@ def kv_pool(
         own = [order.pop() for _ in range(count)]
         tables[row, :count] = torch.tensor(own, dtype=torch.int32)
         pool[own] = normal(row, count, 3, 2, kv_heads, block, head_dim, dtype=dtype)
-        pool[own[-1], ..., (length - 1) % block + 1 :, :] = 1e4
+        if own:
+            pool[own[-1], ..., (length - 1) % block + 1 :, :] = 1e4
     return pool, tables
 
 

@@ -12,9 +12,8 @@ from tailrace.checkpoint.model_config import ModelConfig
 from tailrace.engine.batch import AttentionRows, BatchState, StepInputs
 from tailrace.engine.kernels.attention_decode import attention_decode
 from tailrace.engine.kernels.attention_prefill import attention_prefill
-from tailrace.engine.kernels.kv_write import kv_write
-from tailrace.engine.kernels.rms_norm import rms_norm
-from tailrace.engine.kernels.rope import rope_
+from tailrace.engine.kernels.rms_norm import add_rms_norm, rms_norm
+from tailrace.engine.kernels.rope_kv_write import HeadNorms, rope_kv_write
 from tailrace.engine.kernels.silu_mul import silu_mul
 from tailrace.engine.models.linear import Linear
 from tailrace.engine.models.rotary import RotaryTable
@@ -60,6 +59,7 @@ class Decoder:
         self.config = config
         self._weights = weights
         self._rotary = rotary
+        self._head_norms = tuple(_head_norms(layer, config.rms_norm_eps) for layer in weights.layers)
         self._windows = tuple(
             config.window if layer in config.windowed_layers else 0 for layer in range(config.num_layers)
         )
@@ -76,13 +76,15 @@ class Decoder:
         cos, sin = self._rotary.cos[inputs.positions], self._rotary.sin[inputs.positions]
         # The sum over layers is kept in float32: rounding it twice a layer would be most of bfloat16's error.
         hidden = F.embedding(inputs.token_ids, self._weights.embedding).float()
-        eps = self.config.rms_norm_eps
+        delta: Tensor | None = None
         for layer, weights in enumerate(self._weights.layers):
-            qkv = self._project(weights, rms_norm(hidden, weights.attention_norm, eps), cos, sin)
+            normed = self._normed(hidden, delta, weights.attention_norm)
+            qkv = weights.qkv(normed).view(len(hidden), -1, self.config.head_dim)
+            rope_kv_write(qkv, cos, sin, pool, layer, inputs.write_rows, self._head_norms[layer])
             attended = self._attend(qkv, pool, layer, inputs)
-            hidden += weights.attention_out(attended)
-            hidden += weights.down(silu_mul(weights.gate_up(rms_norm(hidden, weights.mlp_norm, eps))))
-        return hidden
+            normed = self._normed(hidden, weights.attention_out(attended), weights.mlp_norm)
+            delta = weights.down(silu_mul(weights.gate_up(normed)))
+        return hidden if delta is None else hidden.add_(delta)
 
     def logits(self, hidden: Tensor, *, reuse: bool = False) -> Tensor:
         """hidden: [rows, hidden] of `forward`. Returns [rows, vocab] float32.
@@ -95,26 +97,27 @@ class Decoder:
             refine_best(logits, normed, self._weights.lm_head_rows)
         return logits
 
-    def _project(self, weights: LayerWeights[Linear], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[tokens, heads + 2 * kv_heads, head_dim]: query, key and value heads, the first two rotated."""
-        config = self.config
-        qkv = weights.qkv(x).view(x.shape[0], -1, config.head_dim)
-        queries, keys = qkv[:, : config.num_heads], qkv[:, config.num_heads : -config.num_kv_heads]
-        if weights.query_norm is not None and weights.key_norm is not None:
-            queries.copy_(rms_norm(queries, weights.query_norm, config.rms_norm_eps))
-            keys.copy_(rms_norm(keys, weights.key_norm, config.rms_norm_eps))
-        rope_(qkv[:, : -config.num_kv_heads], cos, sin)
-        return qkv
+    def _normed(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
+        """Adds `delta` to `hidden`, in place, and returns the norm of the sum."""
+        if delta is None:
+            return rms_norm(hidden, weight, self.config.rms_norm_eps)
+        return add_rms_norm(hidden, delta, weight, self.config.rms_norm_eps)
 
     def _attend(self, qkv: Tensor, pool: Tensor, layer: int, inputs: StepInputs) -> Tensor:
         """[tokens, heads * head_dim]"""
         queries, keys_values = qkv[:, : self.config.num_heads], qkv[:, self.config.num_heads :]
-        kv_write(pool, layer, inputs.write_rows, keys_values)
         rows = inputs.attention[self._windows[layer]]
         if not rows.chunks:
             assert rows.decode is not None
             return attention_decode(queries, pool, layer, rows.decode).flatten(1)
-        return torch.cat(_attend_mixed(queries, keys_values, pool, layer, rows)).flatten(1)
+        parts = _attend_mixed(queries, keys_values, pool, layer, rows)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)
+
+
+def _head_norms(weights: LayerWeights[Linear], eps: float) -> HeadNorms | None:
+    if weights.query_norm is None or weights.key_norm is None:
+        return None
+    return HeadNorms(weights.query_norm, weights.key_norm, eps)
 
 
 def _attend_mixed(queries: Tensor, keys_values: Tensor, pool: Tensor, layer: int, rows: AttentionRows) -> list[Tensor]:

@@ -32,6 +32,9 @@ class DecodeRows:
 
     groups: tuple[_Group, ...]
 
+    def attend(self, query: Tensor, pool: Tensor, layer: int) -> Tensor:
+        return attention_decode(query, pool, layer, self)
+
 
 def decode_rows(
     pool: Tensor,  # [num_blocks, layers, 2, kv_heads, block, head_dim]

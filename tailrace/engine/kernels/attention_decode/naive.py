@@ -9,10 +9,10 @@ def attention_decode(
     pool: Tensor,  # [num_blocks, layers, 2, kv_heads, block, head_dim]
     layer: int,
     tables: Tensor,  # [rows, max_blocks] integer; entries past a row's length are never looked at
-    lengths: Tensor,  # [rows] integer, at least 1: cached tokens, the query's own included
+    lengths: Tensor,  # [rows] integer: cached tokens, the query's own included
     window: int,  # 0: all of them; else the last `window`
 ) -> Tensor:  # [rows, heads, head_dim]
-    """softmax(q k / sqrt(head_dim)) v; heads share key heads in consecutive groups."""
+    """softmax(q k / sqrt(head_dim)) v, zeros for a row of length 0; heads share key heads in consecutive groups."""
     rows, heads, head_dim = query.shape
     block, kv_heads = pool.shape[4], pool.shape[3]
     out = torch.empty_like(query)

@@ -36,6 +36,9 @@ class ChunkSpan:
     """Of gather_rows; None: the chunk has nothing before it, and its own keys are all there are."""
     tiles: tuple[_Tile, ...]
 
+    def attend(self, query: Tensor, keys_values: Tensor, pool: Tensor, layer: int) -> Tensor:
+        return attention_prefill(query, keys_values, pool, layer, self)
+
 
 def chunk_span(
     pool: Tensor,  # [num_blocks, layers, 2, kv_heads, block, head_dim]

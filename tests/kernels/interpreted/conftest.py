@@ -1,0 +1,30 @@
+"""These tests run kernels in Triton's interpreter, which a process has for all kernels or for none.
+
+`tests/kernels/test_interpreted.py` starts such a process; by hand: TRITON_INTERPRET=1 pytest tests/kernels/interpreted
+"""
+
+import os
+
+import pytest
+
+IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if IS_INTERPRETING else ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16_products(monkeypatch):
+    """Triton 3.7's interpreter holds bfloat16 as integers and multiplies these: its products take floats here."""
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar != interpreter.tl.bfloat16:
+            return handle
+        bits = handle.data.astype("uint32") << 16
+        return interpreter.TensorHandle(bits.view("float32"), interpreter.tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return plain(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
