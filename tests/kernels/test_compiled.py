@@ -1,7 +1,6 @@
 """Every kernel compiled ahead of time for GPUs that are not there: it lowers, and it keeps within their resources."""
 
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -44,7 +43,7 @@ def check(resources: Resources, capability: int) -> None:
 
 
 def variants(usual, rare):
-    """The usual ones on all devices but the newest, which compiles slowest, are in the default run; one of them there."""
+    """The default run has the usual ones, and only the first of them for the newest device, which compiles slowest."""
     for capability in CAPABILITIES:
         for index, case in enumerate([*usual, *rare]):
             is_default = index < (1 if capability == 100 else len(usual))
