@@ -72,10 +72,12 @@ def test_a_stopped_arm_dies_with_whoever_started_it(tmp_path):
     script.write_text(ECHO.format(peers=str(PEERS)))
     code = (
         "import os, sys; from pathlib import Path; from benchmarks.arms import Arm, ArmSpec\n"
-        f"arm = Arm(ArmSpec('echo', (sys.executable, {str(script)!r}), tuple(os.sched_getaffinity(0))), Path({str(tmp_path / 'log')!r}))\n"
+        "script, log = sys.argv[1:]; cores = tuple(os.sched_getaffinity(0))\n"
+        "arm = Arm(ArmSpec('echo', (sys.executable, script), cores), Path(log))\n"
         "print(arm._process.pid, flush=True); os.kill(os.getpid(), 9)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PEERS.parents[1])
+    command = [sys.executable, "-c", code, str(script), str(tmp_path / "log")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PEERS.parents[1])
     orphan = int(done.stdout)
     deadline = time.monotonic() + 5
     while psutil.pid_exists(orphan) and psutil.Process(orphan).status() != psutil.STATUS_ZOMBIE:
