@@ -1,18 +1,19 @@
 """The processes that are compared: each loads its engine once, and works only while it is asked."""
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-STOP_S = 10.0
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Arm:
                 stderr=errors,
                 text=True,
                 start_new_session=True,
-                preexec_fn=lambda: os.sched_setaffinity(0, spec.cores),
+                preexec_fn=_before_exec(spec.cores),
             )
         try:
             self.about: dict[str, Any] = self._read()
@@ -105,6 +106,17 @@ class Arm:
     def _signal(self, number: signal.Signals) -> None:
         if self._process.poll() is None:
             os.killpg(self._process.pid, number)
+
+
+def _before_exec(cores: Sequence[int]) -> Callable[[], None]:
+    """Keep to the cores, and die with us: who is stopped would never learn that nobody will ask again."""
+    prctl = ctypes.CDLL(None).prctl
+
+    def prepare() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        os.sched_setaffinity(0, cores)
+
+    return prepare
 
 
 def _usage(pid: int) -> tuple[float, float, float]:

@@ -30,18 +30,18 @@ class Sample:
 
     output_tokens_per_s: float
     """All output tokens over the whole time, prefill included."""
-    decode_tokens_per_s: float
+    decode_tokens_per_s: float | None
     """Tokens after the first over the time beyond that of the same prompts with one token each."""
     other_cores: float
     own_cores: float
     tokens: tuple[int, ...]
 
     @classmethod
-    def of(cls, workload: Workload, first: Answer, whole: Answer) -> "Sample":
+    def of(cls, workload: Workload, first: Answer | None, whole: Answer) -> "Sample":
         later = workload.batch * (workload.output - 1)
         return cls(
             whole.output_tokens / whole.wall_s,
-            later / max(1e-9, whole.wall_s - first.wall_s),
+            None if first is None else later / max(1e-9, whole.wall_s - first.wall_s),
             whole.other_cores,
             whole.own_cores,
             whole.tokens,
@@ -96,7 +96,8 @@ def _take_turn(result: GroupResult, arm: Arm, workload: Workload, turn: int, voc
         if turn < 0:
             arm.ask(prompts, WARMUP_TOKENS)
             return
-        sample = Sample.of(workload, arm.ask(prompts, 1), arm.ask(prompts, workload.output))
+        first = arm.ask(prompts, 1) if workload.with_first else None
+        sample = Sample.of(workload, first, arm.ask(prompts, workload.output))
     except ArmFailedError as error:
         result.failures[name] = str(error)
         return

@@ -32,8 +32,8 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
         *("--input-tokens", "256", "--output-tokens", "128"),
     ),
     "handoff": ("handoff", "--rounds", "5"),
-    "gateway": ("gateway", "--rounds", "3", "--seconds", "8"),
-    "interference": ("interference", "--rounds", "2", "--seconds", "12"),
+    "gateway": ("gateway", "--rounds", "3", "--seconds", "5"),
+    "interference": ("interference", "--rounds", "2", "--seconds", "10"),
 }
 
 

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,22 +79,31 @@ def _workload(result: "GroupResult", workload: Workload) -> Iterator[str]:
     for arm in (spec.name for spec in result.group.arms):
         if not (samples := result.samples.get((workload, arm))):
             continue
-        rates = [sample.output_tokens_per_s for sample in samples], [sample.decode_tokens_per_s for sample in samples]
         others = max(sample.other_cores for sample in samples)
         cells = [
-            *(str(Spread.of(rates[0])), "" if arm == "tailrace" else _ratio(own, samples, "output_tokens_per_s")),
-            *(str(Spread.of(rates[1])), "" if arm == "tailrace" else _ratio(own, samples, "decode_tokens_per_s")),
+            *_rate_and_ratio(own, samples, lambda sample: sample.output_tokens_per_s),
+            *_rate_and_ratio(own, samples, lambda sample: sample.decode_tokens_per_s),
             f"{others:.2f}{' (busy)' if others > BUSY else ''}",
-            "" if arm == "tailrace" else _agreement(own, samples),
+            "" if own is samples else _agreement(own, samples),
         ]
         yield f"| {arm} | {' | '.join(cells)} |"
 
 
-def _ratio(own: "Sequence[Sample]", peer: "Sequence[Sample]", name: str) -> str:
-    pairs = list(zip(own, peer, strict=False))
-    if not pairs:
+def _rate_and_ratio(
+    own: "Sequence[Sample]", samples: "Sequence[Sample]", rate: "Callable[[Sample], float | None]"
+) -> tuple[str, str]:
+    """Two cells; the second is empty for ourselves."""
+    rates = [value for sample in samples if (value := rate(sample)) is not None]
+    ours = [value for sample in own if (value := rate(sample)) is not None]
+    if not rates:
+        return "-", ""
+    return str(Spread.of(rates)), "" if own is samples else _ratio(ours, rates)
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    if not ours:
         return "-"
-    ratio = Spread.of([getattr(a, name) / getattr(b, name) for a, b in pairs])
+    ratio = Spread.of([a / b for a, b in zip(ours, theirs, strict=False)])
     loss = " **loss**" if ratio.median < 1 else ""
     return f"{ratio.median:.2f} ({ratio.min:.2f}-{ratio.max:.2f}){loss}"
 

@@ -18,6 +18,8 @@ class Workload:
     batch: int
     input: int
     output: int
+    with_first: bool = True
+    """Ask for one token each as well, so that decode can be told from prefill."""
 
     def __str__(self) -> str:
         return f"{self.batch} x ({self.input} in, {self.output} out)"
@@ -46,7 +48,7 @@ class Group:
 
 def plan(model: Path, venvs: Path, cores: Sequence[int]) -> list[Group]:
     """One core for everybody; then two for the one comparison that is asked for with two."""
-    one = (Workload(16, 128, 64), Workload(32, 256, 128), Workload(1, 128, 64))
+    one = (Workload(16, 128, 64), Workload(32, 256, 128, with_first=False), Workload(1, 128, 64))
     groups = [_group(model, venvs, tuple(cores[-1:]), ("vllm", "transformers", "llama"), one)]
     if len(cores) > 1:
         groups.append(_group(model, venvs, tuple(cores[-2:]), ("transformers",), (Workload(16, 128, 64),)))

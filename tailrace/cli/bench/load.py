@@ -133,7 +133,7 @@ class Asker:
 
 async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     rest = b""
-    async for data in response.aiter_raw():
+    async for data in response.aiter_bytes():
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
             if line.startswith(b"data: {"):

@@ -39,6 +39,13 @@ def test_definitions_of_the_two_rates():
     assert taken.decode_tokens_per_s == 2 * 3 / 2.0
 
 
+def test_a_workload_without_first_tokens_has_no_decode_rate():
+    whole = Sample.of(WORKLOAD, None, answer(2.0))
+    assert whole.decode_tokens_per_s is None
+    said = text([result([whole], [whole])])
+    assert row(said, "| peer")[2:6] == ["4.0 (4.0-4.0)", "1.00 (1.00-1.00)", "-", ""]
+
+
 def test_ratios_are_of_rounds_and_a_loss_is_called_one():
     said = text([result([sample(1.0), sample(2.0)], [sample(2.0), sample(4.0)])])
     assert row(said, "| peer")[3] == "2.00 (2.00-2.00)"

@@ -20,9 +20,14 @@ USAGE = {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
 
 
 async def answer(body, status=200):
-    async with Asker(
-        "http://x/v1", transport=httpx.MockTransport(lambda _: httpx.Response(status, content=body))
-    ) as asker:
+    """The body comes in pieces that end anywhere."""
+
+    async def pieces():
+        for start in range(0, len(body), 7):
+            yield body[start : start + 7]
+
+    transport = httpx.MockTransport(lambda _: httpx.Response(status, content=pieces()))
+    async with Asker("http://x/v1", transport=transport) as asker:
         return await asker.ask(completion_body("m", [1, 2], 3))
 
 
