@@ -16,7 +16,8 @@ from tests.helpers.kernel_grid import BLOCKS, DTYPES, GROUPS, HEAD_DIMS, WINDOWS
 from tests.helpers.kernels import assert_close, kv_pool, normal, poisoned_memory
 
 pytestmark = pytest.mark.kernels
-LENGTHS = [1, 0, 37, 90]
+LENGTHS = [1, 0, 70]
+KV_HEADS = 2
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def _poisoned():
     cases(HEAD_DIMS, GROUPS, BLOCKS, DTYPES, WINDOWS, (1, 3)),
 )
 def test_decode(head_dim, group, block, dtype, window, splits):
-    pool, tables = kv_pool(LENGTHS, 2, head_dim, dtype, block=block)
+    pool, tables = kv_pool(LENGTHS, KV_HEADS, head_dim, dtype, block=block)
     # Heads of a projection of queries, keys and values: rows are not adjacent.
     query = normal(3, len(LENGTHS), 2 * group + 4, head_dim, dtype=dtype)[:, : 2 * group]
     lengths = torch.tensor(LENGTHS)
@@ -42,7 +43,7 @@ def test_decode(head_dim, group, block, dtype, window, splits):
     ("head_dim", "group", "block", "dtype", "window"), cases(HEAD_DIMS, GROUPS, BLOCKS, DTYPES, WINDOWS)
 )
 def test_prefill(head_dim, group, block, dtype, window):
-    ranges = [(0, 1), (70, 100), (0, 67), (40, 41)]
+    ranges = [(0, 1), (30, 65), (40, 41)]
     pool, tables = kv_pool([end for _, end in ranges], 1, head_dim, dtype, block=block)
     tokens = sum(end - start for start, end in ranges)
     query = normal(3, tokens, group + 2, head_dim, dtype=dtype)[:, :group]
@@ -56,8 +57,8 @@ def test_prefill(head_dim, group, block, dtype, window):
         begin += end - start
 
 
-@pytest.mark.parametrize("window", [0, 1, 5, 200])
-@pytest.mark.parametrize("start", [0, 15, 16, 64, 130])
+@pytest.mark.parametrize("window", [0, 1, 40])
+@pytest.mark.parametrize("start", [0, 16, 130])
 def test_prefill_of_several_tiles(start, window):
     pool, tables = kv_pool([start + 150], 1, 16, torch.float32, block=16)
     query = normal(3, 150, 2, 16)
@@ -68,9 +69,9 @@ def test_prefill_of_several_tiles(start, window):
 
 
 @pytest.mark.parametrize("window", [0, 1, 100, 1000])
-@pytest.mark.parametrize("splits", [2, 16, 64])
+@pytest.mark.parametrize("splits", [2, 24])
 def test_decode_in_more_parts_than_a_row_has(splits, window):
-    lengths = torch.tensor([3, 700, 65, 0])
+    lengths = torch.tensor([3, 300, 65, 0])
     pool, tables = kv_pool(lengths.tolist(), 1, 16, torch.float32, block=16)
     query = normal(3, 4, 2, 16)
     out = kernel.PagedRows(tables, lengths, window, splits).attend(query, pool, 0)

@@ -1,0 +1,55 @@
+"""The benchmark's own code, on kernels in the interpreter and sizes that take no time: only its numbers need a GPU."""
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from tailrace.engine.kernels import backend
+from tailrace.engine.kernels.silu_mul import kernel as silu_kernel
+
+pytestmark = pytest.mark.kernels
+TINY = (
+    gpu.Shape("tiny llama", "LlamaForCausalLM", 2, 32, 48, 4, 2, 16, 100, False),
+    gpu.Shape("tiny qwen", "Qwen3ForCausalLM", 2, 32, 48, 4, 2, 16, 100, True),
+)
+
+
+@pytest.fixture(autouse=True)
+def _forced(monkeypatch):
+    monkeypatch.setattr(backend, "runs_triton", lambda tensor: True)
+    torch.manual_seed(0)
+
+
+def once(call):
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+@pytest.mark.parametrize("shape", TINY, ids=lambda shape: shape.name)
+def test_checks_pass_and_fail(shape, capsys, monkeypatch):
+    assert gpu.check_all(shape, "cpu", rows=2, length=40)
+    assert "DIFFERS" not in capsys.readouterr().out
+    monkeypatch.setattr(silu_kernel, "silu_mul", lambda given: given.new_full((len(given), 48), torch.nan))
+    assert not gpu.check_all(shape, "cpu", rows=2, length=40)
+    assert "DIFFERS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", TINY, ids=lambda shape: shape.name)
+def test_every_row_has_a_share(shape):
+    limits = gpu.measure_limits(once, "cpu", copy_bytes=1 << 20, size=64)
+    rows = list(gpu.kernel_rows(shape, once, "cpu", contexts=((2, 20), (1, 40))))
+    rows += gpu.model_rows(shape, "cpu", batch=2, context=18, prompt=40, steps=2)
+    assert [row.name.removeprefix(shape.name) for row in rows if "decode" in row.name or "prefill" in row.name] == [
+        " attention_decode 2 x 20",
+        " attention_decode 1 x 40",
+        " attention_prefill 40",
+        " prefill 40",
+        " decode 1 x 18",
+        " decode 2 x 18",
+    ]
+    for row in rows:
+        assert row.seconds > 0
+        assert ("MFU" if row.flops else "MBU") in row.text(limits)
