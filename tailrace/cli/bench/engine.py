@@ -47,7 +47,7 @@ def run_engine(options: EngineBenchOptions, *, as_json: bool) -> None:
 
 
 def measure(options: EngineBenchOptions) -> dict[str, Any]:
-    """A warm-up, the runs, then the machine's limits in the same process and with the same threads."""
+    """A warm-up, the runs, and around them the machine's limits, in the same process and with the same threads."""
     head = header("engine", packages=("tailrace", "torch"))
     model_dir = fetch_model(options.model)
     config = load_model_config(model_dir)
@@ -65,13 +65,14 @@ def measure(options: EngineBenchOptions) -> dict[str, Any]:
         )
     )
     prompts = random_prompts(options.batch, options.input, config.vocab_size, seed=options.seed)
+    before = measure_limits()
     loop.generate(prompts, options.output)
     runs = [loop.generate(prompts, options.output) for _ in range(options.runs)]
     costs = ModelCosts.of(config, loop.engine.layout.kv_dtype, loop.engine.layout.bytes_per_token)
     return {
         **head,
         "options": asdict(options),
-        **summarize(runs, costs, measure_limits()),
+        **summarize(runs, costs, before.or_better(measure_limits())),
         "scheduler_us_256_sequences": round(statistics.median(time_scheduler(_MANY_SEQUENCES)) * 1e6, 1),
     }
 
