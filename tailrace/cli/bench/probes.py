@@ -19,7 +19,7 @@ class MachineLimits:
     """In bfloat16, whatever the model's dtype: the fastest that this machine multiplies."""
 
     def or_better(self, other: "MachineLimits") -> "MachineLimits":
-        """Whatever else ran meanwhile only slows a probe down: of two measurements the faster is nearer to the truth."""
+        """Whatever else runs can only slow a probe down, so the faster of two is nearer to the truth."""
         return MachineLimits(
             max(self.stream_bytes_per_s, other.stream_bytes_per_s), max(self.gemm_flops_per_s, other.gemm_flops_per_s)
         )
