@@ -8,8 +8,8 @@ import torch
 from tailrace.checkpoint.model_config import DTYPES, ModelConfig, load_model_config
 from tailrace.checkpoint.resolve import default_cache_dir
 from tailrace.engine.batch import BatchState
-from tailrace.engine.kv_cache import KVCache
 from tailrace.engine.implementation import Target, load_model
+from tailrace.engine.kv_cache import KVCache
 from tailrace.engine.models.loading import open_source
 from tailrace.engine.runner import ModelRunner
 from tailrace.engine.sampler import SamplingState

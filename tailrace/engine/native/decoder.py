@@ -101,7 +101,8 @@ class NativeDecoder:
         step = self._step
         step.num_tokens, step.num_decode, step.num_chunks = plan.num_tokens, len(plan.decode), len(plan.chunks)
         step.decode = (c_int64 * len(plan.decode))(*plan.decode)
-        step.chunks = (ChunkStruct * len(plan.chunks))(*((chunk.slot, chunk.start, chunk.end) for chunk in plan.chunks))
+        chunks = [ChunkStruct(chunk.slot, chunk.start, chunk.end) for chunk in plan.chunks]
+        step.chunks = (ChunkStruct * len(chunks))(*chunks)
 
     def _set_batch(self, batch: BatchState) -> None:
         step = self._step
