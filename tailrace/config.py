@@ -176,6 +176,8 @@ class EngineFields(ModelConfigFields):
     prefix_caching: bool = True
     threads: int = Field(default=0, ge=0, le=1024)
     """Compute threads a worker; 0: as many as it has cores."""
+    native_kernels: bool = True
+    """On a CPU, compile kernels for it at first use; false: torch's own operations, several times slower."""
     transport: Transport = "auto"
     """How KV moves. nixl: refuse pairs where a read is not one-sided; stream: TCP only."""
     net_device: str = Field(default="lo", min_length=1, max_length=256)

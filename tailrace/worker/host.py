@@ -132,6 +132,8 @@ def load_parts(config: WorkerConfig, role: Role) -> tuple[Identity, Engine, Bloc
             load_format="dummy" if config.load_format == "dummy" else "auto",
             num_threads=config.num_threads,
             device=config.device,
+            native=config.native_kernels,
+            cache_dir=config.cache_dir,
         ),
         progress=progress,
     )

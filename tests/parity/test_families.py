@@ -63,17 +63,22 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return directory, save_model(directory, case.family, **overrides)
 
 
+@pytest.fixture(params=[True, False], ids=["native", "torch"])
+def native(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64, 150])
-def test_prompt_in_chunks(saved: tuple[Path, torch.nn.Module], chunk: int) -> None:
+def test_prompt_in_chunks(saved: tuple[Path, torch.nn.Module], native: bool, chunk: int) -> None:
     directory, model = saved
     tokens = tokens_of(1, 150)
-    logits = prompt_logits(engine_on(directory), tokens, range(5, 15), chunk=chunk)
+    logits = prompt_logits(engine_on(directory, native=native), tokens, range(5, 15), chunk=chunk)
     assert (logits - reference_logits(model, tokens)).abs().max() <= MAX_DIFFERENCE
 
 
-def test_prefix_of_another_sequence_is_reused(saved: tuple[Path, torch.nn.Module]) -> None:
+def test_prefix_of_another_sequence_is_reused(saved: tuple[Path, torch.nn.Module], native: bool) -> None:
     directory, model = saved
-    engine = engine_on(directory, block_size=8)
+    engine = engine_on(directory, native=native, block_size=8)
     first, second = tokens_of(2, 100), tokens_of(3, 130)
     second[:64] = first[:64]
     prompt_logits(engine, first, [20, 3, 17, 9, 30, 2, 11, 12, 13, 14, 15, 16, 18], chunk=40)
@@ -82,9 +87,9 @@ def test_prefix_of_another_sequence_is_reused(saved: tuple[Path, torch.nn.Module
     assert (logits - reference_logits(model, second)[64:]).abs().max() <= MAX_DIFFERENCE
 
 
-def test_decode_after_prefill_equals_the_whole(saved: tuple[Path, torch.nn.Module]) -> None:
+def test_decode_after_prefill_equals_the_whole(saved: tuple[Path, torch.nn.Module], native: bool) -> None:
     directory, model = saved
-    engine = engine_on(directory)
+    engine = engine_on(directory, native=native)
     tokens = tokens_of(4, 40)
     plan = StepPlan(started=[start(0, tokens, range(4))], chunks=chunks_of(0, 0, len(tokens), 16))
     tokens += engine.runner.run(plan).tokens
@@ -97,10 +102,10 @@ def test_decode_after_prefill_equals_the_whole(saved: tuple[Path, torch.nn.Modul
     assert len(tokens) == 61
 
 
-def test_mixed_batch_equals_one_by_one(saved: tuple[Path, torch.nn.Module]) -> None:
+def test_mixed_batch_equals_one_by_one(saved: tuple[Path, torch.nn.Module], native: bool) -> None:
     """Three sequences decode, of very different lengths, while a fourth is prefilled and a fifth continues."""
     directory, model = saved
-    engine = engine_on(directory)
+    engine = engine_on(directory, native=native)
     prompts = [tokens_of(seed, count) for seed, count in enumerate((5, 170, 33, 50, 60))]
     begun = [start(slot, prompt, range(20 * slot, 20 * slot + 20)) for slot, prompt in enumerate(prompts)]
     first = engine.runner.run(
@@ -122,17 +127,17 @@ def test_mixed_batch_equals_one_by_one(saved: tuple[Path, torch.nn.Module]) -> N
         assert (logits - reference_logits(model, prompts[slot])[-1]).abs().max() <= MAX_DIFFERENCE
 
 
-def test_bfloat16(saved: tuple[Path, torch.nn.Module]) -> None:
+def test_bfloat16(saved: tuple[Path, torch.nn.Module], native: bool) -> None:
     directory, model = saved
     tokens = tokens_of(5, 100)
-    logits = prompt_logits(engine_on(directory, dtype="bfloat16"), tokens, range(10), chunk=33)
+    logits = prompt_logits(engine_on(directory, native=native, dtype="bfloat16"), tokens, range(10), chunk=33)
     _assert_close_in_bfloat16(logits, reference_logits(model, tokens))
 
 
-def test_bfloat16_decode(saved: tuple[Path, torch.nn.Module]) -> None:
+def test_bfloat16_decode(saved: tuple[Path, torch.nn.Module], native: bool) -> None:
     """Eight rows decode the same forced tokens, each a position further than the last."""
     directory, model = saved
-    engine = engine_on(directory, dtype="bfloat16")
+    engine = engine_on(directory, native=native, dtype="bfloat16")
     tokens = tokens_of(6, 100)
     rows = range(8)
     begun = [start(slot, tokens[: 90 + slot], range(10 * slot, 10 * slot + 10)) for slot in rows]

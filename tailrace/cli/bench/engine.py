@@ -1,7 +1,7 @@
 """`tailrace bench engine`: tokens a second of the engine alone, and how far it is from what the machine could do."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ def run_engine(options: EngineBenchOptions, *, as_json: bool) -> None:
 
 
 def measure(options: EngineBenchOptions) -> dict[str, Any]:
-    """A warm-up, the runs, then the machine's limits in the same process and with the same threads."""
+    """A warm-up, the runs, and around them the machine's limits, in the same process and with the same threads."""
     head = header("engine", packages=("tailrace", "torch"))
     model_dir = fetch_model(options.model)
     config = load_model_config(model_dir)
@@ -65,13 +65,14 @@ def measure(options: EngineBenchOptions) -> dict[str, Any]:
         )
     )
     prompts = random_prompts(options.batch, options.input, config.vocab_size, seed=options.seed)
+    before = measure_limits()
     loop.generate(prompts, options.output)
     runs = [loop.generate(prompts, options.output) for _ in range(options.runs)]
     costs = ModelCosts.of(config, loop.engine.layout.kv_dtype, loop.engine.layout.bytes_per_token)
     return {
         **head,
         "options": asdict(options),
-        **summarize(runs, costs, measure_limits()),
+        **summarize(runs, costs, before.or_better(measure_limits())),
         "scheduler_us_256_sequences": round(statistics.median(time_scheduler(_MANY_SEQUENCES)) * 1e6, 1),
     }
 
@@ -114,23 +115,21 @@ class ModelCosts:
 
 
 def summarize(runs: Sequence[RunTimes], costs: ModelCosts, limits: MachineLimits) -> dict[str, Any]:
-    """Rates of the best run, all runs beside it; everything about steps from all runs together.
+    """Rates, MBU and MFU of the best run for each; times of steps from all runs together.
 
     A step with prompt tokens in it counts as prefill, whatever else decodes in it; decode is the steps without.
     """
     best = max(runs, key=lambda run: run.output_tokens_per_s)
     steps = [step for run in runs for step in run.steps]
-    decode = [step for step in steps if not step.prompt_tokens]
-    prefill = [step for step in steps if step.prompt_tokens and not step.num_decode]
     return {
         "output_tokens_per_s": round(best.output_tokens_per_s, 2),
         "all_runs_output_tokens_per_s": [round(run.output_tokens_per_s, 2) for run in runs],
-        "prefill_tokens_per_s": _best(_prefill_rate(run) for run in runs),
-        "decode_tokens_per_s": _best(_decode_rate(run) for run in runs),
-        "decode_step": describe_steps(decode),
-        "prefill_step": describe_steps(prefill),
-        "mbu_decode": _median_share(decode, lambda s: costs.bytes_read(s) / s.step_s / limits.stream_bytes_per_s),
-        "mfu_prefill": _median_share(prefill, lambda s: costs.flops(s) / s.step_s / limits.gemm_flops_per_s),
+        "prefill_tokens_per_s": round(_best_rate(runs, _has_prompt, lambda step: step.prompt_tokens), 2),
+        "decode_tokens_per_s": round(_best_rate(runs, _only_decodes, lambda step: step.num_decode), 2),
+        "decode_step": describe_steps(list(filter(_only_decodes, steps))),
+        "prefill_step": describe_steps(list(filter(_only_prefills, steps))),
+        "mbu_decode": round(_best_rate(runs, _only_decodes, costs.bytes_read) / limits.stream_bytes_per_s, 4),
+        "mfu_prefill": round(_best_rate(runs, _only_prefills, costs.flops) / limits.gemm_flops_per_s, 4),
         "limits": {
             "stream_gb_per_s": round(limits.stream_bytes_per_s / 1e9, 2),
             "bf16_gemm_gflops": round(limits.gemm_flops_per_s / 1e9, 1),
@@ -155,23 +154,24 @@ def describe_steps(steps: Sequence[StepTimes]) -> dict[str, Any]:
     }
 
 
-def _prefill_rate(run: RunTimes) -> float:
-    steps = [step for step in run.steps if step.prompt_tokens]
-    return sum(step.prompt_tokens for step in steps) / sum(step.step_s for step in steps)
+def _has_prompt(step: StepTimes) -> bool:
+    return step.prompt_tokens > 0
 
 
-def _decode_rate(run: RunTimes) -> float:
-    steps = [step for step in run.steps if not step.prompt_tokens]
-    return sum(step.num_decode for step in steps) / sum(step.step_s for step in steps) if steps else 0.0
+def _only_prefills(step: StepTimes) -> bool:
+    return step.prompt_tokens > 0 and not step.num_decode
 
 
-def _best(rates: Iterable[float]) -> float:
-    return round(max(rates), 2)
+def _only_decodes(step: StepTimes) -> bool:
+    return not step.prompt_tokens
 
 
-def _median_share(steps: Sequence[StepTimes], share: Callable[[StepTimes], float]) -> float:
-    """0 where no step is of that kind."""
-    return round(statistics.median(map(share, steps)), 4) if steps else 0.0
+def _best_rate(
+    runs: Sequence[RunTimes], which: Callable[[StepTimes], bool], amount: Callable[[StepTimes], float]
+) -> float:
+    """The best run's amount a second over its steps of a kind; 0 where there is none of that kind."""
+    kept = [[step for step in run.steps if which(step)] for run in runs]
+    return max((sum(map(amount, steps)) / sum(s.step_s for s in steps) for steps in kept if steps), default=0.0)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ def plans():
 
 def run(directory):
     options = EngineOptions(
-        directory, dtype="float32", block_size=16, num_blocks=20, load_format="dummy", max_num_seqs=3
+        directory, dtype="float32", block_size=16, num_blocks=20, load_format="dummy", max_num_seqs=3, native=False
     )
     engine = load_engine(options)
     hidden, tokens = [], []

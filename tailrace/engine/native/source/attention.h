@@ -9,6 +9,7 @@
 #include "linear.h"
 
 enum {
+    AHEAD = 1,         /* tiles of keys that are fetched before they are needed */
     SPAN = 128,        /* cached tokens of decode at once */
     SCORES = SPAN + 16, /* a head's scores, with room for a tile that ends behind the span */
     QUERY_ROWS = 128,  /* rows (token, head) of prefill at once; one token's heads always go together */
@@ -195,6 +196,11 @@ static void add_block(DecodeScratch *own, int64_t group, int64_t from, const ele
     }
 }
 
+INLINE void fetch(const element *from, int64_t count) {
+    for (int64_t i = 0; i < count * (int64_t)sizeof(element); i += LINE)
+        __builtin_prefetch((const char *)from + i, 0, 3);
+}
+
 /* One row's heads of one key head over its cached tokens [first, end): own->out (not yet divided), best, total. */
 static void attend_row(DecodeScratch *own, const Cached *cached, const element *query, int64_t group, int64_t first,
                        int64_t end) {
@@ -209,11 +215,8 @@ static void attend_row(DecodeScratch *own, const Cached *cached, const element *
             n = smaller(smaller(until - at, tile), cached->block - at % cached->block);
             const element *keys = key_at(cached, at);
             /* A block is some lines in a row far from the last one: no processor guesses it. */
-            if (at + tile < end)
-                for (int64_t line = 0; line < tile * head_dim * (int64_t)sizeof(element); line += LINE)
-                    __builtin_prefetch((const char *)key_at(cached, at + tile) + line, 0, 2);
-            for (int64_t line = 0; line < n * head_dim * (int64_t)sizeof(element); line += LINE)
-                __builtin_prefetch((const char *)(keys + cached->value_offset) + line, 0, 2);
+            if (at + AHEAD * tile < end) fetch(key_at(cached, at + AHEAD * tile), tile * head_dim);
+            fetch(keys + cached->value_offset, n * head_dim);
             score_tokens(own->queries, group, keys, n, head_dim, own->scores + at - from);
         }
         for (int64_t h = 0; h < group; h++) weigh(own, h, until - from, scale, head_dim);

@@ -103,6 +103,7 @@ def test_limits_are_rates():
     limits = measure_limits(num_bytes=1 << 20)
     assert limits.stream_bytes_per_s > 1e8
     assert limits.gemm_flops_per_s > 1e8
+    assert MachineLimits(1.0, 5.0).or_better(MachineLimits(2.0, 3.0)) == MachineLimits(2.0, 5.0)
 
 
 def test_the_command_prints_one_json_object(tmp_path):
