@@ -43,7 +43,8 @@ class EngineOptions:
     """auto: safetensors; dummy: random weights of the right shapes."""
     num_threads: int = 1
     device: str = "auto"
-    """auto: the CPU. cuda runs the same plain torch ops; no test has run them there yet, so it must be asked for."""
+    """auto: the CPU. cuda runs Triton kernels; tests interpret and compile them, but none has run on a GPU yet,
+    so it must be asked for."""
     native: bool = True
     """On a CPU, use kernels compiled for it where they can be had."""
     cache_dir: Path | None = None

@@ -42,8 +42,10 @@ def test_decode(head_dim, group, block, dtype, window, splits):
 @pytest.mark.parametrize(
     ("head_dim", "group", "block", "dtype", "window"), cases(HEAD_DIMS, GROUPS, BLOCKS, DTYPES, WINDOWS)
 )
-def test_prefill(head_dim, group, block, dtype, window):
-    ranges = [(0, 1), (30, 65), (40, 41)]
+def test_prefill(head_dim, group, block, dtype, window, monkeypatch):
+    # Tiles of Ampere: half as large as Hopper's, which `test_prefill_of_several_tiles` has.
+    monkeypatch.setattr(prefill_kernel, "_capability", lambda pool: 8)
+    ranges = [(0, 1), (30, 65)]
     pool, tables = kv_pool([end for _, end in ranges], 1, head_dim, dtype, block=block)
     tokens = sum(end - start for start, end in ranges)
     query = normal(3, tokens, group + 2, head_dim, dtype=dtype)[:, :group]
@@ -59,13 +61,14 @@ def test_prefill(head_dim, group, block, dtype, window):
 
 @pytest.mark.parametrize("window", [0, 1, 40])
 @pytest.mark.parametrize("start", [0, 16, 130])
-def test_prefill_of_several_tiles(start, window):
-    pool, tables = kv_pool([start + 150], 1, 16, torch.float32, block=16)
-    query = normal(3, 150, 2, 16)
+@pytest.mark.parametrize(("dtype", "num_tiles"), [(torch.float32, 5), (torch.bfloat16, 2)])
+def test_prefill_of_several_tiles(start, window, dtype, num_tiles):
+    pool, tables = kv_pool([start + 150], 1, 16, dtype, block=16)
+    query = normal(3, 150, 2, 16, dtype=dtype)
     span = prefill_kernel.paged_span(pool, tables, [(start, start + 150)], window)
-    assert len(span.tiles) == 5
+    assert len(span.tiles) == num_tiles
     out = span.attend(query, query[:, :0], pool, 2)
-    assert_close(out, prefill_spec.attention_prefill(query, pool, 2, tables[0], start, window))
+    assert_close(out, prefill_spec.attention_prefill(query.float(), pool.float(), 2, tables[0], start, window))
 
 
 @pytest.mark.parametrize("window", [0, 1, 100, 1000])

@@ -27,10 +27,10 @@ def plans():
     long, short = list(range(10, 47)), [5, 6, 7]
     yield StepPlan(started=[SequenceStart(0, long, 37, GREEDY, 0, [3, 1, 4])], chunks=[Chunk(0, 0, 20)])
     yield StepPlan(
-        started=[SequenceStart(2, short, 3, WARM, 0, [7, 8]), SequenceStart(1, [9], 1, GREEDY, 0, [0, 11])],
+        started=[SequenceStart(2, short, 3, WARM, 0, [7, 8]), SequenceStart(1, [9, 8, 50, 3], 4, GREEDY, 0, [0, 11])],
         chunks=[Chunk(0, 20, 37, (0,)), Chunk(2, 0, 3, (0,))],
     )
-    yield StepPlan(decode=[2, 0], chunks=[Chunk(1, 0, 1, (0,))])
+    yield StepPlan(decode=[2, 0], chunks=[Chunk(1, 0, 4, (0,))])
     for _ in range(3):
         yield StepPlan(decode=[0, 1, 2])
 

@@ -40,15 +40,15 @@ def test_checks_pass_and_fail(shape, capsys, monkeypatch):
 @pytest.mark.parametrize("shape", TINY, ids=lambda shape: shape.name)
 def test_every_row_has_a_share(shape):
     limits = gpu.measure_limits(once, "cpu", copy_bytes=1 << 20, size=64)
-    rows = list(gpu.kernel_rows(shape, once, "cpu", contexts=((2, 20), (1, 40))))
-    rows += gpu.model_rows(shape, "cpu", batch=2, context=18, prompt=40, steps=2)
+    rows = list(gpu.kernel_rows(shape, once, "cpu", contexts=((2, 5), (1, 9))))
+    rows += gpu.model_rows(shape, "cpu", batch=2, context=6, prompt=9, steps=2)
     assert [row.name.removeprefix(shape.name) for row in rows if "decode" in row.name or "prefill" in row.name] == [
-        " attention_decode 2 x 20",
-        " attention_decode 1 x 40",
-        " attention_prefill 40",
-        " prefill 40",
-        " decode 1 x 18",
-        " decode 2 x 18",
+        " attention_decode 2 x 5",
+        " attention_decode 1 x 9",
+        " attention_prefill 9",
+        " prefill 9",
+        " decode 1 x 6",
+        " decode 2 x 6",
     ]
     for row in rows:
         assert row.seconds > 0
