@@ -62,7 +62,7 @@ static void multiply_block(int64_t rows, const word *x, int64_t x_stride, const 
 static void multiply(int64_t rows, const word *x, int64_t x_stride, const uint32_t *w, int64_t steps, float *out,
                      int64_t out_stride, int adds, int fetches) {
     int64_t blocks = parts_of(rows, MR);
-    int lines = !fetches ? 0 : blocks == 1 ? 4 : blocks < 4 ? 2 : 1;
+    int lines = !fetches ? 0 : blocks == 1 ? 4 : blocks < 3 ? 2 : 1;
     const char *ahead = (const char *)(w + steps * PANEL);
     for (int64_t column = 0; column < PANEL; column += NV * VL) {
         for (int64_t i = 0; i < blocks; i++) {
