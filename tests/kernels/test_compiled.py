@@ -45,11 +45,16 @@ def check(resources: Resources, capability: int, *, spilled_bytes: int = 0) -> N
 
 def variants(usual, rare):
     """In the default run: the usual ones, and of them the first alone for the newest device, which takes longest."""
-    for capability in CAPABILITIES:
-        for index, case in enumerate([*usual, *rare]):
-            is_default = index < (1 if capability == 100 else len(usual))
-            marks = () if is_default else pytest.mark.kernels_full
-            yield pytest.param(capability, *case, marks=marks, id="-".join(map(str, (capability, *case))))
+    return [
+        variant(capability, case, index < (1 if capability == 100 else len(usual)))
+        for capability in CAPABILITIES
+        for index, case in enumerate([*usual, *rare])
+    ]
+
+
+def variant(capability, case, is_default):
+    marks = () if is_default else pytest.mark.kernels_full
+    return pytest.param(capability, *case, marks=marks, id="-".join(map(str, (capability, *case))))
 
 
 def attention(dtypes, models):
