@@ -5,25 +5,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tailrace.errors import InternalError, InvalidRequestError, OverloadedError, TailraceError
+from tailrace.errors import InvalidRequestError, OverloadedError, TailraceError
 from tailrace.kv.block_pool import BlockPool, BlockState
 from tailrace.messages import ChoiceFinished, FirstToken, Holding, HoldingState, LegFailed, LegReport, Load
 from tailrace.plan import StepPlan
 from tailrace.policy.decode_scheduler import DecodeScheduler
 from tailrace.policy.request import DrawnToken, Request
 from tailrace.policy.sequence import DecodeStep
+from tailrace.worker.limits import MAX_WAITING, line_is_full, no_logits
 from tailrace.worker.rates import Ewma
 from tailrace.worker.report import Destination, StepReport, with_ledger
 from tailrace.worker.runner import Runner
 
 log = logging.getLogger(__name__)
 
-NO_LOGITS = "the model gave nothing to draw a token from: its logits are not numbers, or all tokens are masked"
 QUARANTINE_IS_FULL = "too many blocks wait for reads that stall; this worker pulls nothing until they end"
 MAX_QUARANTINED_SHARE = 0.25
 """Of the pool."""
-MAX_WAITING = 4096
-"""Requests in line; one more is refused."""
 
 
 @dataclass(slots=True)
@@ -101,7 +99,7 @@ class DecodeWorker:
                 f"{len(request.tokens)} tokens do not fit the pool of {blocks} blocks", param="token_ids"
             )
         if self._scheduler.num_waiting >= MAX_WAITING:
-            return OverloadedError(f"{MAX_WAITING} requests wait already", retry_after_s=1.0)
+            return line_is_full()
         return None
 
     def _refuse(self, request_id: int, error: TailraceError) -> None:
@@ -207,7 +205,7 @@ class DecodeWorker:
     def _fail(self, request_id: int, report: StepReport) -> None:
         self._scheduler.drop(request_id)
         del self._lives[request_id]
-        report.failed.append(LegFailed(request_id, InternalError(NO_LOGITS)))
+        report.failed.append(LegFailed(request_id, no_logits()))
 
     def _end_if_over(self, request_id: int, report: StepReport) -> None:
         life = self._lives[request_id]

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 
-from tailrace.errors import InternalError, InvalidRequestError, OverloadedError, TailraceError
+from tailrace.errors import InvalidRequestError, TailraceError
 from tailrace.kv.block_pool import BlockPool, BlockState
 from tailrace.kv.layout import KVLayout
 from tailrace.messages import (
@@ -20,13 +20,10 @@ from tailrace.messages import (
 from tailrace.plan import StepPlan
 from tailrace.policy.prefill_scheduler import PrefillJob, PrefillScheduler
 from tailrace.policy.request import Request
+from tailrace.worker.limits import MAX_WAITING, line_is_full, no_logits
 from tailrace.worker.rates import Ewma
 from tailrace.worker.report import LendProgress, StepReport, with_ledger
 from tailrace.worker.runner import Runner
-
-NO_LOGITS = "the model gave nothing to draw a token from: its logits are not numbers, or all tokens are masked"
-MAX_WAITING = 4096
-"""Requests in line; one more is refused."""
 
 
 @dataclass(slots=True)
@@ -72,7 +69,7 @@ class PrefillWorker:
             limit = self._pool.num_blocks * self._block_size
             return InvalidRequestError(f"{len(request.tokens)} tokens; the pool holds {limit}", param="token_ids")
         if self._scheduler.num_waiting >= MAX_WAITING:
-            return OverloadedError(f"{MAX_WAITING} requests wait already", retry_after_s=1.0)
+            return line_is_full()
         return None
 
     def drop(self, request_id: int) -> None:
@@ -117,7 +114,7 @@ class PrefillWorker:
         report.computed = not plan.is_empty
         for job in step.progressed:
             if any(token.is_bad for token in job.first_tokens):
-                report.failed.append(LegFailed(job.request.id, InternalError(NO_LOGITS)))
+                report.failed.append(LegFailed(job.request.id, no_logits()))
                 self.drop(job.request.id)
                 continue
             report.lends.append(self._progress(job))
