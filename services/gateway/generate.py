@@ -1,7 +1,6 @@
 """The two routes that generate, from the body to the whole answer or its stream."""
 
 import asyncio
-import re
 import time
 import uuid
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from services.gateway.answer import Answer, Origin
+from services.gateway.caller import Trace
 from services.gateway.choice import Delta
 from services.gateway.disconnect import unless_client_leaves
 from services.gateway.generation import Dispatcher
@@ -23,9 +23,6 @@ from services.gateway.sse import EventStream, StreamOptions
 from services.gateway.tokenizer import TokenizerPool
 from tailrace.errors import CancelledByClientError
 from tailrace.types import FinishReason
-
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-_MAX_TRACESTATE = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +101,13 @@ class Endpoints:
         )
 
     def _origin(self, request: Request, envelope: Envelope) -> Origin:
-        traceparent = request.headers.get("traceparent", "")
-        is_traced = _TRACEPARENT.fullmatch(traceparent) is not None
+        trace = Trace.of(request.headers.get("traceparent", ""), request.headers.get("tracestate", ""))
         return Origin(
             # Not the client's X-Request-Id, which two requests may share.
             request_id=envelope.id,
             deadline_s=self._options.request_deadline_s - (time.monotonic() - request.state.arrived_at),
-            traceparent=traceparent if is_traced else "",
-            tracestate=request.headers.get("tracestate", "")[:_MAX_TRACESTATE] if is_traced else "",
+            traceparent=trace.parent,
+            tracestate=trace.state,
         )
 
 
