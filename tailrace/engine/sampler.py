@@ -6,12 +6,13 @@ top-p, draw. A feature that no slot uses costs nothing; one that some rows use i
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 from torch import Tensor
 
+from tailrace.engine.kernels import backend
 from tailrace.engine.kernels.sampling import naive
+from tailrace.engine.kernels.sampling.columns import Feature, FloatColumn, IntColumn, SlotTensors
 from tailrace.engine.kernels.sampling.logprobs import token_logprobs
 from tailrace.engine.kernels.sampling.philox import uniforms
 from tailrace.types import SamplingParams, TokenLogprob
@@ -21,36 +22,6 @@ _COLDEST, _HOTTEST = 1e-30, 1e30
 """Beyond these a temperature changes nothing, but a denormal or infinite one would make NaN of 0 / 0 or inf / inf."""
 
 _CACHED_ELEMENTS = 1 << 18
-
-
-class _Feature(IntEnum):
-    """What a slot may use beyond argmax; the number is its row in `SamplingState.flags`."""
-
-    DRAW = 0
-    BIAS = 1
-    MIN_TOKENS = 2
-    PENALTIES = 3
-    MIN_P = 4
-    TOP_K = 5
-    TOP_P = 6
-    LOGPROBS = 7
-
-
-class _Float(IntEnum):
-    TEMPERATURE = 0
-    TOP_P = 1
-    MIN_P = 2
-    REPETITION = 3
-    PRESENCE = 4
-    FREQUENCY = 5
-
-
-class _Int(IntEnum):
-    SEED_LOW = 0
-    SEED_HIGH = 1
-    TOP_K = 2
-    MIN_TOKENS = 3
-    PROMPT_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +69,13 @@ class SamplingState:
         self.device = torch.device(device)
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
-        self.floats = torch.zeros(max_num_seqs, len(_Float), dtype=torch.float32, device=self.device)
-        self.ints = torch.zeros(max_num_seqs, len(_Int), dtype=torch.int64, device=self.device)
-        self.flags = torch.zeros(len(_Feature), max_num_seqs, dtype=torch.bool, device=self.device)
+        self.floats = torch.zeros(max_num_seqs, len(FloatColumn), dtype=torch.float32, device=self.device)
+        self.ints = torch.zeros(max_num_seqs, len(IntColumn), dtype=torch.int64, device=self.device)
+        self.flags = torch.zeros(len(Feature), max_num_seqs, dtype=torch.bool, device=self.device)
         self.bias = _AddedLogits(max_num_seqs, self.device)
         self.forbidden = _AddedLogits(max_num_seqs, self.device)
         self.num_logprobs = [0] * max_num_seqs
-        self._users: dict[_Feature, set[int]] = {feature: set() for feature in _Feature}
+        self._users: dict[Feature, set[int]] = {feature: set() for feature in Feature}
 
     def set(self, slot: int, params: SamplingParams, num_prompt_tokens: int) -> None:
         """A sequence with `params` takes `slot`; what the slot held before is forgotten.
@@ -114,7 +85,7 @@ class SamplingState:
         floats = _float_columns(params)
         self.floats[slot] = torch.tensor(floats, dtype=torch.float32, device=self.device)
         self.ints[slot] = torch.tensor(_int_columns(params, num_prompt_tokens), device=self.device)
-        bias = [entry for entry in params.logit_bias if 0 <= entry[0] < self.vocab_size]
+        bias = _distinct(params.logit_bias, self.vocab_size)
         forbidden = self._ending_tokens(params) if params.min_tokens > 0 else []
         self.bias.set(slot, bias)
         self.forbidden.set(slot, [(token, -torch.inf) for token in forbidden])
@@ -125,61 +96,80 @@ class SamplingState:
         """The slot is empty. A cleared slot that is sampled from all the same is greedy."""
         self._use(slot, frozenset())
 
-    def uses(self, feature: _Feature) -> bool:
+    @property
+    def tensors(self) -> SlotTensors:
+        added = (self.bias.ids, self.bias.values, self.forbidden.ids, self.forbidden.values)
+        return SlotTensors(self.floats, self.ints, self.flags, *added)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether any slot's logits are changed before anything is drawn from them."""
+        return any(map(self.uses, (Feature.BIAS, Feature.MIN_TOKENS, Feature.PENALTIES)))
+
+    def uses(self, feature: Feature) -> bool:
         return bool(self._users[feature])
 
-    def rows_using(self, feature: _Feature, slots: Tensor) -> Tensor | None:
+    def rows_using(self, feature: Feature, slots: Tensor) -> Tensor | None:
         """Indices into `slots` of the rows that use `feature`; None when there are none."""
         if not self._users[feature]:
             return None
         rows = self.flags[feature, slots].nonzero().flatten()
         return rows if rows.numel() else None
 
-    def _use(self, slot: int, features: frozenset[_Feature]) -> None:
+    def _use(self, slot: int, features: frozenset[Feature]) -> None:
         for feature, users in self._users.items():
             (users.add if feature in features else users.discard)(slot)
-        self.flags[:, slot] = torch.tensor([feature in features for feature in _Feature], device=self.device)
+        self.flags[:, slot] = torch.tensor([feature in features for feature in Feature], device=self.device)
 
     def _ending_tokens(self, params: SamplingParams) -> list[int]:
         eos = () if params.ignore_eos else self.eos_token_ids
         return sorted(token for token in {*eos, *params.stop_token_ids} if 0 <= token < self.vocab_size)
 
 
+def _distinct(bias: Sequence[tuple[int, float]], vocab_size: int) -> list[tuple[int, float]]:
+    """An entry a token, as kernels write them all at once; a token given twice gets the sum."""
+    values: dict[int, float] = {}
+    for token, value in bias:
+        if 0 <= token < vocab_size:
+            values[token] = values.get(token, 0.0) + value
+    return list(values.items())
+
+
 def _float_columns(params: SamplingParams) -> list[float]:
     columns = {
-        _Float.TEMPERATURE: min(max(params.temperature, _COLDEST), _HOTTEST),
-        _Float.TOP_P: params.top_p,
-        _Float.MIN_P: params.min_p,
-        _Float.REPETITION: params.repetition_penalty,
-        _Float.PRESENCE: params.presence_penalty,
-        _Float.FREQUENCY: params.frequency_penalty,
+        FloatColumn.TEMPERATURE: min(max(params.temperature, _COLDEST), _HOTTEST),
+        FloatColumn.TOP_P: params.top_p,
+        FloatColumn.MIN_P: params.min_p,
+        FloatColumn.REPETITION: params.repetition_penalty,
+        FloatColumn.PRESENCE: params.presence_penalty,
+        FloatColumn.FREQUENCY: params.frequency_penalty,
     }
-    return [columns[column] for column in _Float]
+    return [columns[column] for column in FloatColumn]
 
 
 def _int_columns(params: SamplingParams, num_prompt_tokens: int) -> list[int]:
     columns = {
-        _Int.SEED_LOW: params.seed & _LOW_32,
-        _Int.SEED_HIGH: (params.seed >> 32) & _LOW_32,
-        _Int.TOP_K: params.top_k,
-        _Int.MIN_TOKENS: params.min_tokens,
-        _Int.PROMPT_TOKENS: num_prompt_tokens,
+        IntColumn.SEED_LOW: params.seed & _LOW_32,
+        IntColumn.SEED_HIGH: (params.seed >> 32) & _LOW_32,
+        IntColumn.TOP_K: params.top_k,
+        IntColumn.MIN_TOKENS: params.min_tokens,
+        IntColumn.PROMPT_TOKENS: num_prompt_tokens,
     }
-    return [columns[column] for column in _Int]
+    return [columns[column] for column in IntColumn]
 
 
-def _features(params: SamplingParams, *, has_bias: bool, has_forbidden: bool) -> frozenset[_Feature]:
+def _features(params: SamplingParams, *, has_bias: bool, has_forbidden: bool) -> frozenset[Feature]:
     # top_k 1 is greedy: the one way in which "ties stay" would surprise.
     draws = params.temperature > 0 and params.top_k != 1
     used = {
-        _Feature.DRAW: draws,
-        _Feature.BIAS: has_bias,
-        _Feature.MIN_TOKENS: has_forbidden,
-        _Feature.PENALTIES: params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty),
-        _Feature.MIN_P: draws and params.min_p > 0,
-        _Feature.TOP_K: draws and params.top_k > 0,
-        _Feature.TOP_P: draws and params.top_p < 1,
-        _Feature.LOGPROBS: params.logprobs is not None,
+        Feature.DRAW: draws,
+        Feature.BIAS: has_bias,
+        Feature.MIN_TOKENS: has_forbidden,
+        Feature.PENALTIES: params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty),
+        Feature.MIN_P: draws and params.min_p > 0,
+        Feature.TOP_K: draws and params.top_k > 0,
+        Feature.TOP_P: draws and params.top_p < 1,
+        Feature.LOGPROBS: params.logprobs is not None,
     }
     return frozenset(feature for feature, is_used in used.items() if is_used)
 
@@ -197,16 +187,30 @@ def sample(
     A row's token depends on its logits, parameters, choice and position alone, never on the other rows. Greedy takes
     the lowest of equally likely ids.
     """
+    token_ids, is_bad = draw_tokens(logits, state, slots, choices, positions, tokens)
+    bad_rows: tuple[int, ...] = tuple(is_bad.nonzero().flatten().tolist())
+    return SampleResult(token_ids, _logprobs(logits, token_ids, state, slots, bad_rows), bad_rows)
+
+
+def draw_tokens(
+    logits: Tensor, state: SamplingState, slots: Tensor, choices: Tensor, positions: Tensor, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `sample`, without log-probabilities: token ids [R] int64, and which rows are bad, [R] bool; their token is 0.
+
+    On a CUDA device nothing here waits for it.
+    """
+    if backend.runs_triton(logits):
+        from tailrace.engine.kernels.sampling import kernel
+
+        given = kernel.adjust(logits, state.tensors, slots, positions, tokens) if state.adjusts else logits
+        return kernel.draw(given, state.tensors, slots, choices, positions)
     adjusted = _adjust(logits, state, slots, positions, tokens)
     largest, token_ids = adjusted.max(dim=-1)
-    rows = state.rows_using(_Feature.DRAW, slots)
+    rows = state.rows_using(Feature.DRAW, slots)
     if rows is not None:
         token_ids[rows] = _draw(adjusted, rows, state, slots, choices, positions)
     is_bad = ~largest.isfinite()
-    bad_rows: tuple[int, ...] = tuple(is_bad.nonzero().flatten().tolist())
-    if bad_rows:
-        token_ids[is_bad] = 0
-    return SampleResult(token_ids, _logprobs(logits, token_ids, state, slots, bad_rows), bad_rows)
+    return token_ids.masked_fill_(is_bad, 0), is_bad
 
 
 def _parts(rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
@@ -219,19 +223,19 @@ def _parts(rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
 
 def _adjust(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """The logits after bias, min_tokens and penalties: `logits` itself where nothing of that is in use."""
-    if not any(map(state.uses, (_Feature.BIAS, _Feature.MIN_TOKENS, _Feature.PENALTIES))):
+    if not state.adjusts:
         return logits
     adjusted = logits.clone()
-    if state.uses(_Feature.BIAS):
-        values = torch.where(state.flags[_Feature.BIAS, slots][:, None], state.bias.values[slots], 0.0)
+    if state.uses(Feature.BIAS):
+        values = torch.where(state.flags[Feature.BIAS, slots][:, None], state.bias.values[slots], 0.0)
         adjusted.scatter_add_(1, state.bias.ids[slots], values)
-    if state.uses(_Feature.MIN_TOKENS):
+    if state.uses(Feature.MIN_TOKENS):
         ints = state.ints[slots]
-        is_early = positions - ints[:, _Int.PROMPT_TOKENS] < ints[:, _Int.MIN_TOKENS]
-        is_early &= state.flags[_Feature.MIN_TOKENS, slots]
+        is_early = positions - ints[:, IntColumn.PROMPT_TOKENS] < ints[:, IntColumn.MIN_TOKENS]
+        is_early &= state.flags[Feature.MIN_TOKENS, slots]
         values = torch.where(is_early[:, None], state.forbidden.values[slots], 0.0)
         adjusted.scatter_add_(1, state.forbidden.ids[slots], values)
-    rows = state.rows_using(_Feature.PENALTIES, slots)
+    rows = state.rows_using(Feature.PENALTIES, slots)
     for part in () if rows is None else _parts(rows, logits):
         adjusted[part] = _penalized(adjusted[part], state, slots[part], positions[part], tokens)
     return adjusted
@@ -244,10 +248,10 @@ def _penalized(logits: Tensor, state: SamplingState, slots: Tensor, positions: T
         logits,
         tokens[:, : int(positions.max())].index_select(0, slots).long(),
         positions,
-        state.ints[slots, _Int.PROMPT_TOKENS],
-        repetition=floats[:, _Float.REPETITION],
-        presence=floats[:, _Float.PRESENCE],
-        frequency=floats[:, _Float.FREQUENCY],
+        state.ints[slots, IntColumn.PROMPT_TOKENS],
+        repetition=floats[:, FloatColumn.REPETITION],
+        presence=floats[:, FloatColumn.PRESENCE],
+        frequency=floats[:, FloatColumn.FREQUENCY],
     )
     return logits
 
@@ -256,17 +260,17 @@ def _draw(
     logits: Tensor, rows: Tensor, state: SamplingState, slots: Tensor, choices: Tensor, positions: Tensor
 ) -> Tensor:
     """Token ids for those `rows` that have a temperature, in their order; the other arguments are of all rows."""
-    seeds = state.ints[slots][:, [_Int.SEED_LOW, _Int.SEED_HIGH]]
+    seeds = state.ints[slots][:, [IntColumn.SEED_LOW, IntColumn.SEED_HIGH]]
     uniform = uniforms(seeds, choices, positions)
     return torch.cat([_draw_part(logits[part], state, slots[part], uniform[part]) for part in _parts(rows, logits)])
 
 
 def _draw_part(logits: Tensor, state: SamplingState, slots: Tensor, uniform: Tensor) -> Tensor:
     floats = state.floats[slots]
-    probs = naive.probabilities(logits, floats[:, _Float.TEMPERATURE])
-    _mask(naive.mask_min_p, probs, floats[:, _Float.MIN_P], state.rows_using(_Feature.MIN_P, slots))
-    _mask(naive.mask_top_k, probs, state.ints[slots, _Int.TOP_K], state.rows_using(_Feature.TOP_K, slots))
-    _mask(naive.mask_top_p, probs, floats[:, _Float.TOP_P], state.rows_using(_Feature.TOP_P, slots))
+    probs = naive.probabilities(logits, floats[:, FloatColumn.TEMPERATURE])
+    _mask(naive.mask_min_p, probs, floats[:, FloatColumn.MIN_P], state.rows_using(Feature.MIN_P, slots))
+    _mask(naive.mask_top_k, probs, state.ints[slots, IntColumn.TOP_K], state.rows_using(Feature.TOP_K, slots))
+    _mask(naive.mask_top_p, probs, floats[:, FloatColumn.TOP_P], state.rows_using(Feature.TOP_P, slots))
     return naive.draw(probs, uniform).clamp_(max=logits.shape[-1] - 1)
 
 
@@ -285,7 +289,7 @@ def _logprobs(
     logits: Tensor, token_ids: Tensor, state: SamplingState, slots: Tensor, bad_rows: tuple[int, ...]
 ) -> list[TokenLogprob | None] | None:
     """Of the logits as the model gave them; None for rows that did not ask and for bad ones."""
-    rows = state.rows_using(_Feature.LOGPROBS, slots)
+    rows = state.rows_using(Feature.LOGPROBS, slots)
     if rows is None:
         return None
     result: list[TokenLogprob | None] = [None] * len(slots)

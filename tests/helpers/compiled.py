@@ -43,8 +43,7 @@ def compile_kernel(kernel: Any, launch: Launch, types: dict[str, str], capabilit
         constexprs=dict(launch.constants),
         attrs={(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in is_aligned},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=launch.options)
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = _usage(cubin)

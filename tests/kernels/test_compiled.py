@@ -9,6 +9,7 @@ from tailrace.engine.kernels.attention_decode.kernel import decode_kernel, decod
 from tailrace.engine.kernels.attention_prefill.kernel import prefill_kernel, prefill_launch, tile_queries
 from tailrace.engine.kernels.rms_norm.kernel import rms_norm_kernel, rms_norm_launch
 from tailrace.engine.kernels.rope_kv_write.kernel import rope_kv_write_kernel, rope_kv_write_launch
+from tailrace.engine.kernels.sampling.kernel import adjust_kernel, adjust_launch, sample_kernel, sample_launch
 from tailrace.engine.kernels.silu_mul.kernel import silu_mul_kernel, silu_mul_launch
 from tests.helpers.compiled import TYPES, Resources, compile_kernel
 
@@ -130,3 +131,22 @@ def test_rope_kv_write(capability, model, has_norms, dtype, tmp_path):
     types = dict.fromkeys(("qkv", "pool", "query_norm", "key_norm"), TYPES[dtype])
     types |= {"cos": "*fp32", "sin": "*fp32", "rows": "*i64", "layer": "i32", "qkv_stride": "i32", "eps": "fp32"}
     check(compile_kernel(rope_kv_write_kernel, launch, types, capability, tmp_path), capability)
+
+
+SAMPLED = {"logits": "*fp32", "slots": "*i64", "positions": "*i64", "floats": "*fp32", "ints": "*i64", "flags": "*i1"}
+SAMPLED |= {"logits_stride": "i32", "flags_stride": "i32"}
+VOCABULARIES = variants([(128256,)], [(49152,), (151936,), (100,)])
+
+
+@pytest.mark.parametrize(("capability", "vocab"), VOCABULARIES)
+def test_sampling(capability, vocab, tmp_path):
+    types = {**SAMPLED, "token_ids": "*i64", "is_bad": "*i8", "probs": "*fp32", "choices": "*i64"}
+    check(compile_kernel(sample_kernel, sample_launch(vocab), types, capability, tmp_path), capability)
+
+
+@pytest.mark.parametrize(("capability", "vocab"), VOCABULARIES)
+def test_adjustment_of_logits(capability, vocab, tmp_path):
+    types = {**SAMPLED, "adjusted": "*fp32", "counts": "*i32", "pending": "*fp32", "tokens": "*i32"}
+    types |= {"bias_ids": "*i64", "bias_values": "*fp32", "forbidden_ids": "*i64", "forbidden_values": "*fp32"}
+    types |= {"tokens_stride": "i32", "bias_width": "i32", "forbidden_width": "i32"}
+    check(compile_kernel(adjust_kernel, adjust_launch(vocab), types, capability, tmp_path), capability)

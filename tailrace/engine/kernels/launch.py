@@ -13,10 +13,20 @@ class Launch:
     """Of the kernel's constexpr parameters, by name."""
     num_warps: int
     num_stages: int = 1
+    fuses_products: bool = True
+    """A product and a sum may become one operation that rounds once, which torch's operations do not."""
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": self.fuses_products,
+        }
 
     @property
     def keywords(self) -> dict[str, int | str]:
-        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.constants, **self.options}
 
 
 def power_of_2(least: int) -> int:
