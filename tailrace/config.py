@@ -178,6 +178,8 @@ class EngineFields(ModelConfigFields):
     """Compute threads a worker; 0: as many as it has cores."""
     native_kernels: bool = True
     """On a CPU, compile kernels for it at first use; false: torch's own operations, several times slower."""
+    enforce_eager: bool = False
+    """On a GPU, launch each operation of a decode step by itself instead of replaying CUDA graphs."""
     transport: Transport = "auto"
     """How KV moves. nixl: refuse pairs where a read is not one-sided; stream: TCP only."""
     net_device: str = Field(default="lo", min_length=1, max_length=256)

@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from tailrace.checkpoint.model_config import DTYPES, ModelConfig, load_model_config
 from tailrace.checkpoint.resolve import default_cache_dir
 from tailrace.engine.batch import BatchState
+from tailrace.engine.cuda_graphs import CudaRecorder, GraphModel, capture
 from tailrace.engine.implementation import Target, load_model
 from tailrace.engine.kv_cache import KVCache
 from tailrace.engine.models.loading import open_source
-from tailrace.engine.runner import ModelRunner
+from tailrace.engine.runner import Model, ModelRunner
 from tailrace.engine.sampler import SamplingState
 from tailrace.engine.weights import Progress
 from tailrace.errors import ConfigError
@@ -47,6 +49,8 @@ class EngineOptions:
     so it must be asked for."""
     native: bool = True
     """On a CPU, use kernels compiled for it where they can be had."""
+    enforce_eager: bool = False
+    """On a CUDA device, launch every operation of a decode step by itself instead of replaying CUDA graphs."""
     cache_dir: Path | None = None
     """Where compiled kernels are kept; None: tailrace in the user's cache directory."""
 
@@ -79,9 +83,23 @@ def load_engine(options: EngineOptions, *, progress: Progress | None = None) -> 
     with torch.inference_mode():
         model = load_model(source, target, native_in=_native_cache(options), progress=progress)
     cache = KVCache(layout, num_blocks, device)
-    batch = BatchState(options.max_num_seqs, max_model_len, options.block_size, device)
     sampling = SamplingState(options.max_num_seqs, config.vocab_size, config.eos_token_ids, device)
-    return Engine(config, layout, cache, ModelRunner(model, cache, batch, sampling), max_model_len)
+    return Engine(config, layout, cache, _runner(options, model, cache, sampling, max_model_len), max_model_len)
+
+
+def _runner(
+    options: EngineOptions, model: Model, cache: KVCache, sampling: SamplingState, max_model_len: int
+) -> ModelRunner:
+    device = cache.tensor.device
+    if device.type != "cuda" or options.enforce_eager:
+        batch = BatchState(options.max_num_seqs, max_model_len, options.block_size, device)
+        return ModelRunner(model, cache, batch, sampling)
+    # Rows that only fill a graph up are of a slot behind the others, which stays empty.
+    batch = BatchState(options.max_num_seqs + 1, max_model_len, options.block_size, device)
+    decoder = cast(GraphModel, model)  # the other kind of model is for CPUs
+    with torch.inference_mode():
+        graphs = capture(decoder, batch, cache.tensor, options.max_num_seqs, CudaRecorder(device))
+    return ModelRunner(model, cache, batch, sampling, graphs)
 
 
 def _check(options: EngineOptions) -> None:

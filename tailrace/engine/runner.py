@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tailrace.checkpoint.model_config import ModelConfig
 from tailrace.engine.batch import BatchState, Draws
+from tailrace.engine.cuda_graphs import DecodeGraphs
 from tailrace.engine.kv_cache import KVCache
 from tailrace.engine.sampler import SamplingState, sample
 from tailrace.plan import StepOutput, StepPlan
@@ -42,8 +43,16 @@ class ModelRunner:
     for every token it computes, and no sequence longer than max_model_len.
     """
 
-    def __init__(self, model: Model, cache: KVCache, batch: BatchState, sampling: SamplingState) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        batch: BatchState,
+        sampling: SamplingState,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.model = model
+        self._graphs = graphs
         self.batch = batch
         self._cache = cache
         self._sampling = sampling
@@ -63,6 +72,8 @@ class ModelRunner:
         self._apply(plan)
         if plan.is_empty:
             return None
+        if self._graphs is not None and (step := self._graphs.replay(plan)) is not None:
+            return StepLogits(step.hidden, step.draws, step.logits)
         draws = self.batch.draws(plan)
         hidden = self.model.forward(plan, self.batch, self._cache.tensor)
         rows = hidden if draws.rows is None else hidden[draws.rows]

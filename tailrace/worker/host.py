@@ -133,6 +133,7 @@ def load_parts(config: WorkerConfig, role: Role) -> tuple[Identity, Engine, Bloc
             num_threads=config.num_threads,
             device=config.device,
             native=config.native_kernels,
+            enforce_eager=config.enforce_eager,
             cache_dir=config.cache_dir,
         ),
         progress=progress,

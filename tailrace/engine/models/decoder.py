@@ -63,6 +63,7 @@ class Decoder:
         self._windows = tuple(
             config.window if layer in config.windowed_layers else 0 for layer in range(config.num_layers)
         )
+        self.windows = sorted(set(self._windows))
 
     def forward(self, plan: StepPlan, batch: BatchState, pool: Tensor) -> Tensor:
         """Float32 hidden states [tokens, hidden] after the last layer, before its norm; the tokens' KV goes to `pool`.
@@ -70,9 +71,10 @@ class Decoder:
         The plan's changes are applied to `batch` already.
         pool: [num_blocks, layers, 2, kv_heads, block, head_dim], changed in place.
         """
-        return self._forward(batch.inputs(plan, pool, sorted(set(self._windows))), pool)
+        return self.compute(batch.inputs(plan, pool, self.windows), pool)
 
-    def _forward(self, inputs: StepInputs, pool: Tensor) -> Tensor:
+    def compute(self, inputs: StepInputs, pool: Tensor) -> Tensor:
+        """As `forward`, from tensors alone: nothing is decided by what is in them."""
         cos, sin = self._rotary.cos[inputs.positions], self._rotary.sin[inputs.positions]
         # The sum over layers is kept in float32: rounding it twice a layer would be most of bfloat16's error.
         hidden = F.embedding(inputs.token_ids, self._weights.embedding).float()
@@ -92,8 +94,9 @@ class Decoder:
         `reuse`: the result may be overwritten by the next call that says so.
         """
         normed = rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
-        logits = self._weights.lm_head(normed).float()
-        if normed.dtype != torch.float32:
+        product = self._weights.lm_head(normed)
+        logits = product.float()
+        if product.dtype != torch.float32:
             refine_best(logits, normed, self._weights.lm_head_rows)
         return logits
 

@@ -42,6 +42,28 @@ class PackedLinear:
         return out
 
 
+class WideLinear:
+    """x W^T of a narrow dtype in float32, on CUDA devices: its sums are not rounded, so that no best ones tie by it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight.t()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.mm(x, self._weight, out_dtype=torch.float32)
+
+
+def can_widen(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tries it on a small product: the build of torch decides."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return False
+    try:
+        ones = torch.ones(16, 16, dtype=dtype, device=device)
+        return bool((WideLinear(ones)(ones) == 16).all())
+    except (RuntimeError, TypeError) as error:
+        _log.warning("this build of torch has no product of %s in float32 (%s): CUDA graphs need one", dtype, error)
+        return False
+
+
 def linear_maker(dtype: torch.dtype, device: torch.device) -> LinearMaker:
     """The fastest kind of linear layer here; warns once, loudly, when a CPU has to go without packing."""
     if device.type != "cpu":

@@ -1,7 +1,7 @@
 """From named tensors to a Decoder: which tensors a config asks for, and how they are fused."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Generic
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tailrace.checkpoint.model_config import ModelConfig
 from tailrace.engine.models.decoder import Decoder, DecoderWeights, LayerWeights, LinearT
-from tailrace.engine.models.linear import linear_maker
+from tailrace.engine.models.linear import WideLinear, can_widen, linear_maker
 from tailrace.engine.models.rotary import rotary_table
 from tailrace.engine.weights import DummySource, Progress, SafetensorsSource, Shape, TensorSource
 
@@ -58,6 +58,8 @@ def load_decoder(
     """The decoder in torch's own operations."""
     make = linear_maker(dtype, device)
     weights = load_weights(source, config, LinearMakers(make, make), dtype=dtype, device=device, progress=progress)
+    if can_widen(dtype, device):
+        weights = replace(weights, lm_head=WideLinear(weights.lm_head_rows))
     return Decoder(config, weights, rotary_table(config.rope, config.head_dim, max_model_len, device))
 
 

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+NO_ROW = -1
+"""In place of a row: the token is nobody's, and nothing is written."""
+
 
 def write_rows(
     pool: Tensor,  # [num_blocks, layers, 2, kv_heads, block, head_dim]
@@ -19,10 +22,13 @@ def write_rows(
 def kv_write(
     pool: Tensor,  # [num_blocks, layers, 2, kv_heads, block, head_dim], changed in place
     layer: int,
-    rows: Tensor,  # [tokens, 2 * kv_heads] int64, of write_rows
+    rows: Tensor,  # [tokens, 2 * kv_heads] int64, of write_rows; all NO_ROW for a token that is not written
     keys_values: Tensor,  # [tokens, 2 * kv_heads, head_dim]: key heads, then value heads
 ) -> None:
     """Stores a layer's new keys and values; every other element of the pool stays as it is."""
     _, _, _, kv_heads, block, head_dim = pool.shape
     flat = pool.view(-1, head_dim)[layer * 2 * kv_heads * block :]
+    is_written = rows[:, 0] != NO_ROW
+    if not is_written.all():
+        rows, keys_values = rows[is_written], keys_values[is_written]
     flat.index_put_((rows,), keys_values)

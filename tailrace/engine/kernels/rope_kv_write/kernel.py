@@ -40,7 +40,7 @@ def rope_kv_write_kernel(
     cos,  # [tokens, 1, head_dim] float32
     sin,  # [tokens, 1, head_dim] float32
     pool,  # [num_blocks, layers, 2, kv_heads, block, head_dim]
-    rows,  # [tokens, 2 * kv_heads] int64
+    rows,  # [tokens, 2 * kv_heads] int64; negative: not written
     query_norm,  # [head_dim]; any pointer where HAS_NORMS is false
     key_norm,  # [head_dim]; likewise
     layer,
@@ -79,8 +79,9 @@ def rope_kv_write_kernel(
     tl.store(place, turned_first, mask=mask & is_turned)
     tl.store(place + half, turned_second, mask=mask & is_turned)
 
-    is_cached = mask & (head >= HEADS)
-    row = tl.load(rows + token * (2 * KV_HEADS) + head - HEADS, mask=(head >= HEADS) & (head < HEADS + 2 * KV_HEADS))
+    is_key_or_value = (head >= HEADS) & (head < HEADS + 2 * KV_HEADS)
+    row = tl.load(rows + token * (2 * KV_HEADS) + head - HEADS, mask=is_key_or_value, other=-1)
+    is_cached = mask & (row >= 0)
     target = pool + (row + layer.to(tl.int64) * (2 * KV_HEADS * BLOCK)) * HEAD_DIM + column
     tl.store(target, tl.where(is_turned, turned_first, first), mask=is_cached)
     tl.store(target + half, tl.where(is_turned, turned_second, second), mask=is_cached)

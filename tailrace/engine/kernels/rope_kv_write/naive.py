@@ -26,7 +26,7 @@ def rope_kv_write(
     sin: Tensor,  # [tokens, 1, head_dim] float32, the first half negated
     pool: Tensor,  # [num_blocks, layers, 2, kv_heads, block, head_dim], changed in place
     layer: int,
-    rows: Tensor,  # [tokens, 2 * kv_heads] int64, of kernels.kv_write.write_rows
+    rows: Tensor,  # [tokens, 2 * kv_heads] int64, as kernels.kv_write.kv_write takes them
     norms: HeadNorms | None,
 ) -> None:
     """Normalizes (where there are norms) and turns queries and keys; keys and values go to the pool as well."""
