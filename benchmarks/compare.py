@@ -19,7 +19,8 @@ from benchmarks.workloads import ROOT, Group, Workload, plan
 from tailrace.checkpoint.model_config import load_model_config
 from tailrace.checkpoint.resolve import resolve_model
 from tailrace.cli.bench.report import machine
-from tailrace.config import DEFAULT_MODEL, available_cores
+from tailrace.config import DEFAULT_MODEL
+from tailrace.cores import available_cores
 
 WARMUP_TOKENS = 4
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from tailrace.cores import this_machine
 from tailrace.errors import ConfigError
 
 PREFIX = "TAILRACE_"
@@ -218,7 +219,7 @@ class WorkerConfig(EngineFields):
 
     @property
     def num_threads(self) -> int:
-        return self.threads or len(available_cores())
+        return self.threads or this_machine().num_usable
 
 
 class GatewayConfig(ModelConfigFields):
@@ -260,6 +261,8 @@ class UpConfig(EngineFields):
     max_concurrent_requests: int = Field(default=1024, ge=1, le=1_000_000)
     restart: bool = True
     """Start a dead child again, with growing pauses."""
+    pin_cores: bool = True
+    """Keep each worker to cores of its own, where there are enough for all compute threads."""
 
     def gateway(self, **values: Any) -> GatewayConfig:
         return GatewayConfig(**{**_shared(self, GatewayConfig), **values})
@@ -267,13 +270,6 @@ class UpConfig(EngineFields):
     def worker(self, **values: Any) -> WorkerConfig:
         """`host` and `port` are the gateway's here, so they are not passed on."""
         return WorkerConfig(**{**_shared(self, WorkerConfig), "host": "127.0.0.1", "port": 0, **values})
-
-
-def available_cores() -> tuple[int, ...]:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
 
 
 def base_environment() -> dict[str, str]:

@@ -8,7 +8,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ from pathlib import Path
 import httpx
 
 from tailrace.cli.supervisor import ChildSpec, Listener, RestartPolicy, Supervisor
-from tailrace.config import UpConfig, available_cores, base_environment
+from tailrace.config import UpConfig, base_environment
+from tailrace.cores import Machine, Share, divide, this_machine, thread_environment, without_thread_placement
 from tailrace.errors import ConfigError
 
 _POLL_S = 0.1
@@ -38,15 +39,17 @@ class Cluster:
 
 
 @asynccontextmanager
-async def running_cluster(config: UpConfig, model: Path, listener: Listener) -> AsyncIterator[Cluster]:
+async def running_cluster(
+    config: UpConfig, model: Path, listener: Listener, machine: Machine | None = None
+) -> AsyncIterator[Cluster]:
     """Start it, wait until it can serve, and end all of it afterwards.
 
-    `model` is the directory of the resolved model. Raises ConfigError when the port is taken, and
-    ChildFailedError when a child cannot start.
+    `model` is the directory of the resolved model, `machine` what its workers may use (None: all of this one). Raises
+    ConfigError when the port is taken, and ChildFailedError when a child cannot start.
     """
     began = time.monotonic()
     port = free_port(config.host, config.port)
-    specs = plan_children(config, model, port=port, grpc_port=free_port("127.0.0.1"), cores=available_cores())
+    specs = plan_children(config, model, port=port, grpc_port=free_port("127.0.0.1"), machine=machine or this_machine())
     base_url = http_url(config.host, port)
     async with Supervisor(specs, listener, RestartPolicy(enabled=config.restart)) as supervisor:
         await supervisor.during(_until_ready(base_url, config))
@@ -55,7 +58,7 @@ async def running_cluster(config: UpConfig, model: Path, listener: Listener) -> 
 
 
 def plan_children(
-    config: UpConfig, model: Path, *, port: int, grpc_port: int, cores: Sequence[int]
+    config: UpConfig, model: Path, *, port: int, grpc_port: int, machine: Machine
 ) -> tuple[ChildSpec, ...]:
     """The gateway, then the workers, with the cores divided among the workers."""
     names = [f"prefill-{i}" for i in range(config.prefill)] + [f"decode-{i}" for i in range(config.decode)]
@@ -67,21 +70,16 @@ def plan_children(
     }
     gateway = config.gateway(**shared, port=port, grpc_host="127.0.0.1", grpc_port=grpc_port)
     children = [_child("gateway", "gateway", gateway.to_environment())]
-    for name, share in zip(names, divide_cores(cores, len(names)), strict=True):
-        threads = config.threads or len(share) or 1
-        worker = config.worker(**shared, worker_id=name, join=(f"127.0.0.1:{grpc_port}",), threads=threads)
-        environment = {**worker.to_environment(), "OMP_NUM_THREADS": str(threads)}
-        children.append(_child(name, name.partition("-")[0], environment, share))
+    for name, share in zip(names, worker_shares(config, machine), strict=True):
+        worker = config.worker(**shared, worker_id=name, join=(f"127.0.0.1:{grpc_port}",), threads=share.threads)
+        environment = {**worker.to_environment(), **thread_environment(share.threads)}
+        children.append(_child(name, name.partition("-")[0], environment, share.cores))
     return tuple(children)
 
 
-def divide_cores(cores: Sequence[int], num_workers: int) -> list[tuple[int, ...]]:
-    """Equal shares, larger ones first. All shares are empty (everyone uses every core) when there are too few."""
-    if num_workers > len(cores):
-        return [()] * num_workers
-    size, extra = divmod(len(cores), num_workers)
-    ends = [size * (i + 1) + min(i + 1, extra) for i in range(num_workers)]
-    return [tuple(cores[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+def worker_shares(config: UpConfig, machine: Machine) -> list[Share]:
+    """Prefill workers first."""
+    return divide(machine, config.prefill + config.decode, threads=config.threads, pin=config.pin_cores)
 
 
 def free_port(host: str, port: int = 0) -> int:
@@ -109,10 +107,11 @@ def http_url(host: str, port: int) -> str:
 
 def _child(name: str, role: str, environment: dict[str, str], cores: tuple[int, ...] = ()) -> ChildSpec:
     command = (sys.executable, "-m", f"services.{role}.main")
-    # Idle threads sleep; every line comes at once; gRPC's core does not tell of each connection that ends.
-    calm = {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", "GRPC_VERBOSITY": "ERROR"}
+    # Every line comes at once; gRPC's core does not tell of each connection that ends.
+    calm = {"PYTHONUNBUFFERED": "1", "GRPC_VERBOSITY": "ERROR"}
     # The gateway ends first: while its last answers are written, the workers are still there.
-    return ChildSpec(name, command, {**calm, **base_environment(), **environment}, cores, stops_first=role == "gateway")
+    inherited = without_thread_placement(base_environment())
+    return ChildSpec(name, command, {**calm, **inherited, **environment}, cores, stops_first=role == "gateway")
 
 
 async def _until_ready(base_url: str, config: UpConfig) -> None:

@@ -12,7 +12,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from tailrace.checkpoint.resolve import default_cache_dir
-from tailrace.config import UpConfig, available_cores
+from tailrace.cli.cluster import worker_shares
+from tailrace.config import UpConfig
+from tailrace.cores import Machine, excess_threads, this_machine
 from tailrace.transfer.proof import rdma_devices
 
 _MIN_FREE_BYTES = 2 << 30
@@ -47,7 +49,7 @@ def machine_findings(config: UpConfig) -> Iterator[Finding]:
     yield _python()
     yield _package("torch", needed_for="workers")
     yield _nixl(config)
-    yield Finding(Verdict.PASS, "cores", f"{len(available_cores())} usable")
+    yield core_finding(config, this_machine())
     yield _cross_memory_attach()
     yield _rdma(config)
     yield _cache_directory(config.cache_dir or default_cache_dir())
@@ -77,6 +79,20 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def core_finding(config: UpConfig, machine: Machine) -> Finding:
+    """What there is, and whether the compute threads of all workers have a core each."""
+    shares = worker_shares(config, machine)
+    detail = f"{machine.num_usable} usable"
+    if machine.is_limited:
+        detail += f" of {len(machine.cores)}: a control group grants the time of {machine.quota:g}"
+    threads = ", ".join(str(share.threads) for share in shares)
+    detail += f"; compute threads of {len(shares)} workers: {threads}"
+    if excess_threads(machine, shares):
+        remedy = "fewer workers" if len(shares) > machine.num_usable else "fewer --threads"
+        return Finding(Verdict.WARN, "cores", f"{detail}; workers that work at once slow one another ({remedy})")
+    return Finding(Verdict.PASS, "cores", detail)
 
 
 def _cross_memory_attach() -> Finding:

@@ -13,6 +13,7 @@ from tailrace import __version__
 from tailrace.cli.bench.commands import bench_app
 from tailrace.cli.options import Settings, with_config
 from tailrace.config import GatewayConfig, UpConfig, WorkerConfig, base_environment
+from tailrace.cores import PASSIVE_WAITING
 from tailrace.errors import ConfigError, TailraceError
 
 
@@ -56,7 +57,7 @@ def _up(settings: Settings) -> None:
 
 def _service(role: str, config: type[GatewayConfig] | type[WorkerConfig]) -> Callable[[Settings], None]:
     def run(settings: Settings) -> None:
-        environment = {**base_environment(), **config(**settings).to_environment()}
+        environment = {**PASSIVE_WAITING, **base_environment(), **config(**settings).to_environment()}
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, "-m", f"services.{role}.main"], environment)  # noqa: S606
 

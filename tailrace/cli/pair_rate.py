@@ -5,19 +5,21 @@ they must know arrives as one line of JSON on stdin, what they found out leaves 
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import mmap
-import os
 import secrets
-import subprocess
 import sys
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from typing import Any, TextIO
 
 import numpy as np
 
-from tailrace.config import UpConfig
-from tailrace.errors import TailraceError, TransferError
+from tailrace.cli.processes import answer, claim_stdout, start, tell
+from tailrace.config import Transport, UpConfig
+from tailrace.errors import TailraceError, TransferError, UnavailableError
 from tailrace.transfer import (
     BlockRead,
     NixlEndpoint,
@@ -32,8 +34,10 @@ from tailrace.transfer.measure import PullRate, memcpy_bytes_per_s, pull_bytes_p
 BLOCK_BYTES = 368_640
 """A block of 16 tokens of SmolLM2-135M in bfloat16."""
 NUM_BLOCKS = 64
-_EPOCH = 1
+EPOCH = 1
 _TIMEOUT_S = 60
+Work = Callable[[dict[str, Any], TextIO], Coroutine[Any, Any, None]]
+"""What a process does with its order; it answers in one line."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,83 +49,79 @@ class PairRate:
 def measure_pair(config: UpConfig) -> PairRate:
     """Raises TransferError with the last words of the process that failed."""
     order = {"secret": secrets.token_hex(16), "transport": config.transport, "net_device": config.net_device}
-    with _start("owner") as owner:
+    found = order_pair("tailrace.cli.pair_rate", order)
+    return PairRate(PullRate(**found["pull"]), found["memcpy_bytes_per_s"])
+
+
+def order_pair(module: str, order: dict[str, Any]) -> Any:
+    """What the needer answers, who is told what the owner answered as well. Raises TransferError as measure_pair."""
+    with ExitStack() as stack:
+        owner = stack.enter_context(start(module, "owner"))
+        stack.callback(owner.kill)
         try:
-            peer = json.loads(_tell(owner, order))
-            with _start("needer") as needer:
-                found = json.loads(_tell(needer, order | {"peer": peer}))
-                return PairRate(PullRate(**found["pull"]), found["memcpy_bytes_per_s"])
-        finally:
-            owner.kill()
+            lent = tell(owner, order)
+            needer = stack.enter_context(start(module, "needer"))
+            stack.callback(needer.kill)
+            return tell(needer, order | lent)
+        except UnavailableError as error:
+            raise TransferError(f"no pair could be made: {error.message}") from None
 
 
-def _start(role: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tailrace.cli.pair_rate", role]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)  # noqa: S603 - our own module
+def make_pool(num_blocks: int = NUM_BLOCKS, block_bytes: int = BLOCK_BYTES) -> PoolMemory:
+    """Memory of the kind that a worker's blocks lie in, touched; block i holds 1 + i % 251 in every byte."""
+    region = mmap.mmap(-1, num_blocks * block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            region.madvise(mmap.MADV_HUGEPAGE)
+    data = np.frombuffer(region, dtype=np.uint8).reshape(num_blocks, block_bytes)
+    data[:] = (1 + np.arange(num_blocks) % 251)[:, None]
+    stamps = np.full(num_blocks, EPOCH << 32, dtype=np.uint64)
+    return PoolMemory(int(data.ctypes.data), block_bytes, num_blocks, memoryview(region), stamps)
 
 
-def _tell(process: subprocess.Popen[str], order: dict[str, Any]) -> str:
-    """The line that it answers."""
-    if process.stdin is None or process.stdout is None or process.stderr is None:
-        raise TransferError("a measuring process was started without pipes")
-    print(json.dumps(order), file=process.stdin, flush=True)
-    if line := process.stdout.readline():
-        return line
-    said = process.stderr.read().strip().splitlines()
-    raise TransferError(f"no pair could be made: {said[-1] if said else 'a process ended without a word'}")
-
-
-def _make_pool() -> PoolMemory:
-    region = mmap.mmap(-1, NUM_BLOCKS * BLOCK_BYTES)
-    data = np.frombuffer(region, dtype=np.uint8)
-    data[:] = 1
-    stamps = np.full(NUM_BLOCKS, _EPOCH << 32, dtype=np.uint64)
-    return PoolMemory(int(data.ctypes.data), BLOCK_BYTES, NUM_BLOCKS, memoryview(region), stamps)
-
-
-def _options(role: str, order: dict[str, Any]) -> TransferOptions:
+def make_options(role: str, order: dict[str, Any], transport: Transport) -> TransferOptions:
     return TransferOptions(
-        worker_id=f"doctor-{role}",
-        epoch=_EPOCH,
+        worker_id=f"measured-{role}",
+        epoch=EPOCH,
         role=role,
         secret=order["secret"].encode(),
-        preference=order["transport"],
+        preference=transport,
         net_device=order["net_device"],
     )
 
 
-async def _own(order: dict[str, Any], answer: TextIO) -> None:
+async def _own(order: dict[str, Any], answers: TextIO) -> None:
     """Lend the whole pool until stdin ends."""
-    plane = await open_transfer(_make_pool(), _options("owner", order))
+    plane = await open_transfer(make_pool(), make_options("owner", order, order["transport"]))
     try:
         with plane.owner.lending("nixl"):
-            print(encode_peer(plane.owner.endpoints()), file=answer, flush=True)
+            answer(answers, {"peer": encode_peer(plane.owner.endpoints())})
             await asyncio.to_thread(sys.stdin.read)
     finally:
         await plane.close()
 
 
-async def _need(order: dict[str, Any], answer: TextIO) -> None:
+async def _need(order: dict[str, Any], answers: TextIO) -> None:
     peer = decode_peer(order["peer"])
-    plane = await open_transfer(_make_pool(), _options("needer", order))
+    plane = await open_transfer(make_pool(), make_options("needer", order, order["transport"]))
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             rate = await pull_bytes_per_s(await plane.needer.connect(peer), _reads(peer))
         found = PairRate(rate, memcpy_bytes_per_s(BLOCK_BYTES))
-        print(json.dumps(dataclasses.asdict(found)), file=answer, flush=True)
+        answer(answers, dataclasses.asdict(found))
     finally:
         await plane.close()
 
 
 def _reads(peer: PeerEndpoints) -> list[BlockRead]:
     base = peer.nixl.pool_address if peer.nixl else 0
-    return [BlockRead(i, base + i * BLOCK_BYTES, _EPOCH << 32, i) for i in range(NUM_BLOCKS)]
+    return [BlockRead(i, base + i * BLOCK_BYTES, EPOCH << 32, i) for i in range(NUM_BLOCKS)]
 
 
-def encode_peer(peer: PeerEndpoints) -> str:
-    """As JSON, bytes as hex."""
-    return json.dumps(dataclasses.asdict(peer), default=bytes.hex)
+def encode_peer(peer: PeerEndpoints) -> dict[str, Any]:
+    """For JSON, bytes as hex."""
+    fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(peer), default=bytes.hex))
+    return fields
 
 
 def decode_peer(fields: dict[str, Any]) -> PeerEndpoints:
@@ -132,16 +132,15 @@ def decode_peer(fields: dict[str, Any]) -> PeerEndpoints:
     return PeerEndpoints(**{**fields, "nixl": nixl, "stream": StreamEndpoint(**stream) if stream else None})
 
 
-def main(role: str) -> None:
+def take_part(work: Work) -> None:
+    """A measuring process, from the order on stdin to its end."""
     order = json.loads(sys.stdin.readline())
-    # UCX writes its warnings to stdout, where only our one line may be.
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    answers = claim_stdout()
     try:
-        asyncio.run((_own if role == "owner" else _need)(order, answer))
+        asyncio.run(work(order, answers))
     except (TailraceError, TimeoutError) as error:
         sys.exit(str(error) or "the pair did not finish in time")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    take_part(_own if sys.argv[1] == "owner" else _need)

@@ -10,8 +10,10 @@ from rich.console import Console
 
 from tailrace.cli.cluster import free_port, running_cluster
 from tailrace.cli.console import ClusterConsole
+from tailrace.cli.machine_checks import Verdict, core_finding
 from tailrace.cli.model import fetch_model
 from tailrace.config import UpConfig
+from tailrace.cores import this_machine
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -39,6 +41,9 @@ async def until_signalled(work: Coroutine[Any, Any, None]) -> None:
 
 async def _serve(config: UpConfig, model: Path, console: Console) -> None:
     console.print(f"Starting {describe(config)}; Ctrl-C stops it")
+    cores = core_finding(config, this_machine())
+    if cores.verdict is Verdict.WARN:
+        console.print(f"[yellow]{cores.what}: {cores.detail}[/yellow]", soft_wrap=True)
     async with running_cluster(config, model, ClusterConsole(console)) as cluster:
         console.print(
             f"[bold]Ready in {cluster.started_in_s:.1f} s: {cluster.api_url}[/bold] ({config.model_names[0]})"

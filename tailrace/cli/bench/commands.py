@@ -33,6 +33,24 @@ def bench_handoff(
     run_handoff(_quiet({"model": model, "transport": transport, "dtype": dtype}), options, as_json=as_json)
 
 
+@bench_app.command("transfer")
+def bench_transfer(
+    transport: Transport = "auto",
+    blocks: Annotated[int, typer.Option(min=1, max=100_000, help="Of one pull.")] = 64,
+    block_bytes: Annotated[
+        int, typer.Option(min=64, max=1 << 30, help="Default: 16 tokens of SmolLM2-135M.")
+    ] = 368_640,
+    ranges: Annotated[int, typer.Option(min=1, max=1000, help="Sets of blocks that take turns.")] = 12,
+    rounds: Annotated[int, typer.Option(min=1, max=10_000)] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """A pull beside its own limit: over nixl beside memcpy by one thread, over a stream beside a bare socket loop."""
+    from tailrace.cli.bench.transfer import TransferBenchOptions, run_transfer
+
+    options = TransferBenchOptions(num_blocks=blocks, block_bytes=block_bytes, rounds=rounds, num_ranges=ranges)
+    run_transfer(_quiet({"transport": transport}), options, as_json=as_json)
+
+
 @bench_app.command("engine")
 def bench_engine(
     model: Model = DEFAULT_MODEL,
@@ -103,6 +121,23 @@ def bench_serve(
     run_serve(_quiet({"model": model, "dtype": dtype, "transport": transport, **workers}), options, as_json=as_json)
 
 
+@bench_app.command("overhead")
+def bench_overhead(
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "auto",
+    streams: Annotated[int, typer.Option(min=1, max=4096, help="Requests that are open at once.")] = 32,
+    input_tokens: Annotated[int, typer.Option("--input", min=1, max=1_000_000, help="Prompt tokens each.")] = 256,
+    output_tokens: Annotated[int, typer.Option("--output", min=1, max=1_000_000, help="Output tokens each.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Counted turns of each.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Output tokens a second of a whole server on one core, over those of its engine alone."""
+    from tailrace.cli.bench.overhead import OverheadOptions, run_overhead
+
+    options = OverheadOptions(streams=streams, input=input_tokens, output=output_tokens, rounds=rounds)
+    run_overhead(_quiet({"model": model, "dtype": dtype}), options, as_json=as_json)
+
+
 @bench_app.command("interference")
 def bench_interference(
     model: Model = DEFAULT_MODEL,
@@ -142,6 +177,19 @@ def bench_gateway(
         model=model, streams=streams, tokens_per_s=tokens_per_s, seconds=seconds, rounds=rounds
     )
     run_gateway(options, as_json=as_json)
+
+
+@bench_app.command("idle")
+def bench_idle(
+    model: Model = DEFAULT_MODEL,
+    transport: Transport = "auto",
+    seconds: Annotated[float, typer.Option(min=1, max=3600)] = 20.0,
+    as_json: AsJson = False,
+) -> None:
+    """CPU of one gateway, one prefill and one decode worker with nothing to do."""
+    from tailrace.cli.bench.idle import IdleOptions, run_idle
+
+    run_idle(_quiet({"model": model, "transport": transport}), IdleOptions(seconds=seconds), as_json=as_json)
 
 
 def _quiet(settings: Settings) -> UpConfig:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tailrace.config import available_cores
+from tailrace.cores import available_cores
 
 PACKAGES = ("tailrace", "torch", "nixl-cu12", "grpcio")
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from tailrace.cli.cluster import divide_cores, free_port, http_url, num_workers, plan_children, running_cluster
+from tailrace.cli.cluster import free_port, http_url, num_workers, plan_children, running_cluster
 from tailrace.cli.supervisor import ChildFailedError
 from tailrace.config import UpConfig
+from tailrace.cores import Machine
 from tailrace.errors import ConfigError
 from tailrace.messages import Load
 from tailrace.telemetry.metrics import GatewayMetrics, WorkerSample, render
@@ -18,8 +19,9 @@ from tests.helpers.fake_services import write_fake_services
 MODEL = Path("/models/m")
 
 
-def plan(cores=(0, 1, 2, 3), **values):
-    return {c.name: c for c in plan_children(UpConfig(**values), MODEL, port=9000, grpc_port=9001, cores=cores)}
+def plan(cores=(0, 1, 2, 3), quota=None, **values):
+    machine = Machine(cores, quota)
+    return {c.name: c for c in plan_children(UpConfig(**values), MODEL, port=9000, grpc_port=9001, machine=machine)}
 
 
 def test_each_role_is_a_process_of_its_own():
@@ -61,17 +63,27 @@ def test_cores_and_threads_are_divided_among_the_workers():
     assert children["gateway"].cores == ()
 
 
-@pytest.mark.parametrize(
-    ("cores", "workers", "shares"),
-    [
-        ((0, 1), 2, [(0,), (1,)]),
-        ((4, 5, 6, 7, 8), 2, [(4, 5, 6), (7, 8)]),
-        ((0, 1), 3, [(), (), ()]),
-        ((0,), 1, [(0,)]),
-    ],
-)
-def test_shares_are_even_or_everybody_has_all(cores, workers, shares):
-    assert divide_cores(cores, workers) == shares
+def test_nobody_is_kept_to_cores_when_asked_not_to():
+    assert plan(pin_cores=False)["decode-0"].cores == ()
+    assert plan(pin_cores=False)["decode-0"].environment["TAILRACE_THREADS"] == "2"
+
+
+def test_threads_are_counted_by_what_a_control_group_grants():
+    decode = plan(cores=tuple(range(64)), quota=4.0)["decode-0"]
+    assert (decode.cores, decode.environment["TAILRACE_THREADS"]) == ((), "2")
+
+
+def test_no_variable_of_the_user_lets_idle_threads_spin_or_binds_all_workers_to_the_same_cores(monkeypatch):
+    for name, value in (
+        *(("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "infinity"), ("KMP_BLOCKTIME", "infinite")),
+        *(("OMP_NUM_THREADS", "64"), ("OMP_PROC_BIND", "true"), ("GOMP_CPU_AFFINITY", "0")),
+    ):
+        monkeypatch.setenv(name, value)
+    for name in ("prefill-0", "decode-0"):
+        environment = plan(cores=(0, 1))[name].environment
+        assert (environment["OMP_WAIT_POLICY"], environment["GOMP_SPINCOUNT"]) == ("PASSIVE", "0")
+        assert (environment["KMP_BLOCKTIME"], environment["OMP_NUM_THREADS"]) == ("0", "1")
+        assert not {"OMP_PROC_BIND", "GOMP_CPU_AFFINITY"} & set(environment)
 
 
 def test_a_port_in_use_is_named():

@@ -11,7 +11,7 @@ from tailrace.transfer import NixlEndpoint, PeerEndpoints, StreamEndpoint
 def test_an_owner_is_the_same_after_its_way_through_json():
     nixl = NixlEndpoint("a", b"\xff\x00", 1 << 60, 2, 3, b"\x01" * 16, 4, "boot", "dram", 0, ("mlx5_0",))
     peer = PeerEndpoints("w", 1, 4096, 8, nixl, StreamEndpoint("127.0.0.1", 5, False))
-    assert decode_peer(json.loads(encode_peer(peer))) == peer
+    assert decode_peer(json.loads(json.dumps(encode_peer(peer)))) == peer
 
 
 def test_two_processes_move_blocks_and_say_how_fast():
