@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arms import Answer, Arm, ArmFailedError, ArmSpec
-from benchmarks.own import run_own
-from benchmarks.page import write_page
+from benchmarks.own import COMMANDS, run_own
+from benchmarks.page import Heading, load_notes, page
 from benchmarks.workloads import ROOT, Group, Workload, plan
 from tailrace.checkpoint.model_config import load_model_config
 from tailrace.checkpoint.resolve import resolve_model
@@ -118,19 +118,24 @@ def main() -> None:
     parser.add_argument("--venvs", type=Path, default=ROOT / "benchmarks" / ".venvs")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / f"{datetime.date.today()}.md")
     parser.add_argument("--only", choices=("peers", "own"), help="half of it")
+    parser.add_argument("--own", nargs="+", choices=tuple(COMMANDS), default=tuple(COMMANDS), help="of our own, these")
+    parser.add_argument("--notes", type=Path, default=ROOT / "benchmarks" / "notes.toml", help="by row, in TOML")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
+    command = " ".join(("python -m benchmarks.compare", *sys.argv[1:]))
+    heading = Heading(options.out.stem, command, options.model, machine(), load_notes(options.notes))
     model = resolve_model(options.model)
-    about = machine()
     groups: list[GroupResult] = []
     with tempfile.TemporaryDirectory(prefix="tailrace-bench-") as logs:
         if options.only != "own":
             vocab_size = load_model_config(model).vocab_size
             for group in plan(model, options.venvs, available_cores()):
                 groups.append(measure(group, options.rounds, vocab_size, Path(logs)))
-    own = run_own(options.model, _say) if options.only != "peers" else []
-    write_page(options.out, options.model, about, groups, own)
+    wanted = {name: COMMANDS[name] for name in options.own}
+    own = run_own(options.model, _say, wanted) if options.only != "peers" else []
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text("\n".join(page(heading, groups, own)) + "\n", encoding="utf-8")
     _say(f"written: {options.out}")
 
 

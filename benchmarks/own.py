@@ -1,39 +1,33 @@
-"""Tailrace's own benchmarks, each as a user would run it; and the numbers that they are to reach."""
+"""Tailrace's own benchmarks, each as a user would run it."""
 
 import json
 import os
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import psutil
+
+from benchmarks.goals import Result
 from benchmarks.workloads import ROOT
 
-Result = Mapping[str, Any]
 TIMEOUT_S = 240
 
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     "engine batch 1": ("engine", "--batch", "1", "--input", "128", "--output", "64"),
     "engine batch 32": ("engine", "--batch", "32", "--input", "256", "--output", "128"),
     "engine prefill": (
-        "engine",
-        "--batch",
-        "1",
-        "--input",
-        "1024",
-        "--output",
-        "2",
-        "--max-num-batched-tokens",
-        "1024",
+        *("engine", "--batch", "1", "--input", "1024", "--output", "2", "--max-num-batched-tokens", "1024"),
     ),
-    "serve": (
-        *("serve", "--prefill", "0", "--decode", "1", "--threads", "1", "--concurrency", "32", "--num-requests", "32"),
-        *("--input-tokens", "256", "--output-tokens", "128"),
-    ),
-    "handoff": ("handoff", "--rounds", "5"),
+    "overhead": ("overhead", "--rounds", "3"),
+    "handoff": ("handoff", "--rounds", "10"),
+    "transfer": ("transfer", "--rounds", "40"),
     "gateway": ("gateway", "--rounds", "3", "--seconds", "5"),
-    "interference": ("interference", "--rounds", "2", "--seconds", "10"),
+    "interference": ("interference", "--rounds", "2", "--seconds", "12"),
+    "idle": ("idle", "--seconds", "20"),
 }
 
 
@@ -43,57 +37,25 @@ class OwnResult:
     command: str
     result: Result | None
     failure: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    what: str
-    benchmark: str
-    value: Callable[[Result], float]
-    must: float
-    aim: float
-    at_most: bool = False
-    """The smaller the better."""
-
-    def is_met(self, value: float) -> bool:
-        return value <= self.must if self.at_most else value >= self.must
-
-
-GOALS = (
-    Goal("MBU at batch 1", "engine batch 1", lambda r: r["mbu_decode"], 0.65, 0.85),
-    Goal("prefill MFU, 1,024 tokens", "engine prefill", lambda r: r["mfu_prefill"], 0.45, 0.65),
-    Goal(
-        *("host overhead of a step at batch 32", "engine batch 32", lambda r: r["decode_step"]["host_overhead"]),
-        *(0.10, 0.05, True),
-    ),
-    Goal(
-        *("scheduler at 256 running sequences, us", "engine batch 32", lambda r: r["scheduler_us_256_sequences"]),
-        *(500, 150, True),
-    ),
-    Goal(
-        *("gateway CPU a token, us", "gateway", lambda r: r["gateway"]["cpu_us_per_token"]["median"], 20, 10, True),
-    ),
-    Goal("gateway over FastAPI + pydantic", "gateway", lambda r: r["gateway_over_plain"], 0.5, 0.25, True),
-    Goal("first token, P/D over colocated", "handoff", lambda r: r["first_token_ratio"], 1.02, 1.0, True),
-    Goal("second token, P/D over colocated", "handoff", lambda r: r["second_token_ratio"], 1.08, 1.04, True),
-    Goal(
-        *("ICL p99, colocated unchunked over P/D", "interference", lambda r: r["icl_p99_unchunked_over_pd"], 5, 10),
-    ),
-    Goal("ICL p99, colocated chunked over P/D", "interference", lambda r: r["icl_p99_chunked_over_pd"], 1.5, 2),
-)
+    other_cores: float = 0.0
+    """CPU seconds a second of everybody else on this machine, meanwhile."""
 
 
 def run_own(
     model: str, say: Callable[[str], None], commands: Mapping[str, tuple[str, ...]] = COMMANDS
 ) -> list[OwnResult]:
     """One after another; one that fails is in the list with what it said."""
-    return [_run(name, (*arguments, "--model", model), say) for name, arguments in commands.items()]
+    with_model = {"transfer": ()}
+    return [
+        _run(name, (*arguments, *with_model.get(name, ("--model", model))), say) for name, arguments in commands.items()
+    ]
 
 
 def _run(name: str, arguments: Sequence[str], say: Callable[[str], None]) -> OwnResult:
     command = ("bench", *arguments, "--json")
     shown = " ".join(("tailrace", *command))
     say(shown)
+    before, began = _cpu_s(), time.monotonic()
     try:
         done = subprocess.run(
             (sys.executable, "-m", "tailrace.cli.main", *command),
@@ -105,13 +67,17 @@ def _run(name: str, arguments: Sequence[str], say: Callable[[str], None]) -> Own
         )
     except subprocess.TimeoutExpired:
         return OwnResult(name, shown, None, f"not done within {TIMEOUT_S} s")
+    others = max(0.0, _cpu_s() - before) / (time.monotonic() - began)
+    say(f"  {time.monotonic() - began:.0f} s, beside {others:.2f} cores of others")
     if done.returncode != 0:
-        return OwnResult(name, shown, None, " | ".join(done.stderr.strip().splitlines()[-3:]))
-    return OwnResult(name, shown, json.loads(done.stdout))
+        return OwnResult(name, shown, None, " | ".join(done.stderr.strip().splitlines()[-3:]), others)
+    try:
+        return OwnResult(name, shown, json.loads(done.stdout), other_cores=others)
+    except json.JSONDecodeError:
+        return OwnResult(name, shown, None, "it was stopped: no result", others)
 
 
-def server_over_engine(results: Mapping[str, Result]) -> float | None:
-    """Output tokens a second of the whole server at 32 streams, over the engine alone on the same workload."""
-    if "serve" not in results or "engine batch 32" not in results:
-        return None
-    return float(results["serve"]["output_tokens_per_s"] / results["engine batch 32"]["output_tokens_per_s"])
+def _cpu_s() -> float:
+    """CPU seconds of everybody, without those of our children that have ended, and theirs."""
+    everybody, children = psutil.cpu_times(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return float(everybody.user + everybody.nice + everybody.system - children.ru_utime - children.ru_stime)

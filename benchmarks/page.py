@@ -2,11 +2,14 @@
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.own import GOALS, Goal, OwnResult, server_over_engine
+from benchmarks.goals import GOALS, PEER_GOALS
+from benchmarks.own import OwnResult
 from benchmarks.workloads import Workload
 from tailrace.cli.bench.report import Spread
 
@@ -34,24 +37,64 @@ COLUMNS = (
 )
 
 
-def write_page(
-    path: Path, model: str, machine: dict[str, Any], groups: "Sequence[GroupResult]", own: Sequence[OwnResult]
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(page(path.stem, model, machine, groups, own)) + "\n", encoding="utf-8")
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """What a page says before its figures."""
+
+    title: str
+    command: str
+    model: str
+    machine: Mapping[str, Any]
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """By row: why it was missed, and what is next."""
 
 
-def page(
-    title: str, model: str, machine: dict[str, Any], groups: "Sequence[GroupResult]", own: Sequence[OwnResult]
-) -> Iterator[str]:
-    yield f"# Benchmarks, {title}\n"
-    yield f"`make bench` on {machine['processor']}, {machine['cores']} cores, Python {machine['python']}; model"
-    yield f"{model}; load average {machine['load_before']} before it began.\n"
-    yield HOW
+def page(heading: Heading, groups: "Sequence[GroupResult]", own: Sequence[OwnResult]) -> Iterator[str]:
+    machine = heading.machine
+    yield f"# Benchmarks, {heading.title}\n"
+    yield f"`{heading.command}` on {machine['processor']}, {machine['cores']} cores, Python {machine['python']}; model"
+    yield f"{heading.model}; load average {machine['load_before']} before it began."
+    yield from _rows(heading.notes, groups, own)
+    if groups:
+        yield f"\n{HOW}"
     for group in groups:
         yield from _group(group)
     if own:
         yield from _own(own)
+
+
+def load_notes(path: Path) -> dict[str, str]:
+    """TOML, a row's name = its note. Raises ValueError for a row that there is not."""
+    notes: dict[str, str] = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if strange := set(notes) - {goal.what for goal in (*PEER_GOALS, *GOALS)}:
+        raise ValueError(f"{path}: no such rows: {', '.join(sorted(strange))}")
+    return notes
+
+
+# -- numbers to reach -------------------------------------------------------------------------------------------------
+
+
+def _rows(notes: Mapping[str, str], groups: "Sequence[GroupResult]", own: Sequence[OwnResult]) -> Iterator[str]:
+    """Of the halves that were asked for."""
+    results = {entry.name: entry.result for entry in own if entry.result is not None}
+    asked = {entry.name for entry in own}
+    rows = [goal.row(groups) for goal in PEER_GOALS] if groups else []
+    rows += [goal.row(results) for goal in GOALS if goal.benchmark in asked]
+    yield "\n## Numbers to reach\n"
+    yield "| what | measured: median (min-max) | must | aim | | |"
+    yield "|---|---|---|---|---|---|"
+    for row in rows:
+        sign = "<=" if row.limits.at_most else ">="
+        said = _figure(row.measured) if row.measured else f"not measured: {row.why_not}"
+        verdict = row.limits.verdict(row.measured.median) if row.measured else ""
+        limits = f"{sign} {row.limits.must:g} | {row.limits.aim:g}"
+        yield f"| {row.what} | {said} | {limits} | {verdict} | {notes.get(row.what, '')} |"
+
+
+def _figure(spread: Spread) -> str:
+    if spread.min == spread.max:
+        return f"{spread.median:.3g}"
+    return f"{spread.median:.3g} ({spread.min:.3g}-{spread.max:.3g})"
 
 
 # -- beside peers -----------------------------------------------------------------------------------------------------
@@ -122,28 +165,17 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _own(own: Sequence[OwnResult]) -> Iterator[str]:
-    results = {entry.name: entry.result for entry in own if entry.result is not None}
     yield "\n## Tailrace alone\n"
-    yield "| what | measured | must | aim | |"
-    yield "|---|---|---|---|---|"
-    for goal in GOALS:
-        if goal.benchmark in results:
-            yield _goal_row(goal, goal.value(results[goal.benchmark]))
-    if (share := server_over_engine(results)) is not None:
-        yield _goal_row(Goal("whole server over engine alone, 32 streams", "serve", lambda r: share, 0.90, 0.97), share)
-    yield ""
+    versions = next((entry.result["versions"] for entry in own if entry.result and "versions" in entry.result), {})
+    said = ", ".join(f"{package} {version}" for package, version in versions.items())
+    yield f"{said}. Cores of others: what the rest"
+    yield "of the machine used while a command ran, on average.\n"
     for entry in own:
+        busy = " (busy)" if entry.other_cores > BUSY else ""
+        load = f"{entry.other_cores:.2f} cores of others{busy}"
         if entry.result is None:
-            yield f"- `{entry.command}` failed: {entry.failure}"
-    for entry in own:
-        if entry.result is not None:
-            said = json.dumps(
-                {key: value for key, value in entry.result.items() if key not in ("command", "machine")}, indent=1
-            )
-            yield f"<details><summary><code>{entry.command}</code></summary>\n\n```json\n{said}\n```\n</details>\n"
-
-
-def _goal_row(goal: Goal, value: float) -> str:
-    sign = "<=" if goal.at_most else ">="
-    verdict = "" if goal.is_met(value) else "**missed**"
-    return f"| {goal.what} | {value:.3g} | {sign} {goal.must:g} | {goal.aim:g} | {verdict} |"
+            yield f"- `{entry.command}` failed ({load}): {entry.failure}\n"
+            continue
+        figures = {key: value for key, value in entry.result.items() if key not in ("command", "machine", "versions")}
+        yield f"<details><summary><code>{entry.command}</code>, {load}</summary>\n"
+        yield f"```json\n{json.dumps(figures, indent=1)}\n```\n</details>\n"

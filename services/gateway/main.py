@@ -16,6 +16,7 @@ from services.gateway.app import Readiness, Views, create_app
 from services.gateway.dispatcher import PairDispatcher
 from services.gateway.generate import HttpOptions
 from services.gateway.generation import Dispatcher
+from services.gateway.http_server import HttpServer
 from services.gateway.inference import Inference, InferenceOptions
 from services.gateway.members import Members
 from services.gateway.observer import Observer, open_tracer
@@ -168,7 +169,7 @@ async def run(gateway: Gateway) -> None:
     for address in config.workers:
         gateway.members.add(address)
     try:
-        await uvicorn.Server(gateway.http_app()).serve(sockets=[listener])
+        await HttpServer(gateway.http_app()).serve(sockets=[listener])
     finally:
         await gateway.members.close()
         await server.stop()

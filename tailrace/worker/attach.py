@@ -30,7 +30,7 @@ from tailrace.worker.report import StepReport
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 0.5
+BEAT_S = 1.0
 """A session hears from us at least this often."""
 LOAD_S = 0.1
 """A session learns the load at most this often while there are steps to tell of."""

@@ -36,11 +36,11 @@ _START_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class InterferenceOptions:
-    decoders: int = 8
+    decoders: int = 16
     """Sequences that decode all the time."""
     prompt_tokens: int = 1024
-    prompts_per_s: float = 0.6
-    """Poisson, the same arrivals for every arm."""
+    prompts_per_s: float = 1.2
+    """Poisson, the same arrivals for every arm; at much less, fewer than one gap in a hundred meets a prompt."""
     seconds: float = 15.0
     """Of one turn of one arm."""
     rounds: int = 2
@@ -62,6 +62,7 @@ class ArmGaps:
             "icl_p50_ms": round(self.percentile(0.5) * 1e3, 2),
             "icl_p99_ms": round(self.percentile(0.99) * 1e3, 2),
             "icl_p99_ms_of_rounds": [round(percentile(gaps, 0.99) * 1e3, 2) for gaps in self.gaps],
+            "icl_p999_ms": round(self.percentile(0.999) * 1e3, 2),
             "icl_max_ms": round(max(itertools.chain(*self.gaps)) * 1e3, 2),
             "num_gaps": sum(map(len, self.gaps)),
             "prompt_ttft_ms": asdict(Spread.of_ms(self.prompts_ttft)) if self.prompts_ttft else None,

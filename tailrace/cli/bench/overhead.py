@@ -85,7 +85,7 @@ async def _measure(config: UpConfig, options: OverheadOptions) -> dict[str, Any]
             Asker(cluster.api_url) as asker,
         ):
             for turn in range(-1, options.rounds):
-                prompts = list(token_prompts(options.streams, options.input, vocab_size, seed=turn))
+                prompts = list(token_prompts(options.streams, options.input, vocab_size, seed=turn + 1))
                 rates = {}
                 for arm in ("engine", "server") if turn % 2 else ("server", "engine"):
                     if arm == "engine":

@@ -1,9 +1,12 @@
 from pathlib import Path
 
+import pytest
+
 from benchmarks.arms import Answer, ArmSpec
 from benchmarks.compare import GroupResult, Sample
-from benchmarks.own import GOALS, OwnResult, run_own, server_over_engine
-from benchmarks.page import page
+from benchmarks.goals import GOALS, PEER_GOALS, Limits
+from benchmarks.own import COMMANDS, OwnResult, run_own
+from benchmarks.page import Heading, load_notes, page
 from benchmarks.workloads import Group, Workload, plan
 
 WORKLOAD = Workload(2, 8, 4)
@@ -25,8 +28,8 @@ def result(own, peer):
     return GroupResult(group, {"tailrace": ABOUT, "peer": ABOUT}, {"tailrace": 1.0, "peer": 2.0}, {}, samples)
 
 
-def text(groups=(), own=()):
-    return "\n".join(page("2026-01-01", "m", MACHINE, groups, own))
+def text(groups=(), own=(), notes=None):
+    return "\n".join(page(Heading("2026-01-01", "make bench", "m", MACHINE, notes or {}), groups, own))
 
 
 def row(page_text, start):
@@ -69,32 +72,58 @@ def test_who_is_not_there_is_named():
 
 def test_goals_are_held_against_what_was_measured():
     own = [
-        OwnResult("engine batch 1", "tailrace bench engine", {"mbu_decode": 0.3}),
+        OwnResult("engine batch 1", "tailrace bench engine", {"mbu_decode": 0.3, "versions": {"tailrace": "9"}}),
         OwnResult(
             "gateway",
             "tailrace bench gateway",
-            {"gateway": {"cpu_us_per_token": {"median": 9.0}}, "gateway_over_plain": 0.5},
+            {"gateway": {"cpu_us_per_token": {"median": 9.0, "min": 8.0, "max": 9.5}}, "gateway_over_plain": 0.5},
+            other_cores=0.5,
         ),
         OwnResult("handoff", "tailrace bench handoff", None, "no worker"),
     ]
-    said = text(own=own)
-    assert row(said, "| MBU at batch 1")[2:6] == ["0.3", ">= 0.65", "0.85", "**missed**"]
-    assert row(said, "| gateway CPU")[2:6] == ["9", "<= 20", "10", ""]
-    assert row(said, "| gateway over")[5] == ""
-    assert "- `tailrace bench handoff` failed: no worker" in said
-    assert "first token" not in said
+    said = text(own=own, notes={"MBU at batch 1": "packing is next"})
+    assert row(said, "| MBU at batch 1")[2:7] == ["0.3", ">= 0.65", "0.85", "**missed**", "packing is next"]
+    assert row(said, "| gateway CPU a token, 32")[2:6] == ["9 (8-9.5)", "<= 20", "10", "aim met"]
+    assert row(said, "| gateway CPU a token over")[5] == "met"
+    assert row(said, "| first token of")[2] == "not measured: handoff was not run to its end"
+    assert "- `tailrace bench handoff` failed (0.00 cores of others): no worker" in said
+    assert "0.50 cores of others (busy)" in said
+    assert "tailrace 9." in said
+    assert "idle" not in said
+
+
+def test_a_benchmark_that_leaves_a_figure_out_is_not_measured():
+    said = text(own=[OwnResult("transfer", "tailrace bench transfer", {"stream_over_socket": 0.9})])
+    assert row(said, "| pull over nixl")[2].startswith("not measured")
+    assert row(said, "| pull over a stream")[5] == "met"
+
+
+def test_peers_are_held_against_goals_by_rounds():
+    goal = PEER_GOALS[0]
+    slow, fast = (Sample.of(goal.workload, None, Answer(wall_s, 64, (1,), 1.0, 0.0)) for wall_s in (3.0, 2.0))
+    group = Group((1,), (ArmSpec("tailrace", (), (1,)), ArmSpec("vllm", (), (1,))), (goal.workload,))
+    samples = {(goal.workload, "tailrace"): [fast, fast], (goal.workload, "vllm"): [slow, fast]}
+    said = text([GroupResult(group, {}, {}, {}, samples)])
+    assert row(said, f"| {goal.what}")[2:6] == ["1.25 (1-1.5)", ">= 1.3", "1.6", "**missed**"]
+    assert "not measured" in row(said, f"| {PEER_GOALS[1].what}")[2]
+
+
+def test_limits_from_above_and_below():
+    assert [Limits(0.5, 0.8).verdict(v) for v in (0.4, 0.5, 0.8)] == ["**missed**", "met", "aim met"]
+    assert [Limits(20, 10, at_most=True).verdict(v) for v in (21, 20, 10)] == ["**missed**", "met", "aim met"]
+
+
+def test_a_note_of_a_row_that_there_is_not_is_refused(tmp_path):
+    assert load_notes(tmp_path / "none.toml") == {}
+    (tmp_path / "n.toml").write_text('"MBU at batch 1" = "why"\n')
+    assert load_notes(tmp_path / "n.toml") == {"MBU at batch 1": "why"}
+    (tmp_path / "n.toml").write_text('"MBU" = "why"\n')
+    with pytest.raises(ValueError, match="no such rows: MBU"):
+        load_notes(tmp_path / "n.toml")
 
 
 def test_every_goal_is_of_a_benchmark_that_is_run():
-    from benchmarks.own import COMMANDS
-
     assert {goal.benchmark for goal in GOALS} <= set(COMMANDS)
-
-
-def test_the_server_is_held_against_the_engine():
-    results = {"serve": {"output_tokens_per_s": 90.0}, "engine batch 32": {"output_tokens_per_s": 100.0}}
-    assert server_over_engine(results) == 0.9
-    assert server_over_engine({}) is None
 
 
 def test_a_benchmark_that_fails_says_why():
@@ -102,7 +131,7 @@ def test_a_benchmark_that_fails_says_why():
     [done] = run_own("no-such-model", said.append, {"x": ("engine", "--batch", "1")})
     assert done.result is None
     assert "no-such-model" in done.failure
-    assert said == ["tailrace bench engine --batch 1 --model no-such-model --json"]
+    assert said[0] == "tailrace bench engine --batch 1 --model no-such-model --json"
 
 
 def test_a_peer_is_asked_only_when_its_setup_came_to_the_end(tmp_path):
