@@ -59,11 +59,15 @@ def report(head: dict[str, Any], options: TransferBenchOptions, found: dict[str,
         "not_measured": found["missing"],
         **{shape: _shape(found["seconds"][shape], num_bytes) for shape in SHAPES},
         **{
-            f"{name}_over_{limit}": min(_ratio(found["seconds"][shape], name, limit).median for shape in SHAPES)
+            f"{name}_over_{limit}": asdict(_worst([_ratio(found["seconds"][shape], name, limit) for shape in SHAPES]))
             for name, limit in LIMITS.items()
             if name in found["seconds"][SHAPES[0]]
         },
     }
+
+
+def _worst(ratios: Sequence[Spread]) -> Spread:
+    return min(ratios, key=lambda ratio: ratio.median)
 
 
 def _shape(seconds: dict[str, list[float]], num_bytes: int) -> dict[str, Any]:

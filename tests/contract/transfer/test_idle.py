@@ -34,6 +34,33 @@ async def test_lending_over_nixl_costs_an_owner_under_three_percent_of_a_core() 
         assert await owner.call("cpu_s") - before < 0.03 * 2
 
 
+async def test_a_pull_in_flight_from_a_stopped_owner_waits_without_spinning() -> None:
+    """Over a stream: by cross-memory attach an owner's blocks are read whether it runs or not."""
+    async with worker("owner", seed=3, preference="stream") as owner, worker("needer", preference="stream") as needer:
+        peer = await owner.meet()
+        await needer.call("connect", peer=peer_to_json(peer))
+        owner.stop()
+        await needer.start_read("pull", peer, make_reads(peer, [1], [2]))
+        before = await needer.call("cpu_s")
+        assert await needer.call("wait", name="pull", timeout_s=2.0) is None
+        assert await needer.call("cpu_s") - before < 0.02 * 2
+        owner.go_on()
+        assert await needer.call("wait", name="pull", timeout_s=10.0) == ["good", ""]
+
+
+async def test_a_first_contact_over_nixl_with_a_stopped_owner_polls_with_sleep() -> None:
+    async with worker("owner", seed=3, preference="nixl") as owner:
+        peer = await owner.meet()
+        owner.stop()
+        async with worker("needer", preference="nixl", proof_timeout_s=2.0) as needer:
+            before = await needer.call("cpu_s")
+            with pytest.raises(RuntimeError, match="did not arrive through nixl"):
+                await needer.call("connect", peer=peer_to_json(peer))
+            used = await needer.call("cpu_s") - before
+            assert used < 0.15 * 2, f"{used:.3f} s in two"
+        owner.go_on()
+
+
 @pytest.mark.parametrize("transport", ["stream", "nixl"])
 async def test_a_lent_block_can_be_read_long_after_the_meeting(transport: str) -> None:
     async with worker("owner", seed=3, preference=transport, meeting_window_s=0.0) as owner:
