@@ -100,6 +100,17 @@ class TokenColumns:
         self.positions.append(position)
         self.token_ids.append(token_id)
 
+    def extend(self, other: "TokenColumns") -> None:
+        if self.logprobs is not None or other.logprobs is not None:
+            self.logprobs = [
+                *(self.logprobs or [None] * len(self.handles)),
+                *(other.logprobs or [None] * len(other.handles)),
+            ]
+        self.handles += other.handles
+        self.choices += other.choices
+        self.positions += other.positions
+        self.token_ids += other.token_ids
+
 
 @dataclass(frozen=True, slots=True)
 class ChoiceFinished:

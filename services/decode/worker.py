@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from tailrace.errors import InvalidRequestError, OverloadedError, TailraceError
 from tailrace.kv.block_pool import BlockPool, BlockState
 from tailrace.messages import ChoiceFinished, FirstToken, Holding, HoldingState, LegFailed, LegReport, Load
-from tailrace.plan import StepPlan
+from tailrace.plan import StepOutput, StepPlan
 from tailrace.policy.decode_scheduler import DecodeScheduler
 from tailrace.policy.request import DrawnToken, Request
 from tailrace.policy.sequence import DecodeStep
 from tailrace.worker.limits import MAX_WAITING, line_is_full, no_logits
 from tailrace.worker.rates import Ewma
 from tailrace.worker.report import Destination, StepReport, with_ledger
-from tailrace.worker.runner import Runner
+from tailrace.worker.runner import LaunchedStep, Runner
 
 log = logging.getLogger(__name__)
 
@@ -156,20 +156,24 @@ class DecodeWorker:
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def step(self) -> StepReport:
-        report, self._report = self._report, StepReport()
+    def launch(self) -> LaunchedStep | None:
         plan = self._scheduler.schedule()
-        if plan.changes_anything:
-            self._run(plan, report)
+        if not plan.changes_anything:
+            return None
+        self._note_local_starts(plan)
+        return LaunchedStep(plan, self._runner.launch(plan))
+
+    def finish(self, step: LaunchedStep | None) -> StepReport:
+        report, self._report = self._report, StepReport()
+        if step is not None:
+            self._book(step.plan, step.pending.wait(), report)
         for arrival in self._scheduler.grant():
             report.granted.append(Destination(arrival.request.id, tuple(arrival.blocks), arrival.num_local))
         report.kv_events = self._pool.drain_events()
         report.load = self.load()
         return report
 
-    def _run(self, plan: StepPlan, report: StepReport) -> None:
-        self._note_local_starts(plan)
-        out = self._runner.run(plan)
+    def _book(self, plan: StepPlan, out: StepOutput, report: StepReport) -> None:
         report.computed = not plan.is_empty
         if plan.decode and not plan.chunks:
             self._step_s.add(out.elapsed_s)
@@ -180,22 +184,21 @@ class DecodeWorker:
     def _note_local_starts(self, plan: StepPlan) -> None:
         """A request's first local chunk: its queueing ends, and what was found cached is known."""
         now = time.monotonic()
-        for chunk in plan.chunks:
-            request_id = self._scheduler.request_in(chunk.slot)
+        for chunk, request_id in zip(plan.chunks, self._scheduler.prefilling(), strict=True):
             life = self._lives[request_id]
             if not life.started and not life.joined:
                 life.started, life.cached_tokens = now, chunk.start
 
     def _tell(self, step: DecodeStep, report: StepReport) -> None:
+        report.tokens.extend(step.tokens)
+        for request_id in step.bad:
+            # Several of its choices may be bad.
+            if request_id in self._lives:
+                self._fail(request_id, report)
         now = time.monotonic()
-        for key, position, token in zip(step.keys, step.positions, step.drawn, strict=True):
-            if (life := self._lives.get(key.handle)) is None:
-                continue
-            if token.is_bad:
-                self._fail(key.handle, report)
-                continue
-            life.first_local = life.first_local or now
-            report.tokens.add(key.handle, key.choice, position, token.token_id, token.logprob)
+        for request_id in step.prefilled:
+            if (life := self._lives.get(request_id)) is not None:
+                life.first_local = life.first_local or now
         for finish in step.finished:
             if (life := self._lives.get(finish.key.handle)) is not None:
                 report.finished.append(ChoiceFinished(finish.key.handle, finish.key.choice, finish.reason))

@@ -17,13 +17,13 @@ from tailrace.messages import (
     LentBlocks,
     Load,
 )
-from tailrace.plan import StepPlan
+from tailrace.plan import StepOutput, StepPlan
 from tailrace.policy.prefill_scheduler import PrefillJob, PrefillScheduler
 from tailrace.policy.request import Request
 from tailrace.worker.limits import MAX_WAITING, line_is_full, no_logits
 from tailrace.worker.rates import Ewma
 from tailrace.worker.report import LendProgress, StepReport, with_ledger
-from tailrace.worker.runner import Runner
+from tailrace.worker.runner import LaunchedStep, Runner
 
 
 @dataclass(slots=True)
@@ -86,15 +86,20 @@ class PrefillWorker:
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def step(self) -> StepReport:
+    def launch(self) -> LaunchedStep | None:
+        plan = self._scheduler.schedule()
+        if not plan.changes_anything:
+            return None
+        self._note_starts(plan)
+        return LaunchedStep(plan, self._runner.launch(plan))
+
+    def finish(self, step: LaunchedStep | None) -> StepReport:
         report = StepReport(lends=self._lends)
         self._lends = []
-        plan = self._scheduler.schedule()
-        self._note_starts(plan)
-        if plan.changes_anything:
-            self._run(plan, report)
+        if step is not None:
+            self._book(step.plan, step.pending.wait(), report)
         report.ended, self._ended = self._ended, []
-        report.failed, self._failed = self._failed, []
+        report.failed, self._failed = [*report.failed, *self._failed], []
         report.kv_events = self._pool.drain_events()
         report.load = self.load()
         return report
@@ -106,8 +111,7 @@ class PrefillWorker:
                 times = self._times[job.request.id]
                 times.started = times.started or now
 
-    def _run(self, plan: StepPlan, report: StepReport) -> None:
-        out = self._runner.run(plan)
+    def _book(self, plan: StepPlan, out: StepOutput, report: StepReport) -> None:
         step = self._scheduler.finish(plan, out)
         if step.computed_tokens and out.elapsed_s > 0:
             self._rate.add(step.computed_tokens / out.elapsed_s)

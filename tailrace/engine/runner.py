@@ -57,6 +57,10 @@ class ModelRunner:
         self._cache = cache
         self._sampling = sampling
 
+    def launch(self, plan: StepPlan) -> StepOutput:
+        """As `run`: it computes in the calling thread, and gives back what is over."""
+        return self.run(plan)
+
     def run(self, plan: StepPlan) -> StepOutput:
         """Raises ValueError for a plan that names rows or tokens that do not exist."""
         began = time.perf_counter()

@@ -34,14 +34,17 @@ def hash_blocks(
     """
     if block_size < 1 or first < 0 or (first > 0) != (parent is not None):
         raise ValueError(f"block_size={block_size} first={first}: a parent belongs to first > 0 and only to it")
-    end = len(tokens) // block_size
-    data = _encode(tokens[first * block_size : end * block_size])
+    return extend_hashes(tokens[first * block_size :], block_size, seed if parent is None else parent)
+
+
+def extend_hashes(tokens: Sequence[int], block_size: int, parent: bytes) -> list[bytes]:
+    """Hashes of the full blocks of `tokens`, which follow the block with hash `parent`: at the start, the seed."""
+    data = _encode(tokens[: len(tokens) // block_size * block_size])
     width = block_size * TOKEN_BYTES
     hashes: list[bytes] = []
-    previous = seed if parent is None else parent
     for start in range(0, len(data), width):
-        previous = blake2b(previous + data[start : start + width], digest_size=HASH_BYTES).digest()
-        hashes.append(previous)
+        parent = blake2b(parent + data[start : start + width], digest_size=HASH_BYTES).digest()
+        hashes.append(parent)
     return hashes
 
 

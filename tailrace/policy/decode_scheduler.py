@@ -4,19 +4,26 @@ A request arrives in one of two ways. *Booked*: its prompt's KV is pulled from a
 blocks when there is room (all or nothing), and joins the batch when the last one has landed. *Local*: its prompt is
 computed here, in chunks beside the running batch; so is whatever was preempted or could not be pulled. Memory comes
 free by decode's own progress only, so prefill and decode cannot wait for each other.
+
+One step may be planned behind another that still computes. Its rows draw after tokens that only the device knows yet:
+how many a sequence has is known all the same, and so is whether it ends by its length. A sequence that turns out to
+have ended otherwise leaves a row behind that is nobody's.
 """
 
 import heapq
 from collections.abc import Sequence as Seq
 
 from tailrace.kv.block_pool import BlockPool
-from tailrace.kv.hashing import hash_blocks
+from tailrace.kv.hashing import extend_hashes, hash_blocks
 from tailrace.plan import BlockAppend, Chunk, SequenceStart, StepOutput, StepPlan
+from tailrace.policy.arrivals import Arrivals
 from tailrace.policy.copies import PendingCopies
+from tailrace.policy.flights import Flights
+from tailrace.policy.forks import branch
 from tailrace.policy.request import DrawnToken, Request, StopRule, blocks_for
-from tailrace.policy.sequence import Arrival, DecodeStep, Sequence
+from tailrace.policy.running import PlannedRows, RunningBatch, drawn_rows
+from tailrace.policy.sequence import Arrival, DecodeStep, Finish, Sequence
 from tailrace.policy.slots import Slots
-from tailrace.types import SequenceKey
 
 
 class DecodeScheduler:
@@ -30,11 +37,12 @@ class DecodeScheduler:
         self._budget = max_num_batched_tokens
         self._slots = Slots(max_num_seqs)
         self._stop = stop
-        self._arrivals: dict[int, Arrival] = {}
+        self._arrivals = Arrivals(pool, block_size)
         self._local: list[tuple[tuple[int, int, int], Sequence]] = []
         self._computing: list[Sequence] = []
         self._joining: list[Sequence] = []
-        self._running: dict[SequenceKey, Sequence] = {}
+        self._running = RunningBatch(block_size, stop)
+        self._flights: Flights[PlannedRows] = Flights(pool)
         self._copies = PendingCopies(pool)
         self.num_preempted = 0
 
@@ -55,18 +63,18 @@ class DecodeScheduler:
 
     @property
     def booked_blocks(self) -> int:
-        return sum(a.num_blocks for a in self._arrivals.values() if not a.is_granted)
+        return self._arrivals.booked_blocks
 
     def sequences(self) -> list[Sequence]:
         """Everyone who holds blocks."""
-        return [*self._running.values(), *self._computing, *self._joining]
+        return [*self._running.sequences(), *self._computing, *self._joining]
 
     def arrivals(self) -> list[Arrival]:
-        return list(self._arrivals.values())
+        return self._arrivals.all()
 
-    def request_in(self, slot: int) -> int:
-        """Whose local prefill runs in a slot."""
-        return next(s.request.id for s in self._computing if s.slot == slot)
+    def prefilling(self) -> list[int]:
+        """The requests whose chunks the last plan has, in their order."""
+        return [sequence.request.id for sequence in self._flights.youngest.prompts]
 
     def fits(self, num_tokens: int) -> bool:
         """Could this prompt, and one token more, ever be held?"""
@@ -76,10 +84,9 @@ class DecodeScheduler:
 
     def book(self, request: Request) -> bool:
         """Promise room for the prompt and a block more. False: not now; the sender may come back."""
-        needed = blocks_for(len(request.tokens), self._block_size)
-        if self.booked_blocks + needed + 1 > self._pool.num_available and not self._is_idle():
+        if self._arrivals.needed(request) > self._pool.num_available and not self._is_idle():
             return False
-        self._arrivals[request.id] = Arrival(request, needed)
+        self._arrivals.book(request)
         return True
 
     def _is_idle(self) -> bool:
@@ -93,39 +100,22 @@ class DecodeScheduler:
     def grant(self) -> list[Arrival]:
         """Destinations for those that wait for one, in order of rank, while there is room. Head of the line first."""
         granted: list[Arrival] = []
-        waiting = [a for a in self._arrivals.values() if a.wanted and not a.is_granted]
-        for arrival in sorted(waiting, key=lambda a: a.request.rank):
+        for arrival in self._arrivals.waiting():
             overtakes = self._local and self._local[0][1].request.rank < arrival.request.rank
-            if overtakes or not self._claim_landing(arrival):
+            # A running sequence may need its next block at the next step: keep one for each.
+            if overtakes or not self._arrivals.claim(arrival, spare=len(self._running)):
                 break
             granted.append(arrival)
         return granted
 
-    def _claim_landing(self, arrival: Arrival) -> bool:
-        local = self._pool.find_prefix(arrival.request.hashes)
-        self._pool.acquire(local)
-        # A running sequence may need its next block at the next step: keep one for each.
-        missing = arrival.num_blocks - len(local)
-        fresh = (
-            self._pool.allocate_landing(missing) if self._pool.num_available >= missing + len(self._running) else None
-        )
-        if fresh is None:
-            self._pool.release(local)
-            return False
-        arrival.blocks, arrival.num_local = [*local, *fresh], len(local)
-        return True
-
     def landed(self, request_id: int, blocks: Seq[int]) -> None:
         """A read into these blocks ended well. The request may be gone by now: then they are free."""
-        if (arrival := self._arrivals.get(request_id)) is None:
-            self._pool.abandon_landing(blocks)
-            return
-        self._pool.landed(blocks)
-        arrival.landed.update(blocks)
+        self._arrivals.landed(request_id, blocks)
 
     def join(self, request_id: int, first: Seq[DrawnToken]) -> DecodeStep:
         """All blocks have landed: every choice that goes on becomes a sequence. Reports the first tokens once more."""
         arrival = self._arrivals.pop(request_id)
+        assert arrival is not None, "callers know what they booked"
         request = arrival.request
         for block, block_hash in zip(arrival.blocks, request.hashes, strict=False):
             self._pool.register(block, block_hash)
@@ -133,13 +123,13 @@ class DecodeScheduler:
             request, request.choices, list(request.tokens), list(request.hashes), arrival.blocks, len(request.tokens)
         )
         step = DecodeStep()
-        self._joining.extend(self._branch(parent, first, step))
+        self._joining.extend(self._fork(parent, first, step))
         return step
 
     def recompute(self, request_id: int, in_flight: Seq[int]) -> None:
         """The pull failed: prefill here instead. Blocks `in_flight` stay landing until `settle`."""
-        if (arrival := self._arrivals.pop(request_id, None)) is not None:
-            self._give_back(arrival, in_flight)
+        if (arrival := self._arrivals.pop(request_id)) is not None:
+            self._arrivals.give_back(arrival, in_flight)
             if arrival.request.choices:
                 self.submit_local(arrival.request)
 
@@ -150,14 +140,6 @@ class DecodeScheduler:
     def quarantine(self, blocks: Seq[int]) -> None:
         """The read into these blocks stalls: it may still write them."""
         self._pool.quarantine(blocks)
-
-    def _give_back(self, arrival: Arrival, in_flight: Seq[int]) -> None:
-        """Local and landed blocks are released, those that nobody writes freed; `in_flight` ones stay landing."""
-        self._pool.release(arrival.blocks[: arrival.num_local])
-        writing = set(in_flight)
-        pulled = arrival.blocks[arrival.num_local :]
-        self._pool.release([b for b in pulled if b in arrival.landed])
-        self._pool.abandon_landing([b for b in pulled if b not in arrival.landed and b not in writing])
 
     # -- local work ---------------------------------------------------------------------------------------------------
 
@@ -175,8 +157,8 @@ class DecodeScheduler:
             # Without its last choice an arrival still waits for its reads: only its pull knows which blocks they write.
             arrival.request.choices = _without(arrival.request.choices, wanted)
             if not wanted:
-                del self._arrivals[request_id]
-                self._give_back(arrival, in_flight)
+                self._arrivals.pop(request_id)
+                self._arrivals.give_back(arrival, in_flight)
         for sequence in self._of_request(request_id):
             rest = _without(sequence.choices, wanted)
             if not rest:
@@ -189,7 +171,7 @@ class DecodeScheduler:
         return [s for s in [*self.sequences(), *waiting] if s.request.id == request_id]
 
     def _remove(self, sequence: Sequence) -> None:
-        self._running.pop(sequence.key, None)
+        self._running.discard(sequence)
         self._computing = [s for s in self._computing if s is not sequence]
         self._joining = [s for s in self._joining if s is not sequence]
         if any(s is sequence for _, s in self._local):
@@ -199,7 +181,7 @@ class DecodeScheduler:
 
     def _vacate(self, sequence: Sequence) -> None:
         self._copies.forget(sequence.blocks)
-        self._pool.release(sequence.blocks)
+        self._flights.release(sequence.blocks)
         sequence.blocks = []
         if sequence.slot >= 0:
             self._slots.give_back(sequence.slot)
@@ -208,39 +190,63 @@ class DecodeScheduler:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """Decode rows first, then those that joined, then local prefill within what is left of the token budget."""
-        appended = self._grow()
+        """Decode rows first, then those that joined, then local prefill within what is left of the token budget.
+
+        May be called once more before `finish`. The plan is empty then while somebody would have to give way: the step
+        in flight cannot be called back.
+        """
+        due = self._running.due()
+        if self._flights and len(due.growing) > self._pool.num_available:
+            return StepPlan()
+        appended = self._grow(due.growing)
         started = self._start_joined()
-        decode = [s.slot for s in self._running.values()]
-        chunks = self._chunks(self._budget - len(decode), started)
-        return StepPlan(
+        rows = self._running.rows(has_ended=due.has_ended)
+        prompts: list[Sequence] = []
+        plan = StepPlan(
+            chunks=self._chunks(self._budget - len(rows.slots), started, prompts),
             released=self._slots.drain_released(),
             started=started,
             appended=appended,
             copies=self._copies.drain(),
-            chunks=chunks,
-            decode=decode,
+            decode=rows.slots,
         )
+        if plan.changes_anything:
+            self._begin(plan, PlannedRows(rows, prompts))
+        return plan
 
-    def _grow(self) -> list[BlockAppend]:
-        """A block for each sequence whose last token starts one; the lowest in rank give way when there is none."""
+    def _begin(self, plan: StepPlan, rows: PlannedRows) -> None:
+        for sequence in rows.decode.sequences:
+            sequence.num_tokens += 1
+        promised: set[bytes] = set()
+        for sequence, chunk in zip(rows.prompts, plan.chunks, strict=True):
+            promised.update(sequence.hashes[chunk.start // self._block_size : chunk.end // self._block_size])
+            # A prompt that draws for its slot alone decodes on from there; others fork first.
+            if chunk.choices == (sequence.slot_choice,):
+                self._computing.remove(sequence)
+                self._running.add(sequence)
+                sequence.num_tokens += 1
+        self._flights.begin(plan, rows, frozenset(promised))
+
+    def _grow(self, growing: list[Sequence]) -> list[BlockAppend]:
+        """A block for each whose last token starts one; the lowest in rank give way when there is none."""
         appended: list[BlockAppend] = []
-        for sequence in list(self._running.values()):
-            if sequence.slot < 0 or len(sequence.tokens) <= len(sequence.blocks) * self._block_size:
+        for sequence in growing:
+            if sequence.is_gone:
                 continue
             block = self._allocate_by_preempting(sequence)
             if block is not None:
                 appended.append(BlockAppend(sequence.slot, len(sequence.blocks), [block]))
                 sequence.blocks.append(block)
+                self._running.set_room(sequence)
         if not appended:
             return []
-        held = {s.slot for s in self._running.values()}
+        held = {s.slot for s in growing}
         return [a for a in appended if a.slot in held]
 
     def _allocate_by_preempting(self, sequence: Sequence) -> int | None:
         """None: the sequence itself was the lowest in rank, and gave way."""
         while (got := self._pool.allocate(1)) is None:
-            victim = max([*self._running.values(), *self._computing], key=lambda s: s.rank)
+            victim = max([*self._running.sequences(), *self._computing], key=lambda s: s.rank)
             self._preempt(victim)
             if victim is sequence:
                 return None
@@ -250,16 +256,16 @@ class DecodeScheduler:
         """Let its blocks go (they stay cached while nobody needs them); compute it again later, from what is left."""
         self.num_preempted += 1
         self._remove(sequence)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_planned = 0
         sequence.hashes = []
         self._wait(sequence)
 
     def _start_joined(self) -> list[SequenceStart]:
         """Rows for the joined ones. When nobody runs and none can start, the lowest in rank gives way."""
-        started = [_start(s) for s in list(self._joining) if self._try_start(s)]
-        while not started and not self._running and not self._computing and len(self._joining) > 1:
+        started = [s.as_start() for s in list(self._joining) if self._try_start(s)]
+        while not (started or self._running or self._computing or self._flights) and len(self._joining) > 1:
             self._preempt(max(self._joining, key=lambda s: s.rank))
-            started = [_start(s) for s in list(self._joining) if self._try_start(s)]
+            started = [s.as_start() for s in list(self._joining) if self._try_start(s)]
         return started
 
     def _try_start(self, sequence: Sequence) -> bool:
@@ -267,7 +273,7 @@ class DecodeScheduler:
             return False
         self._take_slot(sequence)
         self._joining.remove(sequence)
-        self._running[sequence.key] = sequence
+        self._running.add(sequence)
         return True
 
     def _take_slot(self, sequence: Sequence) -> None:
@@ -283,21 +289,24 @@ class DecodeScheduler:
             sequence.blocks.extend(fresh)
         return fresh is not None
 
-    def _chunks(self, budget: int, started: list[SequenceStart]) -> list[Chunk]:
+    def _chunks(self, budget: int, started: list[SequenceStart], prompts: list[Sequence]) -> list[Chunk]:
+        """`started` and `prompts` are added to."""
         chunks: list[Chunk] = []
         for sequence in self._computing:
-            if budget > 0:
+            if budget > 0 and sequence.num_planned < len(sequence.tokens):
                 budget -= self._add_chunk(sequence, budget, chunks)
+                prompts.append(sequence)
         while budget > 0 and (admitted := self._admit_local()) is not None:
-            started.append(_start(admitted))
+            started.append(admitted.as_start())
             budget -= self._add_chunk(admitted, budget, chunks)
+            prompts.append(admitted)
         return chunks
 
     def _add_chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
-        total = len(sequence.tokens)
-        end = min(total, sequence.num_computed + budget)
-        chunks.append(Chunk(sequence.slot, sequence.num_computed, end, sequence.choices if end == total else ()))
-        return end - sequence.num_computed
+        start, total = sequence.num_planned, len(sequence.tokens)
+        end = sequence.num_planned = min(total, start + budget)
+        chunks.append(Chunk(sequence.slot, start, end, sequence.choices if end == total else ()))
+        return end - start
 
     def _admit_local(self) -> Sequence | None:
         if not self._local or not len(self._slots):
@@ -305,7 +314,10 @@ class DecodeScheduler:
         sequence = self._local[0][1]
         if not sequence.hashes:
             sequence.hashes = hash_blocks(sequence.tokens, self._block_size, sequence.request.hash_seed)
-        cached = self._pool.find_prefix(sequence.hashes[: (len(sequence.tokens) - 1) // self._block_size])
+        reusable = sequence.hashes[: (len(sequence.tokens) - 1) // self._block_size]
+        cached = self._pool.find_prefix(reusable)
+        if self._flights.will_find(reusable, len(cached)):
+            return None
         self._pool.acquire(cached)
         missing = blocks_for(len(sequence.tokens), self._block_size) - len(cached)
         has_room = self._pool.num_available >= missing + len(self._running)
@@ -316,42 +328,69 @@ class DecodeScheduler:
         heapq.heappop(self._local)
         self._take_slot(sequence)
         sequence.blocks = [*cached, *fresh]
-        sequence.num_computed = len(cached) * self._block_size
+        sequence.num_computed = sequence.num_planned = len(cached) * self._block_size
         self._computing.append(sequence)
         return sequence
 
     # -- after the step -----------------------------------------------------------------------------------------------
 
     def finish(self, plan: StepPlan, out: StepOutput) -> DecodeStep:
-        """Book what the runner drew: tokens appended, full blocks findable, finished choices gone."""
+        """Book what the runner drew: tokens appended, full blocks findable, finished choices gone.
+
+        Rows of sequences that are gone by now are dropped: nobody asked for their tokens.
+        """
+        rows = self._flights.end(plan)
         step = DecodeStep(computed_tokens=plan.num_tokens)
-        by_slot = {s.slot: s for s in [*self._running.values(), *self._computing]}
-        for row, slot in enumerate(plan.decode):
-            self._advance(by_slot[slot], self._drawn(by_slot[slot], out, row), step)
-        row = len(plan.decode)
-        for chunk in plan.chunks:
-            sequence = by_slot[chunk.slot]
-            self._computed(sequence, chunk.end)
-            if chunk.choices:
-                first = [self._drawn(sequence, out, at) for at in range(row, row + len(chunk.choices))]
-                row += len(chunk.choices)
-                self._computing.remove(sequence)
-                self._settle_prompt(sequence, first, step)
+        self._drop_bad(rows.decode.sequences, out, step)
+        drawn = drawn_rows(rows.decode, out)
+        step.tokens.extend(drawn.tokens)
+        for sequence, token in zip(drawn.sequences, drawn.tokens.token_ids, strict=True):
+            tokens = sequence.tokens
+            tokens.append(token)
+            if len(tokens) > sequence.watch or token in sequence.ending:
+                self._look_at(sequence, token, step)
+        self._finish_prompts(plan, rows.prompts, out, step)
         self._copies.done(plan.copies)
         return step
+
+    def _drop_bad(self, sequences: list[Sequence], out: StepOutput, step: DecodeStep) -> None:
+        for row in out.bad_rows:
+            if row < len(sequences) and not sequences[row].is_gone:
+                step.bad.append(sequences[row].request.id)
+                self._remove(sequences[row])
+
+    def _look_at(self, sequence: Sequence, token: int, step: DecodeStep) -> None:
+        """Its last known token may end it; all before it are computed."""
+        num_tokens = len(sequence.tokens)
+        self._computed(sequence, num_tokens - 1)
+        reason = self._stop.finish_reason(token, num_tokens, sequence.request)
+        if reason is None:
+            self._running.set_watch(sequence)
+        else:
+            step.finished.append(Finish(sequence.key, reason))
+            self._remove(sequence)
+
+    def _finish_prompts(self, plan: StepPlan, prompts: list[Sequence], out: StepOutput, step: DecodeStep) -> None:
+        end = len(plan.decode)
+        for chunk, sequence in zip(plan.chunks, prompts, strict=True):
+            draws = range(end, end + len(chunk.choices))
+            end = draws.stop
+            if sequence.is_gone:
+                continue
+            if any(row in draws for row in out.bad_rows):
+                step.bad.append(sequence.request.id)
+                self._remove(sequence)
+                continue
+            self._computed(sequence, chunk.end)
+            if draws:
+                step.prefilled.append(sequence.request.id)
+                self._settle_prompt(sequence, [self._drawn(sequence, out, row) for row in draws], step)
 
     def _drawn(self, sequence: Sequence, out: StepOutput, row: int) -> DrawnToken:
         token = out.tokens[row]
         logprob = out.logprobs[row] if out.logprobs is not None else None
         reason = self._stop.finish_reason(token, len(sequence.tokens) + 1, sequence.request)
-        return DrawnToken(out.choices[row], token, logprob, reason, row in out.bad_rows)
-
-    def _advance(self, sequence: Sequence, token: DrawnToken, step: DecodeStep) -> None:
-        self._computed(sequence, len(sequence.tokens))
-        step.add(sequence.request.id, len(sequence.tokens), token)
-        sequence.tokens.append(token.token_id)
-        if token.finish_reason is not None:
-            self._remove(sequence)
+        return DrawnToken(out.choices[row], token, logprob, reason)
 
     def _computed(self, sequence: Sequence, num_tokens: int) -> None:
         """KV of the first `num_tokens` tokens is written: full blocks can be found from now on."""
@@ -359,80 +398,47 @@ class DecodeScheduler:
         first = sequence.num_computed // size
         sequence.num_computed = num_tokens
         if full > len(sequence.hashes):
-            parent = sequence.hashes[-1] if sequence.hashes else None
-            at = len(sequence.hashes)
-            sequence.hashes += hash_blocks(
-                sequence.tokens[: full * size], size, sequence.request.hash_seed, first=at, parent=parent
-            )
+            parent = sequence.hashes[-1] if sequence.hashes else sequence.request.hash_seed
+            fresh = sequence.tokens[len(sequence.hashes) * size : full * size]
+            sequence.hashes += extend_hashes(fresh, size, parent)
         for index in range(first, full):
             self._pool.register(sequence.blocks[index], sequence.hashes[index])
 
     def _settle_prompt(self, sequence: Sequence, first: list[DrawnToken], step: DecodeStep) -> None:
         """The last chunk drew for every choice. The slot stays with its own choice, if that goes on."""
+        if sequence in self._running:
+            self._continue(sequence, first[0], step)
+            return
+        self._computing.remove(sequence)
         slot, own = sequence.slot, sequence.slot_choice
-        for child in self._branch(sequence, first, step):
+        for child in self._fork(sequence, first, step):
             if child.choices[0] == own:
                 child.slot, child.slot_choice = slot, own
-                self._running[child.key] = child
+                self._running.add(child)
                 slot = -1
             else:
                 self._joining.append(child)
         if slot >= 0:
             self._slots.give_back(slot)
 
-    def _branch(self, parent: Sequence, first: Seq[DrawnToken], step: DecodeStep) -> list[Sequence]:
-        """Fork into the choices that go on: full blocks shared, the partial last one copied.
+    def _continue(self, sequence: Sequence, token: DrawnToken, step: DecodeStep) -> None:
+        """It runs since its last chunk was planned."""
+        step.add(sequence.request.id, len(sequence.tokens), token)
+        sequence.tokens.append(token.token_id)
+        self._running.set_watch(sequence)
+        if token.finish_reason is not None:
+            self._remove(sequence)
 
-        The parent's own references pass to the first child; a choice that cannot get a block is computed again later.
-        """
-        children: list[Sequence] = []
-        position = len(parent.tokens)
-        for token in first:
-            if token.choice not in parent.choices:
-                continue
-            step.add(parent.request.id, position, token)
-            if token.finish_reason is not None:
-                continue
-            child = Sequence(
-                parent.request, (token.choice,), [*parent.tokens, token.token_id], list(parent.hashes), [], position
-            )
-            if not children:
-                child.blocks = parent.blocks
-                children.append(child)
-            elif self._copy_table(parent.blocks, position, child):
-                children.append(child)
-            else:
-                child.num_computed, child.hashes = 0, []
-                self._wait(child)
-        if not children:
-            self._pool.release(parent.blocks)
-        return children
-
-    def _copy_table(self, blocks: list[int], num_tokens: int, child: Sequence) -> bool:
-        full = num_tokens // self._block_size
-        shared, partial = blocks[:full], blocks[full:]
-        fresh = self._pool.allocate(len(partial))
-        if fresh is None:
-            return False
-        self._pool.acquire(shared)
-        child.blocks = [*shared, *fresh]
-        for source, target in zip(partial, fresh, strict=True):
-            self._copies.add(source, target)
-        return True
+    def _fork(self, parent: Sequence, first: Seq[DrawnToken], step: DecodeStep) -> list[Sequence]:
+        """Those of its choices that go on and have their blocks; the others wait to be computed again."""
+        branches = branch(self._pool, self._copies, self._block_size, parent, first, step)
+        for child in branches.homeless:
+            self._wait(child)
+        if not branches.held:
+            self._flights.release(parent.blocks)
+        return branches.held
 
 
 def _without(choices: tuple[int, ...], dropped: set[int]) -> tuple[int, ...]:
     """Nobody named: everybody is."""
     return tuple(c for c in choices if c not in dropped) if dropped else ()
-
-
-def _start(sequence: Sequence) -> SequenceStart:
-    request = sequence.request
-    return SequenceStart(
-        slot=sequence.slot,
-        tokens=sequence.tokens,
-        num_prompt_tokens=request.num_prompt_tokens,
-        sampling=request.sampling,
-        choice=sequence.choices[0],
-        blocks=sequence.blocks,
-    )

@@ -2,6 +2,8 @@
 
 A request is waiting (no blocks), running (all its blocks, partly computed) or held (computed, its blocks lent until its
 needer has pulled them). Held blocks are the buffer between prefill and decode; it is bounded by half the pool.
+
+One step may be planned behind another that still computes.
 """
 
 import heapq
@@ -9,6 +11,7 @@ from dataclasses import dataclass, field
 
 from tailrace.kv.block_pool import BlockPool
 from tailrace.plan import Chunk, SequenceStart, StepOutput, StepPlan
+from tailrace.policy.flights import Flights
 from tailrace.policy.request import DrawnToken, Request, StopRule, blocks_for
 from tailrace.policy.slots import Slots
 
@@ -19,7 +22,10 @@ class PrefillJob:
 
     request: Request
     slot: int
+    """-1: it was dropped. A step in flight may still compute it."""
     blocks: list[int]
+    num_planned: int
+    """As num_computed, once the steps in flight are over."""
     num_computed: int
     num_ready: int
     num_cached_tokens: int
@@ -54,6 +60,7 @@ class PrefillScheduler:
         self._cancelled_waiting: set[int] = set()
         self._running: dict[int, PrefillJob] = {}
         self._held: dict[int, PrefillJob] = {}
+        self._flights: Flights[list[PrefillJob]] = Flights(pool)
         self._waiting_tokens = 0
 
     @property
@@ -93,7 +100,8 @@ class PrefillScheduler:
         """Cancelled, or pulled: give everything back. Unknown ids are fine: a request may end twice."""
         if (job := self._running.pop(request_id, None)) is not None:
             self._slots.give_back(job.slot)
-            self._pool.release(job.blocks)
+            job.slot = -1
+            self._flights.release(job.blocks)
         elif (job := self._held.pop(request_id, None)) is not None:
             self._pool.unlend(job.blocks)
         else:
@@ -106,10 +114,14 @@ class PrefillScheduler:
                 self._waiting_tokens -= len(request.tokens)
 
     def schedule(self) -> StepPlan:
-        """Continue what runs, then admit what waits, until the token budget is used."""
+        """Continue what runs, then admit what waits, until the token budget is used.
+
+        May be called once more before `finish`.
+        """
+        jobs = [job for job in self._running.values() if job.num_planned < len(job.request.tokens)]
         chunks: list[Chunk] = []
         budget = self._budget
-        for job in self._running.values():
+        for job in jobs:
             if budget == 0:
                 break
             budget -= self._add_chunk(job, budget, chunks)
@@ -117,13 +129,25 @@ class PrefillScheduler:
         while budget > 0 and (admitted := self._admit()) is not None:
             started.append(self._start(admitted))
             budget -= self._add_chunk(admitted, budget, chunks)
-        return StepPlan(released=self._slots.drain_released(), started=started, chunks=chunks)
+            jobs.append(admitted)
+        plan = StepPlan(released=self._slots.drain_released(), started=started, chunks=chunks)
+        if plan.changes_anything:
+            self._begin(plan, jobs[: len(chunks)])
+        return plan
 
     def _add_chunk(self, job: PrefillJob, budget: int, chunks: list[Chunk]) -> int:
-        total = len(job.request.tokens)
-        end = min(total, job.num_computed + budget)
-        chunks.append(Chunk(job.slot, job.num_computed, end, job.request.choices if end == total else ()))
-        return end - job.num_computed
+        start, total = job.num_planned, len(job.request.tokens)
+        end = job.num_planned = min(total, start + budget)
+        chunks.append(Chunk(job.slot, start, end, job.request.choices if end == total else ()))
+        return end - start
+
+    def _begin(self, plan: StepPlan, jobs: list[PrefillJob]) -> None:
+        promised = (
+            block_hash
+            for job, chunk in zip(jobs, plan.chunks, strict=True)
+            for block_hash in job.request.hashes[chunk.start // self._block_size : chunk.end // self._block_size]
+        )
+        self._flights.begin(plan, jobs, frozenset(promised))
 
     def _start(self, job: PrefillJob) -> SequenceStart:
         request = job.request
@@ -133,7 +157,7 @@ class PrefillScheduler:
             num_prompt_tokens=request.num_prompt_tokens,
             sampling=request.sampling,
             choice=request.choices[0],
-            blocks=job.blocks,
+            blocks=list(job.blocks),
         )
 
     def _may_admit(self) -> bool:
@@ -155,7 +179,7 @@ class PrefillScheduler:
         assert slot is not None, "_may_admit counted the slots"
         blocks, num_cached = table
         computed = num_cached * self._block_size
-        job = PrefillJob(request, slot, blocks, computed, num_cached, computed)
+        job = PrefillJob(request, slot, blocks, computed, computed, num_cached, computed)
         self._running[request.id] = job
         return job
 
@@ -167,6 +191,8 @@ class PrefillScheduler:
         """Blocks for the whole prompt, cached ones first. At least one token is left to compute: somebody must draw."""
         reusable = (len(request.tokens) - 1) // self._block_size
         cached = self._pool.find_prefix(request.hashes[:reusable])
+        if self._flights.will_find(request.hashes[:reusable], len(cached)):
+            return None
         self._pool.acquire(cached)
         fresh = self._pool.allocate(blocks_for(len(request.tokens), self._block_size) - len(cached))
         if fresh is None:
@@ -177,15 +203,15 @@ class PrefillScheduler:
     def finish(self, plan: StepPlan, out: StepOutput) -> PrefillStep:
         """Book what the runner did: blocks become findable, computed requests become held."""
         step = PrefillStep(computed_tokens=plan.num_tokens)
-        by_slot = {job.slot: job for job in self._running.values()}
         row = 0
-        for chunk in plan.chunks:
-            job = by_slot[chunk.slot]
+        for job, chunk in zip(self._flights.end(plan), plan.chunks, strict=True):
+            first, row = row, row + len(chunk.choices)
+            if job.slot < 0:
+                continue
             job.num_computed = chunk.end
             self._mark_ready(job)
             if chunk.choices:
-                self._complete(job, out, row)
-                row += len(chunk.choices)
+                self._complete(job, out, first)
             step.progressed.append(job)
         return step
 

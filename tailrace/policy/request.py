@@ -51,9 +51,16 @@ class StopRule:
         is_stop = token_id in sampling.stop_token_ids or (token_id in self.eos_token_ids and not sampling.ignore_eos)
         if is_stop and num_tokens - request.num_prompt_tokens > sampling.min_tokens:
             return FinishReason.STOP
-        if num_tokens - request.num_prompt_tokens >= sampling.max_tokens or num_tokens >= self.max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if num_tokens >= self.limit(request) else None
+
+    def limit(self, request: Request) -> int:
+        """A sequence of this many tokens is over, whatever they are."""
+        return min(request.num_prompt_tokens + request.sampling.max_tokens, self.max_model_len)
+
+    def ending_tokens(self, request: Request) -> frozenset[int]:
+        """Those that end a sequence unless it is too short for it."""
+        sampling = request.sampling
+        return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_token_ids)
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from tailrace.messages import TokenColumns
+from tailrace.plan import SequenceStart
 from tailrace.policy.request import DrawnToken, Request
 from tailrace.types import FinishReason, SequenceKey
 
@@ -13,13 +15,30 @@ class Sequence:
     request: Request
     choices: tuple[int, ...]
     tokens: list[int]
+    """Known ones: those that a step in flight draws come when it is finished."""
     hashes: list[bytes]
-    """Of leading full blocks of `tokens`; those of computed tokens are registered with the pool."""
+    """Of leading full blocks of `tokens`; those of computed tokens are registered."""
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
+    """Tokens whose KV is written and whose full blocks are registered. While it runs: as of its last full block."""
     slot: int = -1
+    """-1: nowhere. A step in flight may still compute a row for it, which is nobody's then."""
     slot_choice: int = -1
     """The choice whose draws the runner appends to the slot."""
+
+    # Filled in by the scheduler.
+    num_planned: int = 0
+    """As num_computed, once the steps in flight are over. For prompts."""
+    num_tokens: int = 0
+    """As many as `tokens` will be once the steps in flight are over. While it runs."""
+    room: int = 0
+    """Up to here num_tokens may grow without anybody looking: then its blocks are full, or its last token is drawn."""
+    watch: int = 0
+    """Up to here `tokens` may grow without anybody looking: then a block is computed, or it ends."""
+    limit: int = 0
+    """It ends with this many tokens, whatever they are."""
+    ending: frozenset[int] = frozenset()
+    """Tokens that may end it."""
 
     @property
     def key(self) -> SequenceKey:
@@ -28,6 +47,22 @@ class Sequence:
     @property
     def rank(self) -> tuple[int, int, int]:
         return (*self.request.rank, self.choices[0])
+
+    @property
+    def is_gone(self) -> bool:
+        """Ended, cancelled or preempted since its row was planned."""
+        return self.slot < 0
+
+    def as_start(self) -> SequenceStart:
+        """For a plan, which may be carried out when this has changed."""
+        return SequenceStart(
+            slot=self.slot,
+            tokens=list(self.tokens),
+            num_prompt_tokens=self.request.num_prompt_tokens,
+            sampling=self.request.sampling,
+            choice=self.choices[0],
+            blocks=list(self.blocks),
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -55,18 +90,18 @@ class Finish:
 
 @dataclass(slots=True)
 class DecodeStep:
-    """What one step drew, as columns of one length, and who ended by it."""
+    """What one step drew, and who ended by it."""
 
-    keys: list[SequenceKey] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    drawn: list[DrawnToken] = field(default_factory=list)
+    tokens: TokenColumns = field(default_factory=TokenColumns)
+    """Handles are request ids."""
     finished: list[Finish] = field(default_factory=list)
+    prefilled: list[int] = field(default_factory=list)
+    """Requests whose prompt drew here."""
+    bad: list[int] = field(default_factory=list)
+    """Requests for which nothing could be drawn: they cannot go on, and their other choices are still held."""
     computed_tokens: int = 0
 
-    def add(self, sequence_id: int, position: int, token: DrawnToken) -> None:
-        key = SequenceKey(sequence_id, token.choice)
-        self.keys.append(key)
-        self.positions.append(position)
-        self.drawn.append(token)
+    def add(self, request_id: int, position: int, token: DrawnToken) -> None:
+        self.tokens.add(request_id, token.choice, position, token.token_id, token.logprob)
         if token.finish_reason is not None:
-            self.finished.append(Finish(key, token.finish_reason))
+            self.finished.append(Finish(SequenceKey(request_id, token.choice), token.finish_reason))

@@ -1,7 +1,7 @@
 """The engine's thread. Everything that owns blocks lives on it; the event loop talks to it through two queues.
 
-Commands are applied between steps, so no command ever meets a half-done step. With nothing to compute the thread sleeps
-on its inbox: an idle worker uses no CPU.
+Commands are applied between steps, so no command ever meets a half-booked step. With nothing to compute the thread
+sleeps on its inbox: an idle worker uses no CPU.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from tailrace.worker.report import StepReport
+from tailrace.worker.runner import LaunchedStep
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -21,13 +22,21 @@ Command = Callable[[], None]
 
 
 class SteppingWorker(Protocol):
-    def step(self) -> StepReport:
-        """One engine step, or what commands left to say; `computed` is False when there was nothing to run."""
+    def launch(self) -> LaunchedStep | None:
+        """Schedules a step and starts it. With `overlap` once more before `finish`. None: nothing to do now."""
+        ...
+
+    def finish(self, step: LaunchedStep | None) -> StepReport:
+        """Waits for the step and books it; also what commands left to say. `computed` is False when nothing ran."""
         ...
 
 
 class EngineThread:
-    """`deliver` is called on the event loop, once a step, in order; `died` once, when a step raised."""
+    """`deliver` is called on the event loop, once a step, in order; `died` once, when a step raised.
+
+    `overlap`: a step is scheduled and launched while the one before it still computes. Commands then take effect a step
+    later, and gain what scheduling, booking and starting a step take.
+    """
 
     def __init__(
         self,
@@ -35,10 +44,14 @@ class EngineThread:
         *,
         deliver: Callable[[StepReport], None],
         died: Callable[[BaseException], None],
+        overlap: bool = False,
     ) -> None:
         self._worker = worker
         self._deliver = deliver
         self._died = died
+        self._step = self._overlapped_step if overlap else self._plain_step
+        self._ahead: LaunchedStep | None = None
+        """Launched, and not finished before the next turn."""
         self._inbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -51,7 +64,7 @@ class EngineThread:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Lets the running step end. Idempotent."""
+        """Lets what was launched end. Idempotent."""
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, 10.0)
 
@@ -77,19 +90,31 @@ class EngineThread:
         try:
             computed = True
             while self._apply_commands(wait=not computed):
-                computed = self._step()
+                computed = self._turn()
+            if self._ahead is not None:
+                self._tell(self._deliver, self._worker.finish(self._ahead))
         except BaseException as error:
             log.critical("the engine failed; this worker must be restarted", exc_info=True)
             self._tell(self._died, error)
 
-    def _step(self) -> bool:
+    def _turn(self) -> bool:
+        """False: there is nothing to compute."""
         begun = time.monotonic()
         self.num_steps += 1
-        report = self._worker.step()
+        report = self._step()
         if report.computed:
             self.busy_s += time.monotonic() - begun
         self._tell(self._deliver, report)
-        return report.computed
+        return report.computed or self._ahead is not None
+
+    def _plain_step(self) -> StepReport:
+        step = self._worker.launch()
+        return self._worker.finish(step)
+
+    def _overlapped_step(self) -> StepReport:
+        step = self._ahead or self._worker.launch()
+        self._ahead = self._worker.launch() if step is not None else None
+        return self._worker.finish(step)
 
     def _apply_commands(self, *, wait: bool) -> bool:
         """All that lie in the inbox; waits for the first one when asked to. False: stop."""

@@ -9,7 +9,7 @@ from tailrace.plan import StepPlan
 from tailrace.policy.decode_scheduler import DecodeScheduler
 from tailrace.policy.request import DrawnToken, Request, StopRule, blocks_for
 from tailrace.policy.sequence import DecodeStep
-from tailrace.types import FinishReason, SamplingParams
+from tailrace.types import FinishReason, SamplingParams, SequenceKey
 from tests.helpers.fake_runner import EOS, FakeRunner, generate
 
 HASH_SEED = chain_seed(b"fake layout")
@@ -232,17 +232,21 @@ class DecodeWorld:
         assert not self.scheduler.grant(), "slept on a grant"
 
     def take(self, step: DecodeStep) -> None:
-        for key, position, token in zip(step.keys, step.positions, step.drawn, strict=True):
-            assert key.choice in self.choices[key.handle], f"{key} drew though it is over"
-            answer = self.answers[key.handle, key.choice]
-            assert position == len(self.requests[key.handle].tokens) + len(answer), f"{key}: out of order"
-            answer.append(token.token_id)
-            if token.finish_reason is not None:
-                self.reasons[key.handle, key.choice] = token.finish_reason
-                self.choices[key.handle].discard(key.choice)
-        assert [f.key for f in step.finished] == [
-            k for k, t in zip(step.keys, step.drawn, strict=True) if t.finish_reason is not None
-        ]
+        columns = step.tokens
+        reasons = {finish.key: finish.reason for finish in step.finished}
+        assert not step.bad
+        for *key, position, token in zip(
+            columns.handles, columns.choices, columns.positions, columns.token_ids, strict=True
+        ):
+            request_id, choice = key
+            assert choice in self.choices[request_id], f"{key} drew though it is over"
+            answer = self.answers[request_id, choice]
+            assert position == len(self.requests[request_id].tokens) + len(answer), f"{key}: out of order"
+            answer.append(token)
+            if (reason := reasons.pop(SequenceKey(request_id, choice), None)) is not None:
+                self.reasons[request_id, choice] = reason
+                self.choices[request_id].discard(choice)
+        assert not reasons, f"they ended without a token: {reasons}"
 
     def run_to_end(self, limit: int = 2000) -> None:
         """Everything lands and nobody cancels any more: each request must end."""

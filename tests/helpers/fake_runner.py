@@ -1,6 +1,8 @@
 """A runner without a model. Every place of its KV holds a digest of all tokens up to there, so that reading another's
 block, a block that was never written or one written too late fails at the step that reads it."""
 
+import copy
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -45,6 +47,19 @@ class Row:
     blocks: list[int]
 
 
+@dataclass(slots=True, eq=False)
+class FakeStep:
+    runner: "FakeRunner"
+    plan: StepPlan
+    as_launched: StepPlan
+    output: StepOutput | None = None
+
+    def wait(self) -> StepOutput:
+        self.runner.compute_until(self)
+        assert self.output is not None
+        return self.output
+
+
 class FakeRunner:
     """Holds a plan to its contract: rows begin and end, tables grow at their end, nobody writes what others read."""
 
@@ -55,11 +70,29 @@ class FakeRunner:
         self.rows: list[Row | None] = [None] * max_num_seqs
         self.places: list[int | None] = [None] * (pool.num_blocks * block_size)
         self.plans: list[StepPlan] = []
+        self._launched: deque[FakeStep] = deque()
+        self.bad: set[tuple[int, int]] = set()
+        """(choice, position) of which nothing can be drawn."""
 
     # -- the runner's contract ----------------------------------------------------------------------------------------
 
-    def run(self, plan: StepPlan) -> StepOutput:
+    def launch(self, plan: StepPlan) -> "FakeStep":
+        """Computed as late as it may be: when somebody waits for it."""
         self.plans.append(plan)
+        step = FakeStep(self, plan, copy.deepcopy(plan))
+        self._launched.append(step)
+        return step
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        return self.launch(plan).wait()
+
+    def compute_until(self, step: "FakeStep") -> None:
+        while step.output is None:
+            first = self._launched.popleft()
+            assert first.plan == first.as_launched, "a plan changed after its launch"
+            first.output = self._compute_plan(first.plan)
+
+    def _compute_plan(self, plan: StepPlan) -> StepOutput:
         self._apply(plan)
         out = StepOutput(elapsed_s=0.001, logprobs=[] if self._with_logprobs else None)
         written: set[int] = set()
@@ -81,10 +114,10 @@ class FakeRunner:
             row = self._row(append.slot)
             assert append.index == len(row.blocks), f"slot {append.slot}: a table grows at its end"
             row.blocks.extend(append.blocks)
-        for copy in plan.copies:
-            assert self._pool.state(copy.source) is BlockState.ACTIVE, f"copy from a block that is nobody's: {copy}"
-            assert self._pool.state(copy.target) is BlockState.ACTIVE, f"copy into a block that is nobody's: {copy}"
-            self.write(copy.target, self.read(copy.source))
+        for block_copy in plan.copies:
+            assert self._pool.state(block_copy.source) is BlockState.ACTIVE, f"copy from nobody's block: {block_copy}"
+            assert self._pool.state(block_copy.target) is BlockState.ACTIVE, f"copy into nobody's block: {block_copy}"
+            self.write(block_copy.target, self.read(block_copy.source))
 
     def _start(self, start: SequenceStart) -> None:
         assert self.rows[start.slot] is None, f"slot {start.slot} is taken"
@@ -126,6 +159,8 @@ class FakeRunner:
         digest = digests(row.tokens)[-1]
         for choice in choices:
             token = draw(row.sampling, choice, position, digest)
+            if (choice, position) in self.bad:
+                token, out.bad_rows = 0, (*out.bad_rows, len(out.tokens))
             out.slots.append(slot)
             out.choices.append(choice)
             out.positions.append(position)

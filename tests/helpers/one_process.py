@@ -43,7 +43,7 @@ class OneProcess:
         while num_open:
             plan = scheduler.schedule()
             step = scheduler.finish(plan, self._engine.runner.run(plan))
-            for key, token in zip(step.keys, step.drawn, strict=True):
-                texts[key.handle].append(token.token_id)
+            for handle, token in zip(step.tokens.handles, step.tokens.token_ids, strict=True):
+                texts[handle].append(token)
             num_open -= len(step.finished)
         return texts

@@ -136,8 +136,8 @@ class EngineLoop:
         num_open = len(prompts)
         while num_open:
             step = self._step(times)
-            for key, token in zip(step.keys, step.drawn, strict=True):
-                drawn[key.handle].append(token.token_id)
+            for handle, token in zip(step.tokens.handles, step.tokens.token_ids, strict=True):
+                drawn[handle].append(token)
             num_open -= len(step.finished)
         times.wall_s = time.perf_counter() - began
         times.tokens = list(drawn.values())

@@ -160,7 +160,7 @@ def test_a_joined_sequence_decodes_from_the_first_token_on() -> None:
     pull(world, first)
     plan = world.step()
     start = plan.started[0]
-    assert (start.slot, len(start.tokens), list(start.blocks)) == (0, 9, [0, 1])
+    assert (start.slot, len(start.tokens), list(start.blocks)) == (0, 8, [0, 1])
     assert (plan.decode, plan.chunks) == ([0], [])
     assert len(world.answers[first, 0]) == 2
 

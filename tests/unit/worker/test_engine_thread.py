@@ -22,8 +22,10 @@ class CountingWorker:
         self.gate = threading.Event()
         self.gate.set()
 
-    def step(self) -> StepReport:
+    def launch(self) -> None:
         self.in_step = True
+
+    def finish(self, step: None) -> StepReport:
         self.gate.wait(5)
         if self.failure is not None:
             raise self.failure
