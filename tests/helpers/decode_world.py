@@ -10,7 +10,7 @@ from tailrace.policy.decode_scheduler import DecodeScheduler
 from tailrace.policy.request import DrawnToken, Request, StopRule, blocks_for
 from tailrace.policy.sequence import DecodeStep
 from tailrace.types import FinishReason, SamplingParams, SequenceKey
-from tests.helpers.fake_runner import EOS, FakeRunner, generate
+from tests.helpers.fake_runner import EOS, FakeRunner, FakeStep, generate
 
 HASH_SEED = chain_seed(b"fake layout")
 
@@ -88,7 +88,11 @@ class DecodeWorld:
         budget: int = 16,
         max_model_len: int | None = None,
         prefix_caching: bool = True,
+        overlap: bool = False,
     ) -> None:
+        """`overlap`: a step is planned and launched before the one before it is finished."""
+        self.overlap = overlap
+        self.ahead: tuple[StepPlan, FakeStep] | None = None
         self.block_size = block_size
         self.budget = budget
         self.max_model_len = max_model_len or num_blocks * block_size
@@ -212,18 +216,29 @@ class DecodeWorld:
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def step(self) -> StepPlan:
-        plan = self.scheduler.schedule()
-        assert plan.num_tokens <= max(self.budget, len(plan.decode)), f"over budget: {plan}"
+        """One turn of the engine's thread; the plan that it finished."""
+        plan, step = self.ahead or self._launch()
+        if self.overlap and plan.changes_anything:
+            ahead = self._launch()
+            self.ahead = ahead if ahead[0].changes_anything else None
+        else:
+            self.ahead = None
         if plan.changes_anything:
-            self.take(self.scheduler.finish(plan, self.runner.run(plan)))
+            self.take(self.scheduler.finish(plan, step.wait()))
         for arrival in self.scheduler.grant():
             assert len(arrival.blocks) == blocks_for(len(arrival.request.tokens), self.block_size)
             pull = self.pulls[arrival.request.id]
             assert not pull.table, "granted twice"
             pull.table, pull.num_local = list(arrival.blocks), arrival.num_local
-        if plan.is_empty:
+        if plan.is_empty and self.ahead is None:
             self._check_may_sleep()
         return plan
+
+    def _launch(self) -> tuple[StepPlan, FakeStep]:
+        plan = self.scheduler.schedule()
+        assert plan.num_tokens <= max(self.budget, len(plan.decode)), f"over budget: {plan}"
+        # What changes nothing is not launched.
+        return plan, self.runner.launch(plan) if plan.changes_anything else FakeStep(self.runner, plan, plan)
 
     def _check_may_sleep(self) -> None:
         """The engine's thread waits for a command now: there must be nothing that it could do without one."""
@@ -264,7 +279,12 @@ class DecodeWorld:
             self.step()
         assert not any(self.choices.values()), f"unfinished: {self.choices}; {self.pool.ledger()}"
         self._land_ghosts()
-        self.step()
+        self.settle()
+
+    def settle(self) -> None:
+        """Turns until the engine's thread would sleep."""
+        while not self.step().is_empty or self.ahead is not None:
+            pass
 
     def _land_ghosts(self) -> None:
         for pull in self.ghosts:

@@ -7,7 +7,7 @@ from tailrace.plan import StepPlan
 from tailrace.policy.prefill_scheduler import PrefillJob, PrefillScheduler, PrefillStep
 from tailrace.policy.request import DrawnToken, Request, StopRule
 from tests.helpers.decode_world import expected, make_request
-from tests.helpers.fake_runner import EOS, FakeRunner, digests
+from tests.helpers.fake_runner import EOS, FakeRunner, FakeStep, digests
 
 
 class PrefillWorld:
@@ -22,7 +22,11 @@ class PrefillWorld:
         budget: int = 16,
         max_model_len: int | None = None,
         prefix_caching: bool = True,
+        overlap: bool = False,
     ) -> None:
+        """`overlap`: a step is planned and launched before the one before it is finished."""
+        self.overlap = overlap
+        self.ahead: tuple[StepPlan, FakeStep] | None = None
         self.block_size = block_size
         self.budget = budget
         self.max_model_len = max_model_len or num_blocks * block_size
@@ -66,14 +70,30 @@ class PrefillWorld:
             assert self.pool.state(block) in (BlockState.ACTIVE, BlockState.LENT)
 
     def step(self) -> StepPlan:
+        """One turn of the engine's thread; the plan that it finished."""
+        plan, step = self.ahead or self._launch()
+        if self.overlap and plan.changes_anything:
+            ahead = self._launch()
+            self.ahead = ahead if ahead[0].changes_anything else None
+        else:
+            self.ahead = None
+        if plan.changes_anything:
+            self._take(self.scheduler.finish(plan, step.wait()))
+        if plan.is_empty and self.ahead is None:
+            assert not self.scheduler.schedule().changes_anything, "the engine would sleep on work"
+        return plan
+
+    def _launch(self) -> tuple[StepPlan, FakeStep]:
         plan = self.scheduler.schedule()
         assert plan.num_tokens <= self.budget, f"over budget: {plan}"
         self._check_order(plan)
-        if plan.changes_anything:
-            self._take(self.scheduler.finish(plan, self.runner.run(plan)))
-        if plan.is_empty:
-            assert not self.scheduler.schedule().changes_anything, "the engine would sleep on work"
-        return plan
+        # What changes nothing is not launched.
+        return plan, self.runner.launch(plan) if plan.changes_anything else FakeStep(self.runner, plan, plan)
+
+    def settle(self) -> None:
+        """Turns until the engine's thread would sleep."""
+        while not self.step().is_empty or self.ahead is not None:
+            pass
 
     def _check_order(self, plan: StepPlan) -> None:
         """Whoever started had nobody before it in line."""
@@ -103,7 +123,7 @@ class PrefillWorld:
                     self.drop(job.request.id)
             if not self.scheduler.num_waiting and not self.scheduler.num_running:
                 break
-        self.step()
+        self.settle()
 
     def check_answers(self) -> None:
         """Nobody waits or runs any more."""

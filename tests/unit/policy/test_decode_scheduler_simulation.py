@@ -30,9 +30,13 @@ class DecodeMachine(RuleBasedStateMachine):
     """Hypothesis picks who does what; `teardown` lets everything end."""
 
     @initialize(
-        num_blocks=st.integers(2, 14), max_num_seqs=st.integers(1, 4), budget=st.integers(1, 24), caching=st.booleans()
+        num_blocks=st.integers(2, 14),
+        max_num_seqs=st.integers(1, 4),
+        budget=st.integers(1, 24),
+        caching=st.booleans(),
+        overlap=st.booleans(),
     )
-    def begin(self, num_blocks: int, max_num_seqs: int, budget: int, caching: bool) -> None:
+    def begin(self, num_blocks: int, max_num_seqs: int, budget: int, caching: bool, overlap: bool) -> None:
         self.world = DecodeWorld(
             num_blocks=num_blocks,
             block_size=BLOCK,
@@ -40,6 +44,7 @@ class DecodeMachine(RuleBasedStateMachine):
             budget=budget,
             max_model_len=num_blocks * BLOCK,
             prefix_caching=caching,
+            overlap=overlap,
         )
 
     @rule(
@@ -123,11 +128,11 @@ TestDecodeMachine.settings = settings(
 )
 
 
-def play(seed: int) -> DecodeWorld:
+def play(seed: int, *, overlap: bool) -> DecodeWorld:
     """One long life, everybody busy."""
     rng = random.Random(seed)
     machine = DecodeMachine()
-    machine.begin(rng.randint(2, 14), rng.randint(1, 4), rng.choice((1, 3, 8, 24)), rng.random() < 0.8)
+    machine.begin(rng.randint(2, 14), rng.randint(1, 4), rng.choice((1, 3, 8, 24)), rng.random() < 0.8, overlap)
     actions = [
         (6, lambda: machine.steps(rng.randint(1, 3))),
         (3, lambda: arrive(machine, rng)),
@@ -154,7 +159,8 @@ def arrive(machine: DecodeMachine, rng: random.Random) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_long_lives_end_with_every_answer_right_and_no_block_held(seed: int) -> None:
-    world = play(seed)
+def test_long_lives_end_with_every_answer_right_and_no_block_held(seed: int, overlap: bool) -> None:
+    world = play(seed, overlap=overlap)
     assert world.reasons, "nobody was answered: the life was empty"

@@ -18,15 +18,20 @@ class PrefillMachine(RuleBasedStateMachine):
     """Hypothesis picks who does what; `teardown` lets everything end."""
 
     @initialize(
-        num_blocks=st.integers(1, 14), max_num_seqs=st.integers(1, 4), budget=st.integers(1, 24), caching=st.booleans()
+        num_blocks=st.integers(1, 14),
+        max_num_seqs=st.integers(1, 4),
+        budget=st.integers(1, 24),
+        caching=st.booleans(),
+        overlap=st.booleans(),
     )
-    def begin(self, num_blocks: int, max_num_seqs: int, budget: int, caching: bool) -> None:
+    def begin(self, num_blocks: int, max_num_seqs: int, budget: int, caching: bool, overlap: bool) -> None:
         self.world = PrefillWorld(
             num_blocks=num_blocks,
             block_size=BLOCK,
             max_num_seqs=max_num_seqs,
             budget=budget,
             prefix_caching=caching,
+            overlap=overlap,
         )
 
     @rule(
@@ -86,10 +91,10 @@ TestPrefillMachine = PrefillMachine.TestCase
 TestPrefillMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 
 
-def play(seed: int) -> PrefillWorld:
+def play(seed: int, *, overlap: bool) -> PrefillWorld:
     rng = random.Random(seed)
     machine = PrefillMachine()
-    machine.begin(rng.randint(1, 14), rng.randint(1, 4), rng.choice((1, 3, 8, 24)), rng.random() < 0.8)
+    machine.begin(rng.randint(1, 14), rng.randint(1, 4), rng.choice((1, 3, 8, 24)), rng.random() < 0.8, overlap)
     actions = [
         (4, lambda: machine.steps(rng.randint(1, 3))),
         (4, lambda: submit(machine, rng)),
@@ -109,7 +114,8 @@ def submit(machine: PrefillMachine, rng: random.Random) -> None:
     machine.submit(rng.randint(0, 2), *lengths, rng.randint(1, 3), rng.randint(-1, 1))
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("seed", range(30))
-def test_long_lives_end_with_every_prompt_right_and_no_block_held(seed: int) -> None:
-    world = play(seed)
+def test_long_lives_end_with_every_prompt_right_and_no_block_held(seed: int, overlap: bool) -> None:
+    world = play(seed, overlap=overlap)
     assert world.done, "nobody was computed: the life was empty"
