@@ -1,27 +1,29 @@
-"""One HTTP request being answered: its generations, followed at once, and the text of its choices."""
+"""One HTTP request being answered: its generations, listened to at once, and the text of its choices."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from services.gateway.choice import ChoiceText, Delta
-from services.gateway.generation import (
-    ChoiceEvent,
-    Dispatcher,
-    Generation,
-    GenerationRequest,
-    TokensEvent,
-    Usage,
-    UsageEvent,
-)
+from services.gateway.generation import Dispatcher, Generation, GenerationRequest, Usage
 from services.gateway.http_metrics import AnswerTimer
 from services.gateway.prepare import Job, Prompt
 from services.gateway.vocabulary import Vocabulary
 from tailrace.errors import InternalError
-from tailrace.types import FinishReason
+from tailrace.types import FinishReason, TokenLogprob
 
-Sink = Callable[[int, Delta, FinishReason | None], None]
-"""Takes (index of the choice, what became printable, why it ended if it did)."""
+
+class Reader(Protocol):
+    """Who gets an answer. Called on the event loop, in the middle of a worker's message: returns soon."""
+
+    def take(self, index: int, delta: Delta, reason: FinishReason | None) -> None:
+        """What became printable of the choice `index`, and why it ended if it did."""
+        ...
+
+    def close(self, error: Exception | None) -> None:
+        """Nothing follows: every choice has ended, or the request has failed. Called once."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,11 @@ class Answer:
         self._timer = timer
         self._generations: list[Generation] = []
         self._choices = [ChoiceText(vocabulary, job, prompt) for prompt in job.prompts for _ in range(job.num_choices)]
-        self._echoes = {i: job.prompts[i // job.num_choices].echo for i in range(len(self._choices))}
+        echoes = (job.prompts[i // job.num_choices].echo for i in range(len(self._choices)))
+        self._echoes = {i: echo for i, echo in enumerate(echoes) if echo}
         self._usages: list[Usage] = []
+        self._reader: Reader | None = None
+        self._is_closed = False
 
     @property
     def num_choices(self) -> int:
@@ -68,63 +73,57 @@ class Answer:
             tracestate=origin.tracestate,
         )
 
-    async def run(self, sink: Sink) -> None:
-        """Returns when every generation has ended. Raises the first TailraceError of any of them."""
-        if len(self._generations) == 1:
-            await self._follow(0, sink)
-        else:
-            await self._follow_all(sink)
-        usage = self.usage
-        self._timer.total(
-            prompt_tokens=usage.prompt_tokens,
-            cached_tokens=usage.cached_tokens,
-            completion_tokens=usage.completion_tokens,
-        )
+    def follow(self, reader: Reader) -> None:
+        """The reader gets what has come so far before this returns, the rest as it comes. Called once."""
+        self._reader = reader
+        for index, generation in enumerate(self._generations):
+            generation.listen(_Part(self, generation, index * self.job.num_choices))
 
-    async def _follow_all(self, sink: Sink) -> None:
-        try:
-            async with asyncio.TaskGroup() as group:
-                for index in range(len(self._generations)):
-                    group.create_task(self._follow(index, sink))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+    def feed(
+        self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None, generation: Generation
+    ) -> None:
+        choice = self._choices[index]
+        if choice.reason is None and not self._is_closed:
+            self._emit(index, choice, choice.feed(token_ids, logprobs))
+            if choice.reason is not None:
+                generation.finish_choice(index % self.job.num_choices)
 
-    async def _follow(self, index: int, sink: Sink) -> None:
-        generation = self._generations[index]
-        first = index * self.job.num_choices
-        async for event in generation:
-            match event:
-                case TokensEvent():
-                    self._feed(first + event.choice, event, sink)
-                    if self._choices[first + event.choice].reason is not None:
-                        generation.finish_choice(event.choice)
-                case ChoiceEvent():
-                    self._finish(first + event.choice, event.reason, sink)
-                case UsageEvent():
-                    self._usages.append(event.usage)
+    def finish_choice(self, index: int, reason: FinishReason) -> None:
+        choice = self._choices[index]
+        if choice.reason is None and not self._is_closed:
+            self._emit(index, choice, choice.finish(reason))
+
+    def finish_part(self, first: int, usage: Usage) -> None:
+        """All choices of one generation have ended."""
         if any(choice.reason is None for choice in self._choices[first : first + self.job.num_choices]):
-            raise InternalError("a generation ended before all of its choices")
+            self.close(InternalError("a generation ended before all of its choices"))
+            return
+        self._usages.append(usage)
+        if len(self._usages) == len(self._generations):
+            total = self.usage
+            self._timer.total(
+                prompt_tokens=total.prompt_tokens,
+                cached_tokens=total.cached_tokens,
+                completion_tokens=total.completion_tokens,
+            )
+            self.close(None)
 
-    def _feed(self, index: int, event: TokensEvent, sink: Sink) -> None:
-        choice = self._choices[index]
-        if choice.reason is None:
-            self._emit(index, choice.feed(event.token_ids, event.logprobs), sink)
+    def close(self, error: Exception | None) -> None:
+        """The first error of any generation is that of the answer."""
+        if not self._is_closed and self._reader is not None:
+            self._is_closed = True
+            self._reader.close(error)
 
-    def _finish(self, index: int, reason: FinishReason, sink: Sink) -> None:
-        choice = self._choices[index]
-        if choice.reason is None:
-            self._emit(index, choice.finish(reason), sink)
-
-    def _emit(self, index: int, delta: Delta, sink: Sink) -> None:
-        choice = self._choices[index]
-        if echo := self._echoes.pop(index, ""):
+    def _emit(self, index: int, choice: ChoiceText, delta: Delta) -> None:
+        if self._echoes and (echo := self._echoes.pop(index, "")):
             delta = Delta(echo + delta.text, delta.tokens)
-        if delta:
+        has_content, reason = bool(delta), choice.reason
+        if has_content:
             self._timer.content(index)
-        if choice.reason is not None:
+        if reason is not None:
             self._timer.end(index, choice.num_tokens)
-        if delta or choice.reason is not None:
-            sink(index, delta, choice.reason)
+        if (has_content or reason is not None) and self._reader is not None:
+            self._reader.take(index, delta, reason)
 
     @property
     def usage(self) -> Usage:
@@ -134,7 +133,31 @@ class Answer:
 
     async def aclose(self) -> None:
         """Gives everything back. Idempotent, and finished even when the caller is cancelled meanwhile."""
+        self._is_closed = True
         await asyncio.shield(asyncio.gather(*(generation.aclose() for generation in self._generations)))
+
+
+class _Part:
+    """Listens to one generation, whose choices are those from `first` on in the answer."""
+
+    def __init__(self, answer: Answer, generation: Generation, first: int) -> None:
+        self._answer = answer
+        self._generation = generation
+        self._first = first
+
+    def on_tokens(
+        self, choice: int, position: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None
+    ) -> None:
+        self._answer.feed(self._first + choice, token_ids, logprobs, self._generation)
+
+    def on_choice_ended(self, choice: int, reason: FinishReason) -> None:
+        self._answer.finish_choice(self._first + choice, reason)
+
+    def on_finished(self, usage: Usage) -> None:
+        self._answer.finish_part(self._first, usage)
+
+    def on_failed(self, error: Exception) -> None:
+        self._answer.close(error)
 
 
 def combine(usages: Sequence[Usage], prompt_tokens: int, completion_tokens: int) -> Usage:

@@ -1,7 +1,7 @@
 """One choice: tokens in, text out, with stop strings and log-probabilities."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from services.gateway.detokenizer import Detokenizer
 from services.gateway.prepare import Job, Prompt
@@ -23,7 +23,7 @@ class Delta:
     """What became printable. `tokens` only when log-probabilities were asked for: those whose text is shown."""
 
     text: str = ""
-    tokens: list[ScoredToken] = field(default_factory=list)
+    tokens: Sequence[ScoredToken] = ()
 
     def __bool__(self) -> bool:
         return bool(self.text or self.tokens)
@@ -36,6 +36,7 @@ class ChoiceText:
         after = prompt.tokens if job.continues_prompt else ()
         self._detokenizer = Detokenizer(vocabulary, skip_special=job.skip_special, after=after)
         self._stops = StopFinder(job.stops, include=job.include_stop)
+        self._has_stops = bool(job.stops)
         self._end_ids = job.end_ids
         self._waiting: list[ScoredToken] = []
         self._length = 0
@@ -45,6 +46,8 @@ class ChoiceText:
 
     def feed(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None) -> Delta:
         """Sets `reason` when a stop string is complete; what follows is ignored."""
+        if logprobs is None and not self._has_stops:
+            return Delta(self._feed_plain(token_ids))
         shown = []
         for i, token_id in enumerate(token_ids):
             if self.reason is not None:
@@ -56,6 +59,14 @@ class ChoiceText:
                 self._waiting.append(ScoredToken(token_id, logprobs[i], self._length))
             shown.append(self._show(self._detokenizer.feed(token_id)))
         return self._delta("".join(shown))
+
+    def _feed_plain(self, token_ids: Sequence[int]) -> str:
+        """Nothing is held back and no place in the text is asked for: what is printable is shown."""
+        self.num_tokens += len(token_ids)
+        feed, end_ids = self._detokenizer.feed, self._end_ids
+        if len(token_ids) == 1:
+            return "" if token_ids[0] in end_ids else feed(token_ids[0])
+        return "".join([feed(token_id) for token_id in token_ids if token_id not in end_ids])
 
     def finish(self, reason: FinishReason) -> Delta:
         """The choice ended by itself: what was held back is shown, unless that completes a stop string."""

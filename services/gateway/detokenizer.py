@@ -23,13 +23,24 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._strips_space = vocabulary.decoding.strips_space and not any(map(self._token_bytes, after))
         self._utf8.decode(b"".join(map(self._token_bytes, after[-_MAX_CHARACTER_TOKENS:])))
+        self._texts = vocabulary.texts
+        self._is_mid_character = self._has_bytes_left()
 
     def feed(self, token_id: int) -> str:
-        return self._printable(self._utf8.decode(self._token_bytes(token_id)))
+        text = None if self._is_mid_character else self._texts[token_id]
+        if text is None:
+            text = self._utf8.decode(self._token_bytes(token_id))
+            self._is_mid_character = self._has_bytes_left()
+        elif token_id in self._hidden:
+            return ""
+        return self._printable(text) if self._strips_space else text
 
     def flush(self) -> str:
         """At the end of the choice: what is left of a character that never became whole."""
         return self._printable(self._utf8.decode(b"", final=True))
+
+    def _has_bytes_left(self) -> bool:
+        return bool(self._utf8.getstate()[0])
 
     def _token_bytes(self, token_id: int) -> bytes:
         return b"" if token_id in self._hidden else self._vocabulary[token_id]

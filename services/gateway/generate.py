@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from services.gateway.answer import Answer, Origin
 from services.gateway.caller import Trace
-from services.gateway.choice import Delta
+from services.gateway.choice import Delta, ScoredToken
 from services.gateway.disconnect import unless_client_leaves
 from services.gateway.generation import Dispatcher
 from services.gateway.http_errors import BodyTimeoutError, BodyTooLargeError, ModelNotFoundError
@@ -70,7 +70,7 @@ class Endpoints:
             await answer.start(self._dispatcher, self._origin(request, envelope))
             if body.stream:
                 return self._stream(answer, body, envelope, request)
-            result = await _collect(answer, self._format(body, envelope))
+            result = await _Collector(answer).body(self._format(body, envelope))
         except BaseException:
             await answer.aclose()
             raise
@@ -121,21 +121,36 @@ def no_such_model(name: str, model: ServedModel) -> ModelNotFoundError:
     return ModelNotFoundError(f"the model {name[:200]!r} does not exist here; served: {served}", param="model")
 
 
-async def _collect(answer: Answer, answer_format: AnswerFormat) -> bytes:
-    texts = [Delta() for _ in range(answer.num_choices)]
-    parts: list[list[str]] = [[] for _ in texts]
-    reasons: dict[int, FinishReason] = {}
+class _Collector:
+    """A Reader that keeps everything to the end."""
 
-    def take(index: int, delta: Delta, reason: FinishReason | None) -> None:
-        parts[index].append(delta.text)
-        texts[index].tokens.extend(delta.tokens)
+    def __init__(self, answer: Answer) -> None:
+        self._texts: list[list[str]] = [[] for _ in range(answer.num_choices)]
+        self._tokens: list[list[ScoredToken]] = [[] for _ in range(answer.num_choices)]
+        self._reasons: dict[int, FinishReason] = {}
+        self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._answer = answer
+
+    def take(self, index: int, delta: Delta, reason: FinishReason | None) -> None:
+        self._texts[index].append(delta.text)
+        self._tokens[index].extend(delta.tokens)
         if reason is not None:
-            reasons[index] = reason
+            self._reasons[index] = reason
 
-    await answer.run(take)
-    for text, pieces in zip(texts, parts, strict=True):
-        text.text = "".join(pieces)
-    return answer_format.body(texts, [reasons[index] for index in range(len(texts))], answer.usage)
+    def close(self, error: Exception | None) -> None:
+        if self._end.done():
+            return  # whoever waited has gone
+        if error is not None:
+            self._end.set_exception(error)
+        else:
+            self._end.set_result(None)
+
+    async def body(self, answer_format: AnswerFormat) -> bytes:
+        """Raises what the answer failed with."""
+        self._answer.follow(self)
+        await self._end
+        texts = [Delta("".join(text), tokens) for text, tokens in zip(self._texts, self._tokens, strict=True)]
+        return answer_format.body(texts, [self._reasons[index] for index in range(len(texts))], self._answer.usage)
 
 
 async def read_body(request: Request, options: HttpOptions) -> bytes:

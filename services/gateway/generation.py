@@ -1,6 +1,6 @@
-"""What the HTTP edge asks of the rest of the gateway, and the events that it gets back."""
+"""What the edges ask of the rest of the gateway, and how they are told what comes of it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,25 +23,6 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class TokensEvent:
-    """New tokens of one choice, in order and each once. `position` is that of the first; the prompt starts at 0."""
-
-    choice: int
-    position: int
-    token_ids: list[int]
-    logprobs: list[TokenLogprob] | None
-    """One a token when log-probabilities were asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceEvent:
-    """A choice ended; no tokens of it follow. An end-of-sequence or stop token is among the tokens before it."""
-
-    choice: int
-    reason: FinishReason
-
-
-@dataclass(frozen=True, slots=True)
 class Usage:
     """Where one request's tokens and time went. Legs overlap, so the seconds need not add up."""
 
@@ -59,29 +40,47 @@ class Usage:
     cached_by_tier: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class UsageEvent:
-    """The last event of a request that did not fail."""
+class Listener(Protocol):
+    """Who hears what comes of one request. Called on the event loop, within a worker's message: returns soon."""
 
-    usage: Usage
+    def on_tokens(
+        self, choice: int, position: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None
+    ) -> None:
+        """New tokens of one choice, in order and each once. `position` is that of the first; the prompt starts at 0.
 
+        `logprobs`: one a token when they were asked for.
+        """
+        ...
 
-GenerationEvent = TokensEvent | ChoiceEvent | UsageEvent
+    def on_choice_ended(self, choice: int, reason: FinishReason) -> None:
+        """No tokens of it follow. An end-of-sequence or stop token was among the tokens before."""
+        ...
+
+    def on_finished(self, usage: Usage) -> None:
+        """Every choice has ended; nothing follows."""
+        ...
+
+    def on_failed(self, error: Exception) -> None:
+        """The terminal error; nothing follows."""
+        ...
 
 
 class Generation(Protocol):
     """One request being answered."""
 
-    def __aiter__(self) -> AsyncIterator[GenerationEvent]:
-        """Events until the UsageEvent. Raises TailraceError for a terminal error. Iterated once, by one task."""
+    def listen(self, listener: Listener) -> None:
+        """What has come so far is told before this returns, the rest as it comes. Called once."""
         ...
 
     def finish_choice(self, choice: int) -> None:
-        """A stop string was found: what is left of this choice is cancelled and not delivered."""
+        """A stop string was found: what is left of this choice is cancelled and not told.
+
+        If it was the last one, the listener hears of the end before this returns.
+        """
         ...
 
     async def aclose(self) -> None:
-        """Cancels what still runs. Idempotent; safe at any moment and while another task iterates."""
+        """Cancels what still runs; the listener hears nothing more. Idempotent, safe at any moment."""
         ...
 
 

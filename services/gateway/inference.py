@@ -5,15 +5,16 @@ import json
 import logging
 import math
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from services.gateway import generation
 from services.gateway.answer import combine
 from services.gateway.caller import ApiKeys, Trace, request_id_of
 from services.gateway.choice import ChoiceText
 from services.gateway.generate import no_such_model
-from services.gateway.generation import ChoiceEvent, Dispatcher, Generation, GenerationRequest, TokensEvent, UsageEvent
+from services.gateway.generation import Dispatcher, Generation, GenerationRequest
 from services.gateway.prepare import Job, RequestLimits, ServedModel, prepare_chat, prepare_completion
 from services.gateway.schemas import ChatBody, CompletionBody, parse_body
 from services.gateway.tokenizer import TokenizerPool
@@ -70,12 +71,12 @@ class Inference:
             self._keys.check(authorization)
             request, job = await self._tokenizers.run(lambda: self._prepare(read()))
             submitted = self._submission(request, job)
-            generation = await self._dispatcher.submit(submitted)
+            accepted = await self._dispatcher.submit(submitted)
         except TailraceError as error:
             raise presentable(error, f"refusal {uuid.uuid4().hex[:8]}") from None
         except Exception as error:
             raise presentable(error, f"refusal {uuid.uuid4().hex[:8]}") from error
-        return EventStream(generation, submitted, job, self._model.tokenizer.vocabulary)
+        return EventStream(accepted, submitted, job, self._model.tokenizer.vocabulary)
 
     def _prepare(self, request: GenerateRequest) -> tuple[GenerateRequest, Job]:
         """Through the HTTP edge's own bodies: one set of limits, and one wording for each error."""
@@ -139,76 +140,64 @@ def presentable(error: BaseException, what: str) -> TailraceError:
 
 
 class EventStream:
-    """One accepted request, which it owns. Iterated once; whoever has it must `aclose` it."""
+    """One accepted request, which it owns, and listens to. Iterated once; whoever has it must `aclose` it."""
 
-    def __init__(self, generation: Generation, request: GenerationRequest, job: Job, vocabulary: Vocabulary) -> None:
-        self._generation = generation
+    def __init__(self, accepted: Generation, request: GenerationRequest, job: Job, vocabulary: Vocabulary) -> None:
+        self._generation = accepted
         self._request = request
         self._choices = [ChoiceText(vocabulary, job, job.prompts[0]) for _ in range(job.num_choices)]
         self._outbox = Outbox()
-        self._follower: asyncio.Task[None] | None = None
         self._cutting: asyncio.Task[None] | None = None
 
     async def __aiter__(self) -> AsyncIterator[StreamEvent]:
         """Between two events the client may take its time: what comes meanwhile is joined to one chunk a choice."""
-        self._follower = asyncio.create_task(self._follow(), name=f"events of {self._request.request_id}")
+        try:
+            self._generation.listen(self)
+        except Exception as error:
+            self.on_failed(error)
         yield Started(self._request.request_id, len(self._request.prompt_tokens), self._request.sampling.seed)
         while (event := await self._outbox.take()) is not None:
             yield event
 
     def cut(self, error: TailraceError) -> None:
         """Gives everything back, with what the client has not taken yet; all it can still take is the error."""
-        self._cutting = asyncio.create_task(self._close())
+        self._cutting = asyncio.create_task(self._generation.aclose())
         self._outbox.cut(error)
 
     async def aclose(self) -> None:
         """Gives everything back. Idempotent, and finished even when the caller is cancelled meanwhile."""
-        await asyncio.shield(self._close())
+        await asyncio.shield(self._generation.aclose())
 
-    async def _close(self) -> None:
-        if self._follower is not None:
-            # Cancelled first, so that nobody iterates what is closed.
-            self._follower.cancel()
-            await asyncio.wait((self._follower,))
-        await self._generation.aclose()
+    # -- Listener -----------------------------------------------------------------------------------------------------
 
-    async def _follow(self) -> None:
-        try:
-            async for event in self._generation:
-                match event:
-                    case TokensEvent():
-                        self._feed(event)
-                    case ChoiceEvent():
-                        self._finish(event)
-                    case UsageEvent():
-                        return self._outbox.close(Finished(self._usage(event)))
-            raise InternalError("the generation ended before its usage")
-        except Exception as error:
-            self._outbox.close(presentable(error, f"request {self._request.request_id}"))
-
-    def _feed(self, event: TokensEvent) -> None:
-        choice = self._choices[event.choice]
-        if choice.reason is not None:
+    def on_tokens(
+        self, choice: int, position: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None
+    ) -> None:
+        text = self._choices[choice]
+        if text.reason is not None:
             return
-        before = choice.num_tokens
-        text = choice.feed(event.token_ids, None).text
-        count = choice.num_tokens - before
-        scores = () if event.logprobs is None else tuple(event.logprobs[:count])
-        ids = tuple(event.token_ids[:count])
-        self._outbox.put(TokenChunk(event.choice, event.position, ids, text, scores, choice.reason))
-        if choice.reason is not None:
-            self._generation.finish_choice(event.choice)
+        before = text.num_tokens
+        shown = text.feed(token_ids, None).text
+        count = text.num_tokens - before
+        scores = () if logprobs is None else tuple(logprobs[:count])
+        self._outbox.put(TokenChunk(choice, position, tuple(token_ids[:count]), shown, scores, text.reason))
+        if text.reason is not None:
+            self._generation.finish_choice(choice)
 
-    def _finish(self, event: ChoiceEvent) -> None:
-        choice = self._choices[event.choice]
-        if choice.reason is None:
-            text = choice.finish(event.reason).text
-            position = len(self._request.prompt_tokens) + choice.num_tokens
-            self._outbox.put(TokenChunk(event.choice, position, (), text, (), choice.reason))
+    def on_choice_ended(self, choice: int, reason: FinishReason) -> None:
+        text = self._choices[choice]
+        if text.reason is None:
+            shown = text.finish(reason).text
+            position = len(self._request.prompt_tokens) + text.num_tokens
+            self._outbox.put(TokenChunk(choice, position, (), shown, (), text.reason))
 
-    def _usage(self, event: UsageEvent) -> Usage:
-        num_tokens = sum(choice.num_tokens for choice in self._choices)
-        return Usage(**asdict(combine([event.usage], len(self._request.prompt_tokens), num_tokens)))
+    def on_finished(self, usage: generation.Usage) -> None:
+        num_tokens = sum(text.num_tokens for text in self._choices)
+        total = combine([usage], len(self._request.prompt_tokens), num_tokens)
+        self._outbox.close(Finished(Usage(**asdict(total))))
+
+    def on_failed(self, error: Exception) -> None:
+        self._outbox.close(presentable(error, f"request {self._request.request_id}"))
 
 
 @dataclass(slots=True)
@@ -229,7 +218,7 @@ class _Waiting:
 
 
 class Outbox:
-    """Between a generation and its client: at most one chunk a choice waits, and then the end."""
+    """Between a generation and its client: at most one chunk a choice waits, and then the end, which is the first."""
 
     def __init__(self) -> None:
         self._waiting: dict[int, _Waiting] = {}
@@ -238,21 +227,29 @@ class Outbox:
         self._news = asyncio.Event()
 
     def put(self, chunk: TokenChunk) -> None:
+        if self._has_ended:
+            return
         self._waiting.setdefault(chunk.choice, _Waiting(chunk.position)).add(chunk)
         self._news.set()
 
+    @property
+    def _has_ended(self) -> bool:
+        return self._end is not None or self._is_over
+
     def close(self, end: Finished | TailraceError) -> None:
-        self._end = end
-        self._news.set()
+        if not self._has_ended:
+            self._end = end
+            self._news.set()
 
     def cut(self, error: TailraceError) -> None:
         """The error takes the place of all that waits."""
         self._waiting.clear()
-        self.close(error)
+        self._end = error
+        self._news.set()
 
     async def take(self) -> TokenChunk | Finished | TailraceError | None:
         """The choice that has waited longest; None after the end."""
-        while not self._waiting and self._end is None and not self._is_over:
+        while not self._waiting and not self._has_ended:
             self._news.clear()
             await self._news.wait()
         if self._waiting:

@@ -108,8 +108,24 @@ class Member:
         try:
             function(sink)
         except Exception:
-            log.exception("leg %d of %s failed", handle, self.info.worker_id)
-            self.fail(handle, InternalError("the gateway failed; its log says why"))
+            self._fail_for_defect(handle)
+
+    def tell_tokens(self, columns: TokenColumns) -> None:
+        """As `tell` for each row; this is where every token of the gateway comes through."""
+        rows = zip(columns.handles, columns.choices, columns.positions, columns.token_ids, strict=True)
+        logprobs = columns.logprobs
+        for row, (handle, choice, position, token_id) in enumerate(rows):
+            if (sink := self.sinks.get(handle)) is None:
+                continue
+            logprob = logprobs[row] if logprobs is not None else None
+            try:
+                sink.on_tokens(choice, position, [token_id], [logprob] if logprob is not None else None)
+            except Exception:
+                self._fail_for_defect(handle)
+
+    def _fail_for_defect(self, handle: int) -> None:
+        log.exception("leg %d of %s failed", handle, self.info.worker_id)
+        self.fail(handle, InternalError("the gateway failed; its log says why"))
 
     def fail(self, handle: int, error: TailraceError) -> None:
         if (sink := self.forget(handle)) is None:
@@ -317,9 +333,7 @@ class Members:
             member.take_load(event.load)
         if event.kv_events is not None:
             member.feed.take(event.kv_events)
-        columns = event.tokens
-        for row, handle in enumerate(columns.handles):
-            member.tell(handle, partial(_tell_token, columns, row))
+        member.tell_tokens(event.tokens)
         # Reports before ends: the last end of a request asks for its usage.
         for report in event.reports:
             member.tell(report.handle, partial(_tell_report, report))
@@ -327,12 +341,6 @@ class Members:
             member.tell(finish.handle, partial(_tell_finish, finish))
         for failure in event.failed:
             member.fail(failure.handle, failure.error)
-
-
-def _tell_token(columns: TokenColumns, row: int, sink: LegSink) -> None:
-    logprob = columns.logprobs[row] if columns.logprobs is not None else None
-    logprobs = [logprob] if logprob is not None else None
-    sink.on_tokens(columns.choices[row], columns.positions[row], [columns.token_ids[row]], logprobs)
 
 
 def _tell_report(report: LegReport, sink: LegSink) -> None:

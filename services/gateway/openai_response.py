@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from typing import Any, Protocol
 
 from services.gateway.choice import Delta, ScoredToken
@@ -12,7 +13,7 @@ from tailrace.types import FinishReason
 
 # JSON has no infinity; a token that cannot be drawn gets what OpenAI's API gives it.
 _LEAST_LOGPROB = -9999.0
-DONE = "data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +31,13 @@ class AnswerFormat(Protocol):
 
     def body(self, texts: Sequence[Delta], reasons: Sequence[FinishReason], usage: Usage) -> bytes: ...
 
-    def opening(self, num_choices: int) -> str:
+    def opening(self, num_choices: int) -> bytes:
         """The chunks before the first text."""
         ...
 
-    def chunks(self, index: int, delta: Delta, reason: FinishReason | None) -> str: ...
+    def chunks(self, index: int, delta: Delta, reason: FinishReason | None) -> bytes: ...
 
-    def usage_chunk(self, usage: Usage) -> str: ...
+    def usage_chunk(self, usage: Usage) -> bytes: ...
 
 
 def dump(value: Any) -> str:
@@ -63,22 +64,48 @@ def describe_usage(usage: Usage) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """A chunk of one choice around its text, encoded once."""
+
+    before: bytes
+    after: bytes
+
+    def with_text(self, text: str) -> bytes:
+        return b"%b%b%b" % (self.before, encode_basestring_ascii(text).encode(), self.after)
+
+
 class _Chunks:
     """Chunks around a choice's JSON, whose constant parts are written once."""
 
-    def __init__(self, envelope: Envelope, kind: str, *, include_usage: bool) -> None:
+    def __init__(self, envelope: Envelope, kind: str, text_field: str, *, include_usage: bool) -> None:
+        """`text_field`: the JSON of a choice that holds its text, up to the text and after it, cut by one "%"."""
         head = {"id": envelope.id, "object": kind, "created": envelope.created, "model": envelope.model}
         self._before = f"data: {dump(head)[:-1]},"
         self._choice_before = f'{self._before}"choices":[{{"index":'
         self._choice_after = '}],"usage":null}\n\n' if include_usage else "}]}\n\n"
+        self._text_field = text_field
+        self._templates: dict[int, _Template] = {}
 
-    def choice(self, index: int, content: str, logprobs: str, reason: FinishReason | None) -> str:
+    def text(self, index: int, text: str) -> bytes:
+        """The chunk that nearly every token becomes: a text and nothing else."""
+        if (template := self._templates.get(index)) is None:
+            before, after = self._text_field.split("%")
+            rest = f'{after},"logprobs":null,"finish_reason":null{self._choice_after}'
+            template = _Template(f"{self._choice_before}{index},{before}".encode(), rest.encode())
+            self._templates[index] = template
+        return template.with_text(text)
+
+    def scored_text(self, index: int, text: str, logprobs: Any) -> bytes:
+        return self.choice(index, self._text_field.replace("%", dump(text)), dump(logprobs), None)
+
+    def choice(self, index: int, content: str, logprobs: str, reason: FinishReason | None) -> bytes:
         finish = f'"{reason.openai}"' if reason else "null"
         rest = f'{index},{content},"logprobs":{logprobs},"finish_reason":{finish}'
-        return f"{self._choice_before}{rest}{self._choice_after}"
+        return f"{self._choice_before}{rest}{self._choice_after}".encode()
 
-    def usage(self, usage: Usage) -> str:
-        return f'{self._before}"choices":[],"usage":{dump(describe_usage(usage))}}}\n\n'
+    def usage(self, usage: Usage) -> bytes:
+        return f'{self._before}"choices":[],"usage":{dump(describe_usage(usage))}}}\n\n'.encode()
 
 
 class ChatFormat:
@@ -86,7 +113,8 @@ class ChatFormat:
         self._envelope = envelope
         self._vocabulary = vocabulary
         self._logprobs = logprobs
-        self._chunks = _Chunks(envelope, "chat.completion.chunk", include_usage=include_usage)
+        text_field = '"delta":{"content":%}'
+        self._chunks = _Chunks(envelope, "chat.completion.chunk", text_field, include_usage=include_usage)
 
     def body(self, texts: Sequence[Delta], reasons: Sequence[FinishReason], usage: Usage) -> bytes:
         choices = [
@@ -100,18 +128,19 @@ class ChatFormat:
         ]
         return _body(self._envelope, "chat.completion", choices, usage)
 
-    def opening(self, num_choices: int) -> str:
+    def opening(self, num_choices: int) -> bytes:
         content = '"delta":{"role":"assistant","content":""}'
-        return "".join(self._chunks.choice(index, content, "null", None) for index in range(num_choices))
+        return b"".join(self._chunks.choice(index, content, "null", None) for index in range(num_choices))
 
-    def chunks(self, index: int, delta: Delta, reason: FinishReason | None) -> str:
-        text = ""
-        if delta:
-            logprobs = dump(self._scores(delta.tokens)) if self._logprobs else "null"
-            text = self._chunks.choice(index, f'"delta":{{"content":{dump(delta.text)}}}', logprobs, None)
+    def chunks(self, index: int, delta: Delta, reason: FinishReason | None) -> bytes:
+        text = b""
+        if delta and self._logprobs:
+            text = self._chunks.scored_text(index, delta.text, self._scores(delta.tokens))
+        elif delta:
+            text = self._chunks.text(index, delta.text)
         return text + self._chunks.choice(index, '"delta":{}', "null", reason) if reason else text
 
-    def usage_chunk(self, usage: Usage) -> str:
+    def usage_chunk(self, usage: Usage) -> bytes:
         return self._chunks.usage(usage)
 
     def _scores(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
@@ -132,7 +161,7 @@ class CompletionFormat:
         self._envelope = envelope
         self._vocabulary = vocabulary
         self._logprobs = logprobs
-        self._chunks = _Chunks(envelope, "text_completion", include_usage=include_usage)
+        self._chunks = _Chunks(envelope, "text_completion", '"text":%', include_usage=include_usage)
 
     def body(self, texts: Sequence[Delta], reasons: Sequence[FinishReason], usage: Usage) -> bytes:
         choices = [
@@ -146,15 +175,18 @@ class CompletionFormat:
         ]
         return _body(self._envelope, "text_completion", choices, usage)
 
-    def opening(self, num_choices: int) -> str:
-        return ""
+    def opening(self, num_choices: int) -> bytes:
+        return b""
 
-    def chunks(self, index: int, delta: Delta, reason: FinishReason | None) -> str:
-        logprobs = dump(self._scores(delta.tokens)) if self._logprobs and delta.tokens else "null"
-        text = self._chunks.choice(index, f'"text":{dump(delta.text)}', logprobs, None) if delta else ""
+    def chunks(self, index: int, delta: Delta, reason: FinishReason | None) -> bytes:
+        text = b""
+        if self._logprobs and delta.tokens:
+            text = self._chunks.scored_text(index, delta.text, self._scores(delta.tokens))
+        elif delta:
+            text = self._chunks.text(index, delta.text)
         return text + self._chunks.choice(index, '"text":""', "null", reason) if reason else text
 
-    def usage_chunk(self, usage: Usage) -> str:
+    def usage_chunk(self, usage: Usage) -> bytes:
         return self._chunks.usage(usage)
 
     def _scores(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:

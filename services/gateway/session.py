@@ -7,18 +7,11 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from services.gateway.generation import (
-    ChoiceEvent,
-    GenerationEvent,
-    GenerationRequest,
-    TokensEvent,
-    Usage,
-    UsageEvent,
-)
+from services.gateway.generation import GenerationRequest, Listener, Usage
 from services.gateway.members import Member
 from tailrace.errors import InternalError, TailraceError
 from tailrace.lifecycle import Lifecycle, RequestState
@@ -39,8 +32,11 @@ class Leg:
     role: Role
 
     def on_tokens(self, choice: int, position: int, ids: list[int], logprobs: list[TokenLogprob] | None) -> None:
-        self._check(choice)
-        self.attempt.has_joined = self.attempt.has_joined or self.role is Role.DECODE
+        attempt = self.attempt
+        if choice not in attempt.choices:
+            self._check(choice)
+        if self.role is Role.DECODE:
+            attempt.has_joined = True
         self.session.take_tokens(choice, position, ids, logprobs, self.role)
 
     def on_report(self, report: LegReport) -> None:
@@ -89,6 +85,23 @@ class _Choice:
         return self.reason is not None
 
 
+@dataclass(frozen=True, slots=True)
+class _Untold:
+    """What came before anybody listened: tokens, or the end of a choice."""
+
+    choice: int
+    position: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    reason: FinishReason | None = None
+
+    def tell(self, listener: Listener) -> None:
+        if self.reason is None:
+            listener.on_tokens(self.choice, self.position, self.token_ids, self.logprobs)
+        else:
+            listener.on_choice_ended(self.choice, self.reason)
+
+
 class RequestSession:
     """A Generation. `recover` is called, once a lost attempt, to start others; it owns the decision whether to."""
 
@@ -110,29 +123,33 @@ class RequestSession:
         self._recovery = recovery
         self._attempts: list[Attempt] = []
         self._choices = [_Choice() for _ in range(request.num_choices)]
-        self._events: deque[GenerationEvent] = deque()
-        self._news = asyncio.Event()
+        self._listener: Listener | None = None
+        self._untold: deque[_Untold] = deque()
         self.error: TailraceError | None = None
         self._is_over = False
+        self._num_prompt_tokens = len(request.prompt_tokens)
         self._first_token_at = 0.0
+        self._last_role: Role | None = None
+        """Of the leg whose token was the last one since a worker was lost; None: none has come."""
         self._prompt_report: LegReport | None = None
         """Of whoever prefilled first: a replay finds cached what was computed for this very request."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     # -- Generation ---------------------------------------------------------------------------------------------------
 
-    async def __aiter__(self) -> AsyncIterator[GenerationEvent]:
-        while True:
-            while self._events:
-                yield self._events.popleft()
-            if self.error is not None:
-                raise self.error
-            if self._is_over:
-                break
-            self._news.clear()
-            await self._news.wait()
-        if self.usage is not None and self.life.state is RequestState.FINISHED:
-            yield UsageEvent(self.usage)
+    def listen(self, listener: Listener) -> None:
+        # Not the listener yet: it may finish a choice while others have not been told all.
+        while self._untold:
+            self._untold.popleft().tell(listener)
+        self._listener = listener
+        if self._is_over:
+            self._tell_end(listener)
+
+    def _tell_end(self, listener: Listener) -> None:
+        if self.error is not None:
+            listener.on_failed(self.error)
+        elif self.usage is not None and self.life.state is RequestState.FINISHED:
+            listener.on_finished(self.usage)
 
     def finish_choice(self, choice: int) -> None:
         self._withdraw(choice)
@@ -144,17 +161,18 @@ class RequestSession:
         self._close_choice(choice, FinishReason.STOP)
 
     def _withdraw(self, choice: int) -> None:
-        """What the client has not had of this choice, it never had."""
-        undelivered = [e for e in self._events if _is_of(e, choice)]
-        self._events = deque(e for e in self._events if not _is_of(e, choice))
+        """What the listener was not told of this choice, it never had."""
+        num_untold = sum(len(piece.token_ids) for piece in self._untold if piece.choice == choice)
+        self._untold = deque(piece for piece in self._untold if piece.choice != choice)
         tokens = self._choices[choice].tokens
-        del tokens[len(tokens) - sum(len(e.token_ids) for e in undelivered if isinstance(e, TokensEvent)) :]
+        del tokens[len(tokens) - num_untold :]
         if self.usage is not None:
             self.usage = replace(self.usage, completion_tokens=self.num_released)
 
     async def aclose(self) -> None:
         if not self._is_over:
             self._end(RequestState.CANCELLED)
+        self._listener = None
         for task in self._tasks:
             task.cancel()
 
@@ -216,6 +234,7 @@ class RequestSession:
             self._end(RequestState.FAILED)
 
     def move(self, state: RequestState, at: float | None = None) -> None:
+        self._last_role = None
         self.life.move(state, time.monotonic() if at is None else at)
 
     # -- what the legs say --------------------------------------------------------------------------------------------
@@ -224,21 +243,29 @@ class RequestSession:
         self, choice: int, position: int, ids: list[int], logprobs: list[TokenLogprob] | None, role: Role
     ) -> None:
         """Release what is new. Both legs tell the first token; a worker that was replaced may tell old ones."""
-        if self._is_over or not 0 <= choice < len(self._choices) or self._choices[choice].is_over:
+        if self._is_over or not 0 <= choice < len(self._choices):
             return
         state = self._choices[choice]
-        expected = len(self.request.prompt_tokens) + len(state.tokens)
-        if self.request.sampling.logprobs is None:
-            logprobs = None
+        if state.reason is not None:
+            return
+        expected = self._num_prompt_tokens + len(state.tokens)
         skip = expected - position
         if skip < 0:
             self.fail(InternalError(f"choice {choice}: token {position} came before token {expected}"))
             return
         if skip >= len(ids):
             return
-        self._note_token(role)
-        state.tokens.extend(ids[skip:])
-        self._push(TokensEvent(choice, expected, ids[skip:], logprobs[skip:] if logprobs is not None else None))
+        if role is not self._last_role:
+            self._note_token(role)
+        if logprobs is not None:
+            logprobs = logprobs[skip:] if self.request.sampling.logprobs is not None else None
+        if skip:
+            ids = ids[skip:]
+        state.tokens += ids
+        if self._listener is not None:
+            self._listener.on_tokens(choice, expected, ids, logprobs)
+        else:
+            self._untold.append(_Untold(choice, expected, ids, logprobs))
 
     def _note_token(self, role: Role) -> None:
         now = time.monotonic()
@@ -247,6 +274,7 @@ class RequestSession:
             if self.life.state is RequestState.QUEUED:
                 self.move(RequestState.PREFILLING, now)
             self.move(RequestState.DECODING, now)
+        self._last_role = role
 
     def take_report(self, leg: Leg, report: LegReport) -> None:
         if leg.role is Role.DECODE:
@@ -261,7 +289,10 @@ class RequestSession:
     def end_choice(self, choice: int, reason: FinishReason) -> None:
         if self._is_over or self._choices[choice].is_over:
             return
-        self._push(ChoiceEvent(choice, reason))
+        if self._listener is not None:
+            self._listener.on_choice_ended(choice, reason)
+        else:
+            self._untold.append(_Untold(choice, reason=reason))
         self._close_choice(choice, reason)
 
     def leg_failed(self, leg: Leg, error: TailraceError) -> None:
@@ -277,10 +308,6 @@ class RequestSession:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _push(self, event: GenerationEvent) -> None:
-        self._events.append(event)
-        self._news.set()
-
     def _close_choice(self, choice: int, reason: FinishReason) -> None:
         self._choices[choice].reason = reason
         if all(state.is_over for state in self._choices):
@@ -293,7 +320,8 @@ class RequestSession:
         for attempt in list(self._attempts):
             self.abandon(attempt)
         self._recovery.ended(self)
-        self._news.set()
+        if self._listener is not None:
+            self._tell_end(self._listener)
 
     def _later(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -328,10 +356,6 @@ class Recovery(Protocol):
     async def recover(self, session: RequestSession, choices: tuple[int, ...], error: TailraceError) -> None: ...
 
     def ended(self, session: RequestSession) -> None: ...
-
-
-def _is_of(event: GenerationEvent, choice: int) -> bool:
-    return isinstance(event, TokensEvent | ChoiceEvent) and event.choice == choice
 
 
 def _at_most(cached_by_tier: dict[str, int], limit: int) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass, field
 
 from fastapi import Response
@@ -9,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from services.gateway.answer import Answer
 from services.gateway.choice import Delta
+from services.gateway.direct import DirectBody, direct_body
 from services.gateway.disconnect import cancel_all, client_left
 from services.gateway.http_errors import ErrorReply
 from services.gateway.http_metrics import HttpMetrics
@@ -17,7 +19,8 @@ from tailrace.errors import TailraceError
 from tailrace.types import FinishReason
 
 _log = logging.getLogger(__name__)
-_KEEPALIVE = ": waiting\n\n"
+_KEEPALIVE = b": waiting\n\n"
+_PIECE_BYTES = 65536
 _Piece = tuple[Delta, FinishReason | None]
 
 
@@ -41,39 +44,52 @@ class Batch:
 
 
 class Outbox:
-    """Between the generations and a client: what a slow client has not taken yet is joined into one piece a choice."""
+    """Between an answer and its client: what a slow client has not taken yet is joined into one piece a choice."""
 
     def __init__(self) -> None:
         self._pieces: dict[int, _Piece] = {}
         self._changed = asyncio.Event()
         self._is_last = False
         self._error: BaseException | None = None
+        self.is_awaited = False
+        """Whoever takes has written all there was, and waits for more."""
 
     def put(self, index: int, delta: Delta, reason: FinishReason | None) -> None:
         if index in self._pieces:
             before, _ = self._pieces[index]
-            delta = Delta(before.text + delta.text, before.tokens + delta.tokens)
+            delta = Delta(before.text + delta.text, (*before.tokens, *delta.tokens))
         self._pieces[index] = delta, reason
-        self._changed.set()
+        self._change()
 
     def close(self, error: BaseException | None = None) -> None:
         self._is_last, self._error = True, error
+        self._change()
+
+    def _change(self) -> None:
+        self.is_awaited = False
         self._changed.set()
 
     async def take(self, timeout_s: float) -> Batch:
         """Everything that waits; empty after `timeout_s` without anything."""
+        self.is_awaited = not self._changed.is_set()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
         except TimeoutError:
             return Batch()
+        finally:
+            self.is_awaited = False
         self._changed.clear()
         pieces, self._pieces = self._pieces, {}
         return Batch(pieces, self._is_last, self._error)
 
 
 class EventStream(Response):
-    """Follows an answer, which it owns, to its end or to the client's."""
+    """Follows an answer, which it owns, to its end or to the client's. Is the answer's Reader.
+
+    While the client keeps pace a piece is written as it comes, within the worker's message that brought it. The rest
+    goes through the outbox and its writer: the head, what a slow client lets wait, silence, and the end.
+    """
 
     def __init__(
         self,
@@ -94,61 +110,82 @@ class EventStream(Response):
         self._options = options
         self._include_usage = include_usage
         self._request_id = request_id
+        self._outbox = Outbox()
+        self._direct: DirectBody | None = None
+        self._wrote_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        outbox = Outbox()
-        follower = asyncio.create_task(self._follow(outbox))
-        writer = asyncio.create_task(self._write(outbox, scope, receive, send))
+        writer = asyncio.create_task(self._write(scope, receive, send))
         left = asyncio.create_task(client_left(receive))
         try:
+            self._answer.follow(self)
             await asyncio.wait((writer, left), return_when=asyncio.FIRST_COMPLETED)
             if writer.done():
                 writer.result()
             else:
                 self._metrics.disconnects.labels("left").inc()
         finally:
-            # Cancelled first, so that nobody iterates what is closed.
-            for task in (follower, writer, left):
+            self._direct = None
+            for task in (writer, left):
                 task.cancel()
             await self._answer.aclose()
-            await cancel_all(follower, writer, left)
+            await cancel_all(writer, left)
 
-    async def _follow(self, outbox: Outbox) -> None:
-        try:
-            await self._answer.run(outbox.put)
-        except TailraceError as error:
-            outbox.close(error)
-        except Exception as error:
-            _log.exception("request %s failed", self._request_id)
-            outbox.close(error)
+    # -- Reader -------------------------------------------------------------------------------------------------------
+
+    def take(self, index: int, delta: Delta, reason: FinishReason | None) -> None:
+        if self._direct is None or not self._outbox.is_awaited:
+            self._outbox.put(index, delta, reason)
+        elif self._direct.write(self._format.chunks(index, delta, reason)):
+            self._wrote_at = time.monotonic()
         else:
-            outbox.close()
+            self._outbox.put(index, delta, reason)
 
-    async def _write(self, outbox: Outbox, scope: Scope, receive: Receive, send: Send) -> None:
-        batch = await outbox.take(self._options.opening_wait_s)
+    def close(self, error: Exception | None) -> None:
+        if error is not None and not isinstance(error, TailraceError):
+            _log.error("request %s failed", self._request_id, exc_info=error)
+        self._outbox.close(error)
+
+    # -- the writer ---------------------------------------------------------------------------------------------------
+
+    async def _write(self, scope: Scope, receive: Receive, send: Send) -> None:
+        batch = await self._outbox.take(self._options.opening_wait_s)
         if batch.error is not None and not batch.pieces:
             await ErrorReply.of(batch.error).response()(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        text = self._format.opening(self._answer.num_choices)
+        opening = self._format.opening(self._answer.num_choices)
         try:
             while not batch.is_last:
-                await self._send(send, (text + self._chunks(batch)) or _KEEPALIVE, more=True)
-                text = ""
-                batch = await outbox.take(self._options.keepalive_s)
-            await self._send(send, text + self._chunks(batch) + self._ending(batch.error), more=False)
+                await self._send(send, (opening + self._chunks(batch)) or _KEEPALIVE, more=True)
+                opening = b""
+                self._direct = self._direct or direct_body(receive)
+                batch = await self._next_batch()
+            await self._send(send, opening + self._chunks(batch) + self._ending(batch.error), more=False)
         except TimeoutError:
             self._metrics.disconnects.labels("slow").inc()
             _log.warning("request %s: its client read nothing for %g s", self._request_id, self._options.slow_client_s)
 
-    def _chunks(self, batch: Batch) -> str:
-        return "".join(self._format.chunks(index, *piece) for index, piece in batch.pieces.items())
+    async def _next_batch(self) -> Batch:
+        """Empty after so much silence that a comment is due."""
+        silence_s = self._options.keepalive_s
+        while True:
+            batch = await self._outbox.take(silence_s)
+            silence_s = self._wrote_at + self._options.keepalive_s - time.monotonic()
+            if batch.pieces or batch.is_last or silence_s <= 0:
+                return batch
 
-    def _ending(self, error: BaseException | None) -> str:
+    def _chunks(self, batch: Batch) -> bytes:
+        return b"".join(self._format.chunks(index, *piece) for index, piece in batch.pieces.items())
+
+    def _ending(self, error: BaseException | None) -> bytes:
         if error is not None:
-            return f"data: {ErrorReply.of(error).body.decode()}\n\n"
-        return (self._format.usage_chunk(self._answer.usage) if self._include_usage else "") + DONE
+            return b"data: %b\n\n" % ErrorReply.of(error).body
+        return (self._format.usage_chunk(self._answer.usage) if self._include_usage else b"") + DONE
 
-    async def _send(self, send: Send, text: str, *, more: bool) -> None:
-        async with asyncio.timeout(self._options.slow_client_s):
-            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+    async def _send(self, send: Send, body: bytes, *, more: bool) -> None:
+        """In pieces, before each of which the server waits for a client that is behind. Raises TimeoutError."""
+        while body:
+            piece, body = body[:_PIECE_BYTES], body[_PIECE_BYTES:]
+            async with asyncio.timeout(self._options.slow_client_s):
+                await send({"type": "http.response.body", "body": piece, "more_body": more or bool(body)})

@@ -76,6 +76,7 @@ class Vocabulary(dict[int, bytes]):
         self.decoding = decoding
         self._tokens = {i: token for token, i in raw.get_vocab(with_added_tokens=True).items()}
         self._table = _byte_level_table()
+        self.texts = Texts(self)
         self.special_ids = frozenset(i for i, token in raw.get_added_tokens_decoder().items() if token.special)
 
     def __missing__(self, token_id: int) -> bytes:
@@ -92,3 +93,19 @@ class Vocabulary(dict[int, bytes]):
         if self.decoding.byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes((int(match[1], 16),))
         return token.replace(_SPACE_MARK, " ").encode()
+
+
+class Texts(dict[int, str | None]):
+    """token id -> its text where its bytes are whole characters, else None; filled at first use."""
+
+    def __init__(self, vocabulary: Mapping[int, bytes]) -> None:
+        super().__init__()
+        self._vocabulary = vocabulary
+
+    def __missing__(self, token_id: int) -> str | None:
+        try:
+            text = self._vocabulary[token_id].decode()
+        except UnicodeDecodeError:
+            text = None
+        self[token_id] = text
+        return text

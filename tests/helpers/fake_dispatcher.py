@@ -1,19 +1,16 @@
 """A dispatcher without workers: answers what it was told to, and remembers what was done to it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from services.gateway.generation import (
-    ChoiceEvent,
-    GenerationEvent,
-    GenerationRequest,
-    TokensEvent,
-    Usage,
-    UsageEvent,
-)
+from services.gateway.generation import GenerationRequest, Listener, Usage
 from tailrace.errors import TailraceError
 from tailrace.types import FinishReason, TokenLogprob
+
+Telling = tuple[int | None, Callable[[Listener], None]]
+"""(its choice; None: of the whole request, what to tell)"""
 
 
 @dataclass
@@ -25,7 +22,7 @@ class Script:
     tokens_per_event: int = 1
     delay_s: float = 0.0
     fail_at: int | None = None
-    """Raise `error` instead of the event of this number."""
+    """Fail with `error` instead of the event of this number."""
     error: Exception = field(default_factory=lambda: TailraceError("secret detail"))
     hang_at: int | None = None
     """Wait for ever instead of the event of this number."""
@@ -39,30 +36,36 @@ class FakeGeneration:
         self.num_events = 0
         self.closed = asyncio.Event()
         self._script = script
+        self._speaker: asyncio.Task[None] | None = None
 
-    async def __aiter__(self) -> AsyncIterator[GenerationEvent]:
-        for number, event in enumerate(self._events()):
-            if isinstance(event, TokensEvent | ChoiceEvent) and event.choice in self.finished:
+    def listen(self, listener: Listener) -> None:
+        assert self._speaker is None
+        self._speaker = asyncio.create_task(self._speak(listener))
+
+    async def _speak(self, listener: Listener) -> None:
+        for number, (choice, tell) in enumerate(self._tellings()):
+            if choice in self.finished:
                 continue
             await asyncio.sleep(self._script.delay_s)
             if number == self._script.fail_at:
-                raise self._script.error
+                return listener.on_failed(self._script.error)
             if number == self._script.hang_at:
                 await asyncio.Event().wait()
-            assert not self.closed.is_set(), "iterated after aclose"
+            assert not self.closed.is_set()
             self.num_events += 1
-            yield event
+            tell(listener)
 
-    def _events(self) -> list[GenerationEvent]:
-        events: list[GenerationEvent] = []
+    def _tellings(self) -> list[Telling]:
+        tellings: list[Telling] = []
         step, start = self._script.tokens_per_event, len(self.request.prompt_tokens)
         ids = [self._ids(choice) for choice in range(self.request.num_choices)]
         for at in range(0, max(map(len, ids)), step):
             for choice, tokens in enumerate(ids):
                 if part := tokens[at : at + step]:
-                    events.append(TokensEvent(choice, start + at, part, self._logprobs(part)))
-        events += [ChoiceEvent(choice, self._script.reason) for choice in range(self.request.num_choices)]
-        return [*events, UsageEvent(self._script.usage)]
+                    tellings.append((choice, partial(_tokens, choice, start + at, part, self._logprobs(part))))
+        for choice in range(self.request.num_choices):
+            tellings.append((choice, partial(_end, choice, self._script.reason)))
+        return [*tellings, (None, lambda listener: listener.on_finished(self._script.usage))]
 
     def _ids(self, choice: int) -> list[int]:
         lists = self._script.token_ids
@@ -79,6 +82,18 @@ class FakeGeneration:
 
     async def aclose(self) -> None:
         self.closed.set()
+        if self._speaker is not None:
+            self._speaker.cancel()
+
+
+def _tokens(
+    choice: int, position: int, ids: list[int], logprobs: list[TokenLogprob] | None, listener: Listener
+) -> None:
+    listener.on_tokens(choice, position, ids, logprobs)
+
+
+def _end(choice: int, reason: FinishReason, listener: Listener) -> None:
+    listener.on_choice_ended(choice, reason)
 
 
 class FakeDispatcher:

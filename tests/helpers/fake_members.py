@@ -8,7 +8,7 @@ from unittest import mock
 
 from services.gateway import members as members_module
 from services.gateway.dispatcher import PairDispatcher
-from services.gateway.generation import ChoiceEvent, GenerationEvent, GenerationRequest, TokensEvent, UsageEvent
+from services.gateway.generation import GenerationRequest, Usage
 from services.gateway.members import Members
 from services.gateway.session import RequestSession
 from tailrace.errors import TailraceError, WorkerLostError
@@ -313,31 +313,88 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0)
 
 
-async def collect(session: RequestSession) -> list[GenerationEvent]:
+@dataclass(frozen=True)
+class Tokens:
+    choice: int
+    position: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None
+
+
+@dataclass(frozen=True)
+class ChoiceEnded:
+    choice: int
+    reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Finished:
+    usage: Usage
+
+
+Event = Tokens | ChoiceEnded | Finished
+
+
+class Heard:
+    """A Listener that remembers what it is told."""
+
+    def __init__(self, session: RequestSession, *, stop: int | None = None) -> None:
+        """`stop`: the choice that is finished as soon as some of its tokens are heard."""
+        self.events: list[Event] = []
+        self.error: Exception | None = None
+        self.has_ended = asyncio.Event()
+        self._session = session
+        self._stop = stop
+        session.listen(self)
+
+    def on_tokens(
+        self, choice: int, position: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None
+    ) -> None:
+        assert not self.has_ended.is_set()
+        scores = None if logprobs is None else list(logprobs)
+        self.events.append(Tokens(choice, position, list(token_ids), scores))
+        if choice == self._stop:
+            self._session.finish_choice(choice)
+
+    def on_choice_ended(self, choice: int, reason: FinishReason) -> None:
+        assert not self.has_ended.is_set()
+        self.events.append(ChoiceEnded(choice, reason))
+
+    def on_finished(self, usage: Usage) -> None:
+        assert not self.has_ended.is_set()
+        self.events.append(Finished(usage))
+        self.has_ended.set()
+
+    def on_failed(self, error: Exception) -> None:
+        assert not self.has_ended.is_set()
+        self.error = error
+        self.has_ended.set()
+
+
+async def collect(session: RequestSession) -> list[Event]:
+    events, error = await events_and_error(session)
+    if error is not None:
+        raise error
+    return events
+
+
+async def events_and_error(session: RequestSession) -> tuple[list[Event], Exception | None]:
+    """When the request has ended, whoever ended it."""
+    heard = Heard(session)
     async with asyncio.timeout(5):
-        return [event async for event in session]
+        await heard.has_ended.wait()
+    return heard.events, heard.error
 
 
-async def events_and_error(session: RequestSession) -> tuple[list[GenerationEvent], TailraceError | None]:
-    events: list[GenerationEvent] = []
-    try:
-        async with asyncio.timeout(5):
-            async for event in session:
-                events.append(event)
-    except TailraceError as error:
-        return events, error
-    return events, None
-
-
-def prose(events: Sequence[GenerationEvent]) -> list[str]:
+def prose(events: Sequence[Event]) -> list[str]:
     """As "0@5: 11 12", "0 ends: STOP", "usage"."""
     lines = []
     for event in events:
         match event:
-            case TokensEvent():
+            case Tokens():
                 lines.append(f"{event.choice}@{event.position}: {' '.join(map(str, event.token_ids))}")
-            case ChoiceEvent():
+            case ChoiceEnded():
                 lines.append(f"{event.choice} ends: {event.reason.name}")
-            case UsageEvent():
+            case Finished():
                 lines.append("usage")
     return lines

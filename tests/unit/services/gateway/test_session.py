@@ -1,15 +1,12 @@
 """One request: tokens in order and each once, its ends, and nothing left behind. Played by fake workers."""
 
-import asyncio
-
 import pytest
 
-from services.gateway.generation import UsageEvent
 from tailrace.errors import ErrorCode, InternalError, InvalidRequestError
 from tailrace.lifecycle import RequestState
 from tailrace.messages import ChoiceFinished, LegReport, StepEvents
 from tailrace.types import FinishReason, SamplingParams, TokenLogprob
-from tests.helpers.fake_members import collect, events_and_error, fake_cluster, prose, settle
+from tests.helpers.fake_members import Finished, Heard, collect, events_and_error, fake_cluster, prose, settle
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 
@@ -111,48 +108,58 @@ async def test_of_a_run_of_tokens_only_the_new_ones_are_released_with_their_logp
 # -- finish_choice ----------------------------------------------------------------------------------------------------
 
 
-async def test_finishing_a_choice_cancels_it_at_decode_only_and_drops_what_is_undelivered():
+async def test_finishing_a_choice_cancels_it_at_decode_only_and_drops_what_is_untold():
     async with fake_cluster() as cluster:
         session = await cluster.submit(num_choices=2)
         await cluster.prefill.tokens([11], choice=0)
-        stream = aiter(session)
-        assert prose([await anext(stream)]) == ["0@5: 11"]
         await cluster.decode.tokens([11, 12, 13], choice=0)
         await cluster.decode.tokens([21], choice=1)
-        session.finish_choice(0)
+        heard = Heard(session, stop=0)
         session.finish_choice(0)
         assert cluster.decode.cancels == [(cluster.decode.last.handle, (0,))]
         assert cluster.prefill.cancels == []
         await cluster.decode.tokens([14], choice=0, position=8)
         await cluster.decode.tokens([22], choice=1, position=6, reason=STOP)
-        events = [event async for event in stream]
-        assert prose(events) == ["1@5: 21", "1@6: 22", "1 ends: STOP", "usage"]
-        assert events[-1].usage.completion_tokens == 3, "one of choice 0 was delivered, two of choice 1"
+        assert prose(heard.events) == ["0@5: 11", "1@5: 21", "1@6: 22", "1 ends: STOP", "usage"]
+        assert heard.events[-1].usage.completion_tokens == 3, "one of choice 0 was told, two of choice 1"
+
+
+async def test_what_comes_while_somebody_listens_is_told_within_the_worker_s_message():
+    async with fake_cluster() as cluster:
+        session = await cluster.submit(num_choices=2)
+        heard = Heard(session, stop=0)
+        assert heard.events == []
+        await cluster.decode.tokens([11, 12], choice=0)
+        await cluster.decode.tokens([21, 22], choice=1, reason=LENGTH)
+        assert prose(heard.events) == ["0@5: 11", "1@5: 21", "1@6: 22", "1 ends: LENGTH", "usage"]
+        assert cluster.decode.cancels[0] == (cluster.decode.last.handle, (0,))
 
 
 async def test_finishing_the_last_choice_ends_the_request():
     async with fake_cluster() as cluster:
         session = await cluster.submit()
         await cluster.decode.tokens([11, 12])
-        stream = aiter(session)
-        await anext(stream)
-        session.finish_choice(0)
-        assert prose([event async for event in stream]) == ["usage"]
+        assert prose(Heard(session, stop=0).events) == ["0@5: 11", "usage"]
         assert session.life.state is RequestState.FINISHED
         assert cluster.prefill.cancels == [(cluster.prefill.last.handle, ())]
 
 
-async def test_what_a_worker_ended_before_the_client_stopped_it_is_not_delivered_either():
+async def test_what_a_worker_ended_before_the_client_stopped_it_is_not_told_either():
     async with fake_cluster() as cluster:
         session = await cluster.submit()
         await cluster.decode.tokens([11])
         await cluster.decode.tokens([12, 13], position=6, reason=LENGTH)
-        stream = aiter(session)
-        await anext(stream)
-        session.finish_choice(0)
-        events = [event async for event in stream]
-        assert prose(events) == ["usage"]
-        assert events[0].usage.completion_tokens == 1
+        heard = Heard(session, stop=0)
+        assert prose(heard.events) == ["0@5: 11", "usage"]
+        assert heard.events[-1].usage.completion_tokens == 1
+
+
+async def test_a_choice_that_ends_the_request_is_told_after_what_others_have_waiting():
+    async with fake_cluster() as cluster:
+        session = await cluster.submit(num_choices=2)
+        await cluster.decode.tokens([11], choice=0)
+        await cluster.decode.tokens([21], choice=1, reason=LENGTH)
+        assert prose(Heard(session, stop=0).events) == ["0@5: 11", "1@5: 21", "1 ends: LENGTH", "usage"]
 
 
 async def test_finishing_a_choice_of_a_failed_request_is_no_error():
@@ -213,13 +220,33 @@ async def test_closing_a_request_that_has_failed_is_no_error():
         assert session.life.state is RequestState.FAILED
 
 
-async def test_closing_while_another_task_waits_for_events_ends_its_wait():
+async def test_after_closing_the_listener_hears_nothing():
     async with fake_cluster() as cluster:
         session = await cluster.submit()
-        reader = asyncio.create_task(collect(session))
-        await settle()
+        heard = Heard(session)
+        await cluster.decode.tokens([11])
+        leg = session._attempts[0].decode
         await session.aclose()
-        assert await reader == []
+        leg.on_tokens(0, 6, [12], None)
+        leg.on_finished(0, LENGTH)
+        assert prose(heard.events) == ["0@5: 11"]
+        assert not heard.has_ended.is_set()
+
+
+async def test_a_listener_that_fails_fails_its_request_and_no_other():
+    class Failing(Heard):
+        def on_tokens(self, *_args):
+            raise KeyError("a defect")
+
+    async with fake_cluster() as cluster:
+        broken, sound = await cluster.submit(), await cluster.submit()
+        first, second = Failing(broken), Heard(sound)
+        for submission in cluster.decode.submissions:
+            await cluster.decode.tokens([11], handle=submission.handle, reason=LENGTH)
+        await settle()
+        assert isinstance(first.error, InternalError)
+        assert "a defect" not in first.error.message
+        assert prose(second.events) == ["0@5: 11", "0 ends: LENGTH", "usage"]
 
 
 # -- terminal errors --------------------------------------------------------------------------------------------------
@@ -278,7 +305,7 @@ async def test_usage_takes_the_prompt_from_prefill_and_the_rest_from_decode():
         await cluster.prefill.tokens([11], report=prompt)
         await cluster.decode.tokens([11, 12], report=rest, reason=LENGTH)
         events = await collect(session)
-        assert isinstance(events[-1], UsageEvent)
+        assert isinstance(events[-1], Finished)
         usage = events[-1].usage
         assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (5, 2, 4)
         assert (usage.queue_s, usage.prefill_s, usage.cached_by_tier) == (0.1, 0.2, {"worker": 4})

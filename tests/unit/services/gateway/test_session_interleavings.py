@@ -7,12 +7,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.gateway import dispatcher as dispatcher_module
-from services.gateway.generation import ChoiceEvent, TokensEvent
 from tailrace.errors import ErrorCode, OverloadedError, TailraceError, WorkerLostError
 from tailrace.lifecycle import RequestState
 from tailrace.messages import LegReport
 from tailrace.types import FinishReason, SamplingParams
-from tests.helpers.fake_members import FakeCall, FakeCluster, FakeWorker, fake_cluster, settle, until
+from tests.helpers.fake_members import (
+    ChoiceEnded,
+    FakeCall,
+    FakeCluster,
+    FakeWorker,
+    Heard,
+    Tokens,
+    fake_cluster,
+    settle,
+    until,
+)
 
 PROMPT = [1, 2, 3, 4, 5]
 MAX_TOKENS = 5
@@ -102,8 +111,7 @@ async def play(data: st.DataObject, num_choices: int, num_steps: int) -> None:
     async with fake_cluster(prefill=2, decode=2, reattach_s=0) as cluster:
         sampling = SamplingParams(max_tokens=MAX_TOKENS, seed=1)
         session = await cluster.submit(PROMPT, num_choices=num_choices, sampling=sampling)
-        heard: list[object] = []
-        reader = asyncio.create_task(listen(session, heard))
+        heard = Heard(session)
         act = Play(cluster, session, data.draw)
         for _ in range(num_steps):
             if session.is_over or not act.legs():
@@ -112,34 +120,21 @@ async def play(data: st.DataObject, num_choices: int, num_steps: int) -> None:
         await settle()
         if data.draw(st.booleans()):
             await session.aclose()
-        error = None
-        if session.is_over:
-            error = await asyncio.wait_for(reader, 5)
-        else:
-            reader.cancel()
-            await session.aclose()
-        check(session, heard, act.stopped, error)
+        assert heard.has_ended.is_set() == (session.life.state in {RequestState.FINISHED, RequestState.FAILED})
+        await session.aclose()
+        check(session, heard.events, act.stopped, heard.error)
         await settle()
-
-
-async def listen(session: object, heard: list[object]) -> TailraceError | None:
-    try:
-        async for event in session:
-            heard.append(event)
-    except TailraceError as error:
-        return error
-    return None
 
 
 def check(session: object, heard: list[object], stopped: set[int], error: TailraceError | None) -> None:
     tokens: dict[int, list[int]] = {choice: [] for choice in range(session.request.num_choices)}
     ended: set[int] = set()
     for event in heard:
-        if isinstance(event, TokensEvent):
+        if isinstance(event, Tokens):
             assert event.choice not in ended, "nothing comes after the end of a choice"
             assert event.position == len(PROMPT) + len(tokens[event.choice])
             tokens[event.choice] += event.token_ids
-        elif isinstance(event, ChoiceEvent):
+        elif isinstance(event, ChoiceEnded):
             assert len(tokens[event.choice]) == MAX_TOKENS
             ended.add(event.choice)
     for choice, ids in tokens.items():
