@@ -13,6 +13,7 @@ from tailrace.engine.cuda_graphs import CudaRecorder, GraphModel, capture
 from tailrace.engine.implementation import Target, load_model
 from tailrace.engine.kv_cache import KVCache
 from tailrace.engine.models.loading import open_source
+from tailrace.engine.models.quantization import QUANTIZATIONS
 from tailrace.engine.runner import Model, ModelRunner
 from tailrace.engine.sampler import SamplingState
 from tailrace.engine.weights import Progress
@@ -47,6 +48,8 @@ class EngineOptions:
     device: str = "auto"
     """auto: the CPU. cuda runs Triton kernels; tests interpret and compile them, but none has run on a GPU yet,
     so it must be asked for."""
+    quantization: str = "none"
+    """int8: the layers' matrices are rounded to 8 bits as they load. On a CPU only."""
     native: bool = True
     """On a CPU, use kernels compiled for it where they can be had."""
     enforce_eager: bool = False
@@ -77,9 +80,9 @@ def load_engine(options: EngineOptions, *, progress: Progress | None = None) -> 
     max_model_len = _max_model_len(options, config)
     dtype, device = _dtype(options, config), _device(options)
     source = open_source(options.model_dir, config, options.load_format)
-    layout = _layout(config, source.digest, options.block_size, dtype)
+    layout = _layout(config, source.digest, options, dtype)
     num_blocks = _num_blocks(options, layout, max_model_len)
-    target = Target(config, dtype, device, max_model_len, options.num_threads)
+    target = Target(config, dtype, device, max_model_len, options.num_threads, options.quantization)
     with torch.inference_mode():
         model = load_model(source, target, native_in=_native_cache(options), progress=progress)
     cache = KVCache(layout, num_blocks, device)
@@ -106,7 +109,12 @@ def _check(options: EngineOptions) -> None:
     for name, least in (("block_size", 1), ("max_num_seqs", 1), ("num_threads", 1), ("kv_cache_bytes", 1)):
         if getattr(options, name) < least:
             raise ConfigError(f"{name} must be at least {least}, not {getattr(options, name)}", param=name)
-    for name, choices in (("dtype", ("auto", *DTYPES)), ("load_format", LOAD_FORMATS), ("device", _DEVICES)):
+    for name, choices in (
+        ("dtype", ("auto", *DTYPES)),
+        ("load_format", LOAD_FORMATS),
+        ("device", _DEVICES),
+        ("quantization", QUANTIZATIONS),
+    ):
         if getattr(options, name) not in choices:
             given = getattr(options, name)
             raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {given!r}", param=name)
@@ -128,6 +136,10 @@ def _dtype(options: EngineOptions, config: ModelConfig) -> str:
 
 
 def _device(options: EngineOptions) -> torch.device:
+    if options.device == "cuda" and options.quantization != "none":
+        raise ConfigError(
+            f"quantization {options.quantization} is for CPUs; on device cuda it must be none", param="quantization"
+        )
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no CUDA device", param="device")
     return torch.device("cpu" if options.device == "auto" else options.device)
@@ -137,7 +149,7 @@ def _native_cache(options: EngineOptions) -> Path | None:
     return (options.cache_dir or default_cache_dir()) if options.native else None
 
 
-def _layout(config: ModelConfig, weights_digest: str, block_size: int, dtype: str) -> KVLayout:
+def _layout(config: ModelConfig, weights_digest: str, options: EngineOptions, dtype: str) -> KVLayout:
     full = tuple(layer for layer in range(config.num_layers) if layer not in config.windowed_layers)
     groups: tuple[LayerGroup, ...] = (LayerGroup("full", full),) if full else ()
     if config.windowed_layers:
@@ -145,12 +157,12 @@ def _layout(config: ModelConfig, weights_digest: str, block_size: int, dtype: st
     return KVLayout(
         model_digest=config.digest,
         weights_digest=weights_digest,
-        quantization="none",
+        quantization=options.quantization,
         numerics_version=NUMERICS_VERSION,
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        block_size=block_size,
+        block_size=options.block_size,
         kv_dtype=dtype,
         groups=groups,
     )

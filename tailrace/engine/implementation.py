@@ -28,6 +28,7 @@ class Target:
     device: torch.device
     max_model_len: int
     num_threads: int
+    quantization: str = "none"
 
 
 def load_model(source: TensorSource, target: Target, *, native_in: Path | None, progress: Progress | None) -> Model:
@@ -47,6 +48,7 @@ def load_model(source: TensorSource, target: Target, *, native_in: Path | None, 
         dtype=getattr(torch, target.dtype),
         device=target.device,
         max_model_len=target.max_model_len,
+        quantization=target.quantization,
         progress=progress,
     )
 
@@ -61,8 +63,8 @@ def _library(target: Target, cache_dir: Path) -> NativeLibrary:
 def _load_native(
     source: TensorSource, target: Target, library: NativeLibrary, progress: Progress | None
 ) -> NativeDecoder:
-    config, arena = target.config, WeightArena()
-    makers = LinearMakers(arena.pack, arena.pack_gated)
+    config, arena = target.config, WeightArena(target.quantization)
+    makers = LinearMakers(arena.pack, arena.pack_gated, arena.pack_plain)
     dtype: torch.dtype = getattr(torch, target.dtype)
     weights = load_weights(source, config, makers, dtype=dtype, device=target.device, progress=progress)
     rotary = rotary_table(config.rope, config.head_dim, target.max_model_len, target.device)

@@ -132,6 +132,7 @@ def load_parts(config: WorkerConfig, role: Role) -> tuple[Identity, Engine, Bloc
             load_format="dummy" if config.load_format == "dummy" else "auto",
             num_threads=config.num_threads,
             device=config.device,
+            quantization=config.quantization,
             native=config.native_kernels,
             enforce_eager=config.enforce_eager,
             cache_dir=config.cache_dir,

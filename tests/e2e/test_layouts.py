@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
     [
         ("dtype", "float32", "bfloat16", "kv_dtype: owner=float32 needer=bfloat16"),
         ("block_size", 16, 32, "block_size: owner=16 needer=32"),
+        ("quantization", "int8", "none", "quantization: owner=int8 needer=none"),
     ],
 )
 def test_workers_of_different_layouts(

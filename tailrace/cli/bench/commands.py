@@ -12,6 +12,7 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measurements on this machine
 
 Model = Annotated[str, typer.Option(help="A directory, a built-in name, or org/name on the Hugging Face hub.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Quantization = Annotated[str, typer.Option(help="none or int8, of the weights.")]
 Transport = Annotated[str, typer.Option(help="auto, nixl or stream.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
@@ -59,6 +60,7 @@ def bench_engine(
     output_tokens: Annotated[int, typer.Option("--output", min=1, max=1_000_000, help="Output tokens each.")] = 64,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Compute threads.")] = 1,
     dtype: Dtype = "auto",
+    quantization: Quantization = "none",
     load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights of the right shapes.")] = "auto",
     max_num_batched_tokens: Annotated[int, typer.Option(min=16, max=1 << 20, help="Tokens of one step.")] = 512,
     runs: Annotated[int, typer.Option(min=1, max=100, help="Counted runs after the warm-up; the best counts.")] = 3,
@@ -74,6 +76,7 @@ def bench_engine(
         output=output_tokens,
         threads=threads,
         dtype=dtype,
+        quantization=quantization,
         load_format=load_format,
         max_num_batched_tokens=max_num_batched_tokens,
         runs=runs,

@@ -30,6 +30,7 @@ class EngineBenchOptions:
     """Output tokens a sequence."""
     threads: int = 1
     dtype: str = "auto"
+    quantization: str = "none"
     load_format: str = "auto"
     max_num_batched_tokens: int = 512
     """Of one step, as for a worker."""
@@ -60,6 +61,7 @@ def measure(options: EngineBenchOptions) -> dict[str, Any]:
             max_tokens=options.input + options.output,
             threads=options.threads,
             dtype=options.dtype,
+            quantization=options.quantization,
             load_format=options.load_format,
             max_num_batched_tokens=options.max_num_batched_tokens,
         )
@@ -68,7 +70,12 @@ def measure(options: EngineBenchOptions) -> dict[str, Any]:
     before = measure_limits()
     loop.generate(prompts, options.output)
     runs = [loop.generate(prompts, options.output) for _ in range(options.runs)]
-    costs = ModelCosts.of(config, loop.engine.layout.kv_dtype, loop.engine.layout.bytes_per_token)
+    costs = ModelCosts.of(
+        config,
+        loop.engine.layout.kv_dtype,
+        loop.engine.layout.bytes_per_token,
+        quantization=options.quantization,
+    )
     return {
         **head,
         "options": asdict(options),
@@ -92,13 +99,15 @@ class ModelCosts:
     """Of the head, for one row of logits."""
 
     @classmethod
-    def of(cls, config: ModelConfig, dtype: str, kv_bytes_per_token: int) -> "ModelCosts":
+    def of(
+        cls, config: ModelConfig, dtype: str, kv_bytes_per_token: int, *, quantization: str = "none"
+    ) -> "ModelCosts":
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         attention = config.hidden_size * (2 * queries + 2 * keys)
         layers = config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
         head = config.vocab_size * config.hidden_size
         return cls(
-            weight_bytes=(layers + head) * DTYPE_BYTES[dtype],
+            weight_bytes=layers * (1 if quantization == "int8" else DTYPE_BYTES[dtype]) + head * DTYPE_BYTES[dtype],
             kv_bytes_per_token=kv_bytes_per_token,
             flops_per_token=2 * layers,
             flops_per_attended=4 * config.num_layers * queries,
@@ -177,6 +186,8 @@ def _best_rate(
 def _print(result: dict[str, Any]) -> None:
     options, decode, prefill = result["options"], result["decode_step"], result["prefill_step"]
     title = f"{options['batch']} x ({options['input']} in, {options['output']} out), {options['threads']} threads"
+    if options["quantization"] != "none":
+        title += f", {options['quantization']} weights"
     table = Table("", "", title=title, show_header=False)
     table.columns[1].justify = "right"
     all_runs = ", ".join(f"{rate:.1f}" for rate in result["all_runs_output_tokens_per_s"])

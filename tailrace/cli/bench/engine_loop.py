@@ -28,6 +28,7 @@ class LoopOptions:
     """Of one sequence, prompt and output together."""
     threads: int = 1
     dtype: str = "auto"
+    quantization: str = "none"
     load_format: str = "auto"
     block_size: int = 16
     max_num_batched_tokens: int = 512
@@ -105,6 +106,7 @@ class EngineLoop:
             EngineOptions(
                 options.model_dir,
                 dtype=options.dtype,
+                quantization=options.quantization,
                 block_size=options.block_size,
                 num_blocks=num_blocks,
                 max_num_seqs=options.max_batch,

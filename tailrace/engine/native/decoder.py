@@ -69,7 +69,7 @@ class NativeDecoder:
         )
         self._model = _model(config, weights, rotary, self._layers, threads)
         self._step = StepStruct(jobs=(c_int64 * config.num_layers)())
-        self._workspace = Workspace(config, weights.embedding.dtype)
+        self._workspace = Workspace(config, weights.embedding.dtype, rounded_bytes=_rounded_bytes(config, library))
         self._dtype = weights.embedding.dtype
 
     def forward(self, plan: StepPlan, batch: BatchState, pool: Tensor) -> Tensor:
@@ -93,7 +93,14 @@ class NativeDecoder:
         rows, vocab = hidden.shape[0], self.config.vocab_size
         normed = torch.empty(rows, self.config.hidden_size, dtype=self._dtype)
         logits = self._workspace.logits(rows) if reuse else torch.empty(rows, vocab)
-        call = LogitsStruct(ctypes.pointer(self._model), hidden.data_ptr(), rows, normed.data_ptr(), logits.data_ptr())
+        call = LogitsStruct(
+            ctypes.pointer(self._model),
+            hidden.data_ptr(),
+            rows,
+            normed.data_ptr(),
+            self._workspace.rounded(rows),
+            logits.data_ptr(),
+        )
         self._library.logits(ctypes.addressof(call))
         return logits
 
@@ -112,6 +119,12 @@ class NativeDecoder:
         self._model.max_positions = batch.max_model_len
 
 
+def _rounded_bytes(config: ModelConfig, library: NativeLibrary) -> int:
+    """Of a token's longest input to a product, rounded for int8 weights."""
+    widths = (config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
+    return max(int(library.rounded_bytes(width)) for width in widths)
+
+
 def _window(config: ModelConfig, layer: int) -> int:
     return config.window if layer in config.windowed_layers else 0
 
@@ -121,7 +134,9 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _linear(weight: PackedWeight) -> LinearStruct:
-    return LinearStruct(weight.inputs, weight.outputs, weight.words.data_ptr(), _address(weight.bias))
+    return LinearStruct(
+        weight.inputs, weight.outputs, weight.words.data_ptr(), _address(weight.bias), _address(weight.scales)
+    )
 
 
 def _layer(layer: LayerWeights[PackedWeight], window: int) -> LayerStruct:

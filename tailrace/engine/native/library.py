@@ -8,7 +8,13 @@ from tailrace.engine.native.build import NativeUnavailableError, build_library
 
 
 class LinearStruct(ctypes.Structure):
-    _fields_ = [("inputs", c_int64), ("outputs", c_int64), ("words", c_void_p), ("bias", c_void_p)]
+    _fields_ = [
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+        ("words", c_void_p),
+        ("bias", c_void_p),
+        ("scales", c_void_p),
+    ]
 
 
 class LayerStruct(ctypes.Structure):
@@ -71,6 +77,7 @@ class StepStruct(ctypes.Structure):
         ("input", c_void_p),
         ("qkv", c_void_p),
         ("gated", c_void_p),
+        ("rounded", c_void_p),
         ("partials", c_void_p),
         ("jobs", POINTER(c_int64)),
     ]
@@ -82,11 +89,22 @@ class LogitsStruct(ctypes.Structure):
         ("hidden", c_void_p),
         ("rows", c_int64),
         ("normed", c_void_p),
+        ("rounded", c_void_p),
         ("logits", c_void_p),
     ]
 
 
-_STRUCTS = (LinearStruct, LayerStruct, ModelStruct, ChunkStruct, StepStruct, LogitsStruct)
+class ProductStruct(ctypes.Structure):
+    _fields_ = [
+        ("linear", POINTER(LinearStruct)),
+        ("x", c_void_p),
+        ("rows", c_int64),
+        ("rounded", c_void_p),
+        ("out", c_void_p),
+    ]
+
+
+_STRUCTS = (LinearStruct, LayerStruct, ModelStruct, ChunkStruct, StepStruct, LogitsStruct, ProductStruct)
 
 
 class NativeLibrary:
@@ -101,6 +119,10 @@ class NativeLibrary:
         self.forward.argtypes, self.forward.restype = (c_void_p, c_void_p), c_int
         self.logits = self._functions.tailrace_logits
         self.logits.argtypes, self.logits.restype = (c_void_p,), None
+        self.product = self._functions.tailrace_product
+        self.product.argtypes, self.product.restype = (c_void_p, c_void_p), None
+        self.rounded_bytes = self._functions.tailrace_rounded_bytes
+        self.rounded_bytes.argtypes, self.rounded_bytes.restype = (c_int64,), c_int64
         self.num_parts = self._functions.tailrace_num_parts
         self.num_parts.argtypes, self.num_parts.restype = (c_void_p, c_void_p), c_int64
         self.open_threads = self._functions.tailrace_open_threads

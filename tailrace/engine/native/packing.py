@@ -8,10 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tailrace.engine.models.quantization import round_weight
+
 PANEL = 64
 _WORD_BYTES = 4
 _LINE_BYTES = 64
 _SLAB_BYTES = 64 << 20
+_OFFSET = 128
+"""Added to each int8: the processor's dot product of bytes takes unsigned ones on one side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,24 +24,29 @@ class PackedWeight:
     outputs: int
     """Of the product; half of the weight's rows where gates and values are packed together."""
     words: Tensor
-    """[panels, inputs in words, PANEL] int32: a float, or two bfloat16 of consecutive inputs, for each output."""
+    """[panels, inputs in words, PANEL] int32: a float, two bfloat16 or four bytes of consecutive inputs, by output."""
     bias: Tensor | None
     """[panels * PANEL] float32"""
+    scales: Tensor | None = None
+    """[panels * PANEL] float32: of each output; the words are of bytes, each with 128 added."""
 
 
 class WeightArena:
     """Packs weights into memory of huge pages, one after the other in the order of use: so is the next one fetched."""
 
-    def __init__(self) -> None:
+    def __init__(self, quantization: str = "none") -> None:
+        """quantization: "none" or "int8"."""
+        self._is_int8 = quantization == "int8"
         self._slab = _slab(_SLAB_BYTES)
         self._used = 0
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
         """weight: [outputs, inputs], bias: [outputs]. Both may be freed afterwards."""
-        outputs, inputs = weight.shape
-        missing = -outputs % PANEL
-        rows = F.pad(weight, (0, 0, 0, missing))
-        return PackedWeight(inputs, outputs, self._panels(rows), None if bias is None else _floats(bias, missing))
+        return self._packed(len(weight), *_padded(weight, bias), is_int8=self._is_int8)
+
+    def pack_plain(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
+        """As `pack`, and never rounded."""
+        return self._packed(len(weight), *_padded(weight, bias), is_int8=False)
 
     def pack_gated(self, gate_up: Tensor, bias: Tensor | None) -> PackedWeight:
         """gate_up: [2 * outputs, inputs], gates then values. Half a panel of gates lies beside its half of values."""
@@ -47,7 +56,17 @@ class WeightArena:
         rows = padded.view(2, -1, PANEL // 2, inputs).transpose(0, 1).reshape(-1, inputs)
         if bias is not None:
             bias = F.pad(bias.view(2, outputs), (0, missing)).view(2, -1, PANEL // 2).transpose(0, 1).flatten()
-        return PackedWeight(inputs, outputs, self._panels(rows), None if bias is None else _floats(bias, 0))
+        return self._packed(outputs, rows, bias, is_int8=self._is_int8)
+
+    def _packed(self, outputs: int, rows: Tensor, bias: Tensor | None, *, is_int8: bool) -> PackedWeight:
+        """rows: [panels * PANEL, inputs]"""
+        inputs, floats = rows.shape[1], None if bias is None else bias.float().contiguous()
+        if not is_int8:
+            return PackedWeight(inputs, outputs, self._panels(rows), floats)
+        rounded = round_weight(rows)
+        # int8 wraps around: adding 128 and flipping the highest bit are the same.
+        values = F.pad(rounded.values, (0, -inputs % _WORD_BYTES)) ^ -_OFFSET
+        return PackedWeight(inputs, outputs, self._panels(values), floats, rounded.scales)
 
     def _panels(self, rows: Tensor) -> Tensor:
         per_word = _WORD_BYTES // rows.element_size()
@@ -72,5 +91,7 @@ def _slab(num_bytes: int) -> mmap.mmap:
     return slab
 
 
-def _floats(bias: Tensor, missing: int) -> Tensor:
-    return F.pad(bias.float(), (0, missing)).contiguous()
+def _padded(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """To whole panels."""
+    missing = -len(weight) % PANEL
+    return F.pad(weight, (0, 0, 0, missing)), None if bias is None else F.pad(bias, (0, missing))

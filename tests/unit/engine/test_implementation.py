@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tailrace.engine.engine import EngineOptions, load_engine
 from tailrace.engine.models.decoder import Decoder
+from tailrace.engine.models.linear import PlainLinear
+from tailrace.engine.models.quantization import RoundedLinear, round_weight
 from tailrace.engine.native.decoder import NativeDecoder
+from tailrace.errors import ConfigError
 from tests.helpers.model_files import MISTRAL_CONFIG
 
 
@@ -46,3 +50,35 @@ def test_without_a_compiler_one_warning_says_what_to_install(
 def test_what_the_kernels_cannot_do_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert isinstance(model_of(tmp_path, dtype="float16"), Decoder)
     assert any("not float16" in warning for warning in warnings(caplog))
+
+
+def test_int8_is_named_in_the_layout_with_and_without_kernels(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL_CONFIG))
+    for native in (True, False):
+        options = {"load_format": "dummy", "device": "cpu", "kv_cache_bytes": 1 << 20, "native": native}
+        engine = load_engine(EngineOptions(tmp_path, quantization="int8", **options))
+        assert engine.layout.quantization == "int8"
+
+
+@pytest.mark.parametrize(("name", "value"), [("quantization", "int4"), ("device", "cuda")])
+def test_a_quantization_that_is_not_served_is_refused(tmp_path: Path, name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match="quantization") as caught:
+        model_of(tmp_path, **{"quantization": "int8", name: value})
+    assert caught.value.param == "quantization"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_rounded_linear_rounds_nothing_but_its_weight(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(70, 96).to(dtype), torch.randn(70).to(dtype), torch.randn(5, 96).to(dtype) * 20
+    weight[3] = 0
+    rounded = round_weight(weight)
+    exact = x.double() @ (rounded.values.double() * rounded.scales.double()[:, None]).T + bias.double()
+    actual = RoundedLinear(weight, bias, PlainLinear)(x)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), exact, rtol=2e-2, atol=1.0 if dtype != torch.float32 else 1e-3)
+    assert (rounded.values.abs().amax(1) == 127).sum() == 69
+    assert (
+        (weight.double() - rounded.values.double() * rounded.scales.double()[:, None]).abs().amax(1)
+        <= rounded.scales.double() * 0.5001
+    ).all()

@@ -1,5 +1,6 @@
 /* A decoder's forward pass over one step's tokens. tailrace/engine/native/library.py mirrors the structs. */
 #include "attention.h"
+#include "int8.h"
 
 typedef struct {
     const element *attention_norm, *query_norm, *key_norm, *mlp_norm;
@@ -40,6 +41,7 @@ typedef struct {
     element *input;    /* [num_tokens, max(hidden, heads * head_dim)]: of the next product */
     element *qkv;      /* [num_tokens, (heads + 2 * kv_heads) * head_dim] */
     element *gated;    /* [num_tokens, inner] */
+    char *rounded;     /* [num_tokens, rounded_bytes of the most inputs]: the product's input where weights are int8 */
     float *partials;   /* [num_decode * kv_heads * parts, group, head_dim + 2], where several threads share a row */
     atomic_llong *jobs; /* [num_layers]: attention jobs taken so far */
 } Step;
@@ -230,24 +232,50 @@ static void attend(Thread *thread, const Model *model, const Step *step, int64_t
     }
 }
 
+/* Where weights are int8: this thread's share of a product's input, rounded. The same share as norm_rows has. */
+static void ready_rows(Thread *thread, const Linear *linear, const element *x, int64_t rows, char *rounded) {
+    if (linear->scales) round_rows(thread, x, rows, linear->inputs, rounded);
+}
+
+static void apply(Thread *thread, const Linear *linear, const element *x, const char *rounded, int64_t rows,
+                  Target to) {
+    if (linear->scales)
+        apply_rounded(thread, linear, rounded, rows, to);
+    else
+        apply_linear(thread, linear, x, rows, to);
+}
+
+/* Of an input that other threads had a part in. */
+static void ready_and_apply(Thread *thread, const Linear *linear, const element *x, char *rounded, int64_t rows,
+                            Target to) {
+    if (linear->scales) {
+        ready_rows(thread, linear, x, rows, rounded);
+        barrier(thread);
+    }
+    apply(thread, linear, x, rounded, rows, to);
+}
+
 static void run_layer(Thread *thread, const Model *model, const Step *step, int64_t layer) {
     const Layer *weights = model->layers + layer;
     const int64_t rows = step->num_tokens, width = (model->heads + 2 * model->kv_heads) * model->head_dim;
     norm_rows(thread, step->hidden, weights->attention_norm, rows, model->hidden, model->eps, step->input);
+    ready_rows(thread, &weights->qkv, step->input, rows, step->rounded);
     barrier(thread);
-    apply_linear(thread, &weights->qkv, step->input, rows, (Target){TO_ELEMENTS, step->qkv, width});
+    apply(thread, &weights->qkv, step->input, step->rounded, rows, (Target){TO_ELEMENTS, step->qkv, width});
     barrier(thread);
     turn_and_write(thread, model, step, layer);
     barrier(thread);
     attend(thread, model, step, layer);
-    apply_linear(thread, &weights->attention_out, step->input, rows,
-                 (Target){ADD_TO_FLOATS, step->hidden, model->hidden});
+    ready_and_apply(thread, &weights->attention_out, step->input, step->rounded, rows,
+                    (Target){ADD_TO_FLOATS, step->hidden, model->hidden});
     barrier(thread);
     norm_rows(thread, step->hidden, weights->mlp_norm, rows, model->hidden, model->eps, step->input);
+    ready_rows(thread, &weights->gate_up, step->input, rows, step->rounded);
     barrier(thread);
-    apply_linear(thread, &weights->gate_up, step->input, rows, (Target){SILU_MUL, step->gated, model->inner});
+    apply(thread, &weights->gate_up, step->input, step->rounded, rows, (Target){SILU_MUL, step->gated, model->inner});
     barrier(thread);
-    apply_linear(thread, &weights->down, step->gated, rows, (Target){ADD_TO_FLOATS, step->hidden, model->hidden});
+    ready_and_apply(thread, &weights->down, step->gated, step->rounded, rows,
+                    (Target){ADD_TO_FLOATS, step->hidden, model->hidden});
     barrier(thread);
 }
 
@@ -303,6 +331,7 @@ typedef struct {
     const float *hidden; /* [rows, hidden] */
     int64_t rows;
     element *normed; /* [rows, hidden] */
+    char *rounded;   /* as in Step */
     float *logits;   /* [rows, vocab] */
 } Logits;
 
@@ -310,9 +339,10 @@ static void run_logits(Thread *thread, void *given) {
     const Logits *own = given;
     const Model *model = own->model;
     norm_rows(thread, own->hidden, model->final_norm, own->rows, model->hidden, model->eps, own->normed);
+    ready_rows(thread, &model->head, own->normed, own->rows, own->rounded);
     barrier(thread);
-    apply_linear(thread, &model->head, own->normed, own->rows,
-                 (Target){TO_FLOATS, own->logits, model->head.outputs});
+    apply(thread, &model->head, own->normed, own->rounded, own->rows,
+          (Target){TO_FLOATS, own->logits, model->head.outputs});
 }
 
 void tailrace_logits(const Logits *logits) { run_on_all(logits->model->threads, run_logits, (void *)logits); }
@@ -326,8 +356,28 @@ Threads *tailrace_open_threads(int64_t count) {
 
 void tailrace_close_threads(Threads *threads) { close_threads(threads); }
 
+/* One product by itself, for tests and measurements: x [rows, inputs], rounded as in Step, out [rows, outputs]. */
+typedef struct {
+    const Linear *linear;
+    const element *x;
+    int64_t rows;
+    char *rounded;
+    float *out;
+} Product;
+
+static void run_product(Thread *thread, void *given) {
+    const Product *own = given;
+    ready_and_apply(thread, own->linear, own->x, own->rounded, own->rows,
+                    (Target){TO_FLOATS, own->out, own->linear->outputs});
+}
+
+void tailrace_product(Threads *threads, const Product *product) { run_on_all(threads, run_product, (void *)product); }
+
+int64_t tailrace_rounded_bytes(int64_t inputs) { return rounded_bytes(inputs); }
+
 /* How the caller's view of the structs is checked. */
-void tailrace_sizes(int64_t sizes[6]) {
-    const int64_t own[6] = {sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(Chunk), sizeof(Step), sizeof(Logits)};
+void tailrace_sizes(int64_t sizes[7]) {
+    const int64_t own[7] = {sizeof(Linear), sizeof(Layer),  sizeof(Model),  sizeof(Chunk),
+                            sizeof(Step),   sizeof(Logits), sizeof(Product)};
     memcpy(sizes, own, sizeof own);
 }

@@ -18,7 +18,8 @@ enum {
 typedef struct {
     int64_t inputs, outputs;
     const uint32_t *words;
-    const float *bias; /* by column of the panels, or NULL */
+    const float *bias;   /* by column of the panels, or NULL */
+    const float *scales; /* the same; not NULL: the words are four int8 each, see int8.h */
 } Linear;
 
 /* sums [rows, PANEL] from x [rows, steps] words and one slab of a panel, of which `lines` further lines a step are
