@@ -13,8 +13,8 @@ from tailrace.cores import available_cores
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-TIMES_SLOWER = 3.0
-"""Threads that spin while they wait for one that has no core make a step ten times as long and more."""
+TIMES_SLOWER = 2.0
+"""1.1 measured; 3.0 where workers inherit what the environment says of OpenMP's waiting and placement."""
 
 
 class Silent:
@@ -32,24 +32,23 @@ def two_cores() -> Iterator[None]:
 
 
 async def seconds_for(model: Path, **values: object) -> float:
-    """Of the faster of two turns at eight prompts, all at once."""
+    """Of the faster of two turns at twelve prompts, four at once, so that both workers are busy."""
     config = UpConfig(port=0, prefill=1, decode=1, num_blocks=512, prefix_caching=False, **values)
     async with running_cluster(config, model, Silent()) as cluster, Asker(cluster.api_url) as asker:
-        bodies = [completion_body(config.model, prompt, 16) for prompt in token_prompts(8, 64, 32_000, seed=1)]
+        bodies = [completion_body(config.model, prompt, 24) for prompt in token_prompts(12, 128, 32_000, seed=1)]
         turns = []
         for _ in range(3):
             began = asker.now()
-            requests = await in_parallel(bodies, asker.ask, len(bodies))
+            requests = await in_parallel(bodies, asker.ask, 4)
             assert not any(request.error for request in requests), requests[0].error
             turns.append(asker.now() - began)
         return min(turns[1:])
 
 
-@pytest.mark.parametrize("native", [True, False])
 async def test_two_threads_a_worker_on_two_cores(
-    native: bool, smollm2: Path, two_cores: None, monkeypatch: pytest.MonkeyPatch
+    smollm2: Path, two_cores: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     monkeypatch.setenv("OMP_PROC_BIND", "true")
-    fits = await seconds_for(smollm2, threads=1, native_kernels=native)
-    assert await seconds_for(smollm2, threads=2, native_kernels=native) < TIMES_SLOWER * fits
+    fits = await seconds_for(smollm2, threads=1)
+    assert await seconds_for(smollm2, threads=2) < TIMES_SLOWER * fits
