@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 POLL_S = 0.0005
 """Between polls while a first contact is expected, or a read was posted less than STALLED_AFTER_S ago."""
-QUIET_POLL_S = 0.004
+QUIET_POLL_S = 0.008
 """Between polls while something is merely lent: reads need nothing of the owner, only a late first contact does."""
 STALLED_AFTER_S = 1.0
 NONCE_BYTES = 32

@@ -1,6 +1,7 @@
 """A connected pair that moves nothing costs nothing, and a pair that does is measured."""
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
@@ -8,7 +9,22 @@ from tailrace.errors import TransferError
 from tailrace.transfer import open_transfer
 from tailrace.transfer.measure import memcpy_bytes_per_s, pull_bytes_per_s
 from tests.helpers.transfer_pools import make_options, make_pool, make_reads, peer_to_json
-from tests.helpers.transfer_worker import worker
+from tests.helpers.transfer_worker import WorkerProcess, worker
+
+
+async def quietest_s(processes: Sequence[WorkerProcess], windows: int = 3) -> float:
+    """Seconds of processor time that these used in the quietest second of some: a neighbour's load may double one window,
+    a poll that spins spoils them all."""
+
+    async def used_s() -> float:
+        return sum([await process.call("cpu_s") for process in processes])
+
+    spans = []
+    for _ in range(windows):
+        before = await used_s()
+        await asyncio.sleep(1)
+        spans.append(await used_s() - before)
+    return min(spans)
 
 
 @pytest.mark.parametrize("transport", ["stream", "nixl"])
@@ -20,18 +36,13 @@ async def test_an_idle_pair_uses_under_two_percent_of_a_core(transport: str) -> 
         assert await needer.pull(peer, make_reads(peer, [1], [2])) == ["good", ""]
         await owner.call("unlend")
         await asyncio.sleep(0.5)
-        before = [await process.call("cpu_s") for process in (owner, needer)]
-        await asyncio.sleep(2)
-        after = [await process.call("cpu_s") for process in (owner, needer)]
-        assert sum(after) - sum(before) < 0.02 * 2
+        assert await quietest_s([owner, needer]) < 0.02
 
 
 async def test_lending_over_nixl_costs_an_owner_under_three_percent_of_a_core() -> None:
     async with worker("owner", seed=3, preference="nixl", meeting_window_s=0.0) as owner:
         await owner.call("lend", transport="nixl")
-        before = await owner.call("cpu_s")
-        await asyncio.sleep(2)
-        assert await owner.call("cpu_s") - before < 0.03 * 2
+        assert await quietest_s([owner]) < 0.03
 
 
 async def test_a_pull_in_flight_from_a_stopped_owner_waits_without_spinning() -> None:
