@@ -1,11 +1,11 @@
 """From what the user calls a model to the directory that holds it."""
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from tailrace.checkpoint.bundled import BUNDLED_MODELS, bundled_model
+from tailrace.checkpoint.cache_dir import default_cache_dir
 from tailrace.checkpoint.directory import check_model_directory
 from tailrace.checkpoint.hub import fetch_from_hub
 from tailrace.errors import CheckpointError
@@ -13,13 +13,6 @@ from tailrace.errors import CheckpointError
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Progress = Callable[[str, int, int], None]
-
-
-def default_cache_dir() -> Path:
-    """$XDG_CACHE_HOME/tailrace, or ~/.cache/tailrace. Overruled by the configuration, which passes its own."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG base directory specification has relative paths ignored.
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "tailrace"
 
 
 def resolve_model(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from tailrace.checkpoint.resolve import default_cache_dir
+from tailrace.checkpoint.cache_dir import default_cache_dir
 from tailrace.cli.cluster import worker_shares
 from tailrace.config import UpConfig
 from tailrace.cores import Machine, excess_threads, this_machine

@@ -6,8 +6,8 @@ from typing import cast
 
 import torch
 
+from tailrace.checkpoint.cache_dir import default_cache_dir
 from tailrace.checkpoint.model_config import DTYPES, ModelConfig, load_model_config
-from tailrace.checkpoint.resolve import default_cache_dir
 from tailrace.engine.batch import BatchState
 from tailrace.engine.cuda_graphs import CudaRecorder, GraphModel, capture
 from tailrace.engine.implementation import Target, load_model

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tailrace.checkpoint.resolve import default_cache_dir
+from tailrace.checkpoint.cache_dir import default_cache_dir
 from tailrace.engine.models.quantization import round_weight
 from tailrace.engine.native import build
 from tailrace.engine.native.decoder import _linear

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from tailrace.checkpoint.cache_dir import default_cache_dir
 from tailrace.checkpoint.model_config import ModelConfig
-from tailrace.checkpoint.resolve import default_cache_dir
 from tailrace.checkpoint.rope_config import RopeConfig
 from tailrace.engine.batch import BatchState
 from tailrace.engine.models.decoder import Decoder

@@ -13,8 +13,8 @@ from tests.helpers.transfer_worker import WorkerProcess, worker
 
 
 async def quietest_s(processes: Sequence[WorkerProcess], windows: int = 3) -> float:
-    """Seconds of processor time that these used in the quietest second of some: a neighbour's load may double one window,
-    a poll that spins spoils them all."""
+    """Seconds of processor time that these used in the quietest second of some: a neighbour's load may double one
+    window, a poll that spins spoils them all."""
 
     async def used_s() -> float:
         return sum([await process.call("cpu_s") for process in processes])

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tailrace.checkpoint.resolve import default_cache_dir, resolve_model
+from tailrace.checkpoint.cache_dir import default_cache_dir
+from tailrace.checkpoint.resolve import resolve_model
 from tailrace.errors import CheckpointError
 
 
