@@ -5,14 +5,16 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks.device.kernels import check_all, kernel_rows, sampling_agrees, sampling_rows
+from benchmarks.device.limits import Shape, measure_limits
+from benchmarks.device.models import model_rows
 from tailrace.engine.kernels import backend
 from tailrace.engine.kernels.silu_mul import kernel as silu_kernel
 
 pytestmark = pytest.mark.kernels
 TINY = (
-    gpu.Shape("tiny llama", "LlamaForCausalLM", 2, 32, 48, 4, 2, 16, 100, False),
-    gpu.Shape("tiny qwen", "Qwen3ForCausalLM", 2, 32, 48, 4, 2, 16, 100, True),
+    Shape("tiny llama", "LlamaForCausalLM", 2, 32, 48, 4, 2, 16, 100, False),
+    Shape("tiny qwen", "Qwen3ForCausalLM", 2, 32, 48, 4, 2, 16, 100, True),
 )
 
 
@@ -30,18 +32,18 @@ def once(call):
 
 @pytest.mark.parametrize("shape", TINY, ids=lambda shape: shape.name)
 def test_checks_pass_and_fail(shape, capsys, monkeypatch):
-    assert gpu.check_all(shape, "cpu", rows=2, length=40)
+    assert check_all(shape, "cpu", rows=2, length=40)
     assert "DIFFERS" not in capsys.readouterr().out
     monkeypatch.setattr(silu_kernel, "silu_mul", lambda given: given.new_full((len(given), 48), torch.nan))
-    assert not gpu.check_all(shape, "cpu", rows=2, length=40)
+    assert not check_all(shape, "cpu", rows=2, length=40)
     assert "DIFFERS" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shape", TINY, ids=lambda shape: shape.name)
 def test_every_row_has_a_share(shape):
-    limits = gpu.measure_limits(once, "cpu", copy_bytes=1 << 20, size=64)
-    rows = list(gpu.kernel_rows(shape, once, "cpu", contexts=((2, 5), (1, 9))))
-    rows += gpu.model_rows(shape, "cpu", batch=2, context=6, prompt=9, steps=2)
+    limits = measure_limits(once, "cpu", copy_bytes=1 << 20, size=64)
+    rows = list(kernel_rows(shape, once, "cpu", contexts=((2, 5), (1, 9))))
+    rows += model_rows(shape, "cpu", batch=2, context=6, prompt=9, steps=2)
     assert [row.name.removeprefix(shape.name) for row in rows if "decode" in row.name or "prefill" in row.name] == [
         " attention_decode 2 x 5",
         " attention_decode 1 x 9",
@@ -50,6 +52,14 @@ def test_every_row_has_a_share(shape):
         " decode 1 x 6",
         " decode 2 x 6",
     ]
+    rows += sampling_rows(shape.vocab, once, "cpu", rows=2)
     for row in rows:
         assert row.seconds > 0
         assert ("MFU" if row.flops else "MBU") in row.text(limits)
+
+
+def test_tokens_drawn_by_kernels_are_held_against_the_spec(capsys, monkeypatch):
+    on_device = iter((True, False))
+    monkeypatch.setattr(backend, "runs_triton", lambda tensor: next(on_device))
+    assert sampling_agrees(100, "cpu", rows=2)
+    assert "ok       sampling, 100 tokens: 0 of 8 rows differ" in capsys.readouterr().out
