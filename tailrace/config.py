@@ -56,8 +56,10 @@ def _block_size(value: int) -> int:
 
 
 def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value):
-        raise ValueError("must be auto, cpu, cuda or cuda:N")
+    if value.startswith("cuda:"):
+        raise ValueError("must be cuda: a worker uses one GPU, the first that it sees; CUDA_VISIBLE_DEVICES says which")
+    if value not in ("auto", "cpu", "cuda"):
+        raise ValueError("must be auto, cpu or cuda")
     return value
 
 

@@ -80,6 +80,7 @@ def test_a_wrong_file_is_named(tmp_path, monkeypatch, text, message):
         ({"num_blocks": 0}, "num_blocks"),
         ({"dtype": "int3"}, "dtype"),
         ({"device": "tpu"}, "device"),
+        ({"device": "cuda:1"}, "device"),
         ({"transport": "carrier-pigeon"}, "transport"),
         ({"port": 65536}, "port"),
         ({"join": "gateway"}, "join"),
