@@ -10,12 +10,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from tailrace.cli.bench.corpus import PROMPTS
 from tailrace.client import AsyncClient, Completion
 from tailrace.types import SamplingParams
 from tests.helpers.cluster import MODEL, Cluster
 from tests.helpers.neartie import assert_equal_but_for_near_ties
 from tests.helpers.one_process import OneProcess
-from tests.helpers.prompts import PROMPTS
 from tests.helpers.teacher_forcing import Reference
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]

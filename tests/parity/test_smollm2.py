@@ -8,10 +8,10 @@ import transformers
 from tokenizers import Tokenizer
 
 from tailrace.checkpoint.resolve import resolve_model
+from tailrace.cli.bench.corpus import PROMPTS
 from tailrace.plan import BlockAppend, Chunk, StepPlan
 from tailrace.types import SamplingParams
 from tests.helpers.neartie import TOP_COUNT, Comparison, Top, assert_equal_but_for_near_ties, first_difference
-from tests.helpers.prompts import PROMPTS
 from tests.helpers.reference_models import GREEDY, engine_on, start
 
 pytestmark = [pytest.mark.parity, pytest.mark.timeout(600)]

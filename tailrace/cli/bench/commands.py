@@ -84,6 +84,27 @@ def bench_engine(
     run_engine(options, as_json=as_json)
 
 
+@bench_app.command("accuracy")
+def bench_accuracy(
+    model: Model = DEFAULT_MODEL,
+    dtype: Annotated[
+        str, typer.Option(help="Of the arms beside float32: auto, bfloat16, float16 or float32.")
+    ] = "auto",
+    tokens: Annotated[int, typer.Option(min=2, max=1 << 20, help="Of the shipped text, at most.")] = 1 << 20,
+    window: Annotated[int, typer.Option(min=2, max=1 << 20, help="Tokens that are seen together.")] = 1024,
+    output_tokens: Annotated[int, typer.Option("--output", min=1, max=4096, help="Greedy tokens a prompt.")] = 64,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="Compute threads; 0: as many as cores.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """What int8 weights cost: perplexity and agreement on a shipped text, beside the model's dtype and float32."""
+    from tailrace.cli.bench.accuracy import AccuracyOptions, run_accuracy
+
+    options = AccuracyOptions(
+        model=model, dtype=dtype, tokens=tokens, window=window, output=output_tokens, threads=threads
+    )
+    run_accuracy(options, as_json=as_json)
+
+
 @bench_app.command("serve")
 def bench_serve(
     url: Annotated[str, typer.Option(help="An OpenAI API, with /v1; else a cluster is started for the time.")] = "",

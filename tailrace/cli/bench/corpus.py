@@ -1,6 +1,16 @@
-"""Twenty prompts of different kinds and lengths, for tests that compare what is generated."""
+"""What accuracy is measured on: a text whose every token is scored, and twenty prompts to be continued.
 
-PROMPTS = (
+`texts/alice.txt` is chapters I and II of Lewis Carroll's "Alice's Adventures in Wonderland" (1865), which is in the public
+domain: a verbatim part, but for its line ends, of the Millennium Fulcrum Edition 2.9, which compression benchmarks know
+as alice29.txt, taken from the test data of brotli 1.2.1's source distribution.
+"""
+
+from importlib import resources
+from typing import Final
+
+TEXT_NAME: Final = "alice.txt"
+
+PROMPTS: Final = (
     "The capital of France is",
     "Once upon a time, in a village between two rivers, there lived a clockmaker who",
     "def fibonacci(n):\n    ",
@@ -24,3 +34,8 @@ PROMPTS = (
     "he could not see the rocks below, he heard a voice that seemed to come from the sea itself. It said:",
     "Hello",
 )
+"""Of different kinds and lengths."""
+
+
+def shipped_text() -> str:
+    return (resources.files(__package__) / "texts" / TEXT_NAME).read_text(encoding="ascii")
