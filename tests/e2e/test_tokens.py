@@ -57,10 +57,10 @@ def seeded(one_process: OneProcess, prompts: list[list[int]]) -> list[list[int]]
     return one_process.generate(prompts[:BATCH], SamplingParams(**SEEDED))
 
 
-def start(model: Path, name: str, dtype: str) -> Cluster:
+def start(model: Path, name: str, dtype: str, **options: Any) -> Cluster:
     transport = TRANSPORTS[name] or "auto"
-    options = {"num_blocks": 512, "max_model_len": 2048, "max_num_batched_tokens": 512}
-    return Cluster(model, dtype=dtype, transport=transport, **options)
+    sizes = {"num_blocks": 512, "max_model_len": 2048, "max_num_batched_tokens": 512}
+    return Cluster(model, dtype=dtype, transport=transport, **sizes, **options)
 
 
 @pytest.fixture(scope="module", params=list(TRANSPORTS))
@@ -99,6 +99,16 @@ async def test_a_seed_gives_one_text_alone_and_in_a_batch(
     assert await generate(arm, prompts[:BATCH], SEEDED, "together") == seeded
     for index in (3, 15):
         assert await generate(arm, [prompts[index]], SEEDED, "alone") == [seeded[index]]
+
+
+async def test_int8_tokens_are_those_of_one_process(smollm2: Path, prompts: list[list[int]]) -> None:
+    """All at once, in whatever batches they meet: with one thread no row's bits depend on its neighbours."""
+    alone = OneProcess(smollm2, dtype="bfloat16", quantization="int8")
+    options = {**GREEDY, "max_tokens": 32}
+    expected = [alone.generate([prompt], SamplingParams(**options))[0] for prompt in prompts[:BATCH]]
+    with start(smollm2, "nixl", "bfloat16", quantization="int8", threads=1) as cluster:
+        arm = Arm(cluster.start_workers(), "nixl")
+        assert await generate(arm, prompts[:BATCH], options, "") == expected
 
 
 def test_greedy_tokens_are_those_of_transformers(

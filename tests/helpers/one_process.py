@@ -15,10 +15,9 @@ from tailrace.types import SamplingParams
 class OneProcess:
     """Generates for all prompts of a call together."""
 
-    def __init__(self, model: Path, *, dtype: str, num_blocks: int = 512, max_model_len: int = 2048) -> None:
-        self._engine = load_engine(
-            EngineOptions(model, dtype=dtype, num_blocks=num_blocks, max_model_len=max_model_len, device="cpu")
-        )
+    def __init__(self, model: Path, *, dtype: str, quantization: str = "none") -> None:
+        sizes = {"num_blocks": 512, "max_model_len": 2048}
+        self._engine = load_engine(EngineOptions(model, dtype=dtype, quantization=quantization, device="cpu", **sizes))
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[int]]:
         layout = self._engine.layout

@@ -1,8 +1,8 @@
 """What accuracy is measured on: a text whose every token is scored, and twenty prompts to be continued.
 
-`texts/alice.txt` is chapters I and II of Lewis Carroll's "Alice's Adventures in Wonderland" (1865), which is in the public
-domain: a verbatim part, but for its line ends, of the Millennium Fulcrum Edition 2.9, which compression benchmarks know
-as alice29.txt, taken from the test data of brotli 1.2.1's source distribution.
+`texts/alice.txt` is chapters I and II of Lewis Carroll's "Alice's Adventures in Wonderland" (1865), which is in the
+public domain: a verbatim part, but for its line ends, of the Millennium Fulcrum Edition 2.9, which compression
+benchmarks know as alice29.txt, taken from the test data of brotli 1.2.1's source distribution.
 """
 
 from importlib import resources
