@@ -22,6 +22,8 @@ COMMANDS: Mapping[str, tuple[str, ...]] = {
     "engine prefill": (
         *("engine", "--batch", "1", "--input", "1024", "--output", "2", "--max-num-batched-tokens", "1024"),
     ),
+    "engine int8": ("engine", "--quantization", "int8", "--batch", "32", "--input", "256", "--output", "128"),
+    "accuracy": ("accuracy",),
     "overhead": ("overhead", "--rounds", "3"),
     "handoff": ("handoff", "--rounds", "10"),
     "transfer": ("transfer", "--rounds", "40"),

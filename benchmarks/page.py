@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.goals import GOALS, PEER_GOALS
 from benchmarks.own import OwnResult
-from benchmarks.workloads import Workload
+from benchmarks.workloads import OWN_ARMS, Workload
 from tailrace.cli.bench.report import Spread
 
 if TYPE_CHECKING:
@@ -124,8 +124,8 @@ def _workload(result: "GroupResult", workload: Workload) -> Iterator[str]:
             continue
         others = max(sample.other_cores for sample in samples)
         cells = [
-            *_rate_and_ratio(own, samples, lambda sample: sample.output_tokens_per_s),
-            *_rate_and_ratio(own, samples, lambda sample: sample.decode_tokens_per_s),
+            *_rate_and_ratio(own, samples, lambda sample: sample.output_tokens_per_s, is_peer=arm not in OWN_ARMS),
+            *_rate_and_ratio(own, samples, lambda sample: sample.decode_tokens_per_s, is_peer=arm not in OWN_ARMS),
             f"{others:.2f}{' (busy)' if others > BUSY else ''}",
             "" if own is samples else _agreement(own, samples),
         ]
@@ -133,21 +133,25 @@ def _workload(result: "GroupResult", workload: Workload) -> Iterator[str]:
 
 
 def _rate_and_ratio(
-    own: "Sequence[Sample]", samples: "Sequence[Sample]", rate: "Callable[[Sample], float | None]"
+    own: "Sequence[Sample]",
+    samples: "Sequence[Sample]",
+    rate: "Callable[[Sample], float | None]",
+    *,
+    is_peer: bool,
 ) -> tuple[str, str]:
     """Two cells; the second is empty for ourselves."""
     rates = [value for sample in samples if (value := rate(sample)) is not None]
     ours = [value for sample in own if (value := rate(sample)) is not None]
     if not rates:
         return "-", ""
-    return str(Spread.of(rates)), "" if own is samples else _ratio(ours, rates)
+    return str(Spread.of(rates)), "" if own is samples else _ratio(ours, rates, is_peer=is_peer)
 
 
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:
+def _ratio(ours: Sequence[float], theirs: Sequence[float], *, is_peer: bool) -> str:
     if not ours:
         return "-"
     ratio = Spread.of([a / b for a, b in zip(ours, theirs, strict=False)])
-    loss = " **loss**" if ratio.median < 1 else ""
+    loss = " **loss**" if is_peer and ratio.median < 1 else ""
     return f"{ratio.median:.2f} ({ratio.min:.2f}-{ratio.max:.2f}){loss}"
 
 

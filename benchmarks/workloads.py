@@ -11,6 +11,8 @@ from benchmarks.arms import ArmSpec
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "benchmarks" / "peers"
 FIRST_ORDINARY_TOKEN = 1000
+OWN_ARMS = {"tailrace": "none", "tailrace-int8": "int8"}
+"""By name, the quantization of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +51,29 @@ class Group:
 def plan(model: Path, venvs: Path, cores: Sequence[int]) -> list[Group]:
     """One core for everybody; then two for the one comparison that is asked for with two."""
     one = (Workload(16, 128, 64), Workload(32, 256, 128, with_first=False), Workload(1, 128, 64))
-    groups = [_group(model, venvs, tuple(cores[-1:]), ("vllm", "transformers", "llama"), one)]
+    groups = [_group(model, venvs, tuple(cores[-1:]), tuple(OWN_ARMS), ("vllm", "transformers", "llama"), one)]
     if len(cores) > 1:
-        groups.append(_group(model, venvs, tuple(cores[-2:]), ("transformers",), (Workload(16, 128, 64),)))
+        two = (Workload(16, 128, 64),)
+        groups.append(_group(model, venvs, tuple(cores[-2:]), ("tailrace",), ("transformers",), two))
     return groups
 
 
 def _group(
-    model: Path, venvs: Path, cores: tuple[int, ...], peers: Sequence[str], workloads: tuple[Workload, ...]
+    model: Path,
+    venvs: Path,
+    cores: tuple[int, ...],
+    own: Sequence[str],
+    peers: Sequence[str],
+    workloads: tuple[Workload, ...],
 ) -> Group:
     there = [peer for peer in peers if _is_set_up(venvs, peer)]
-    threads = str(len(cores))
-    own = ArmSpec(
-        "tailrace",
-        (sys.executable, str(PEERS / "tailrace_arm.py"), str(model), threads),
-        cores,
-        {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
-    )
-    arms = (own, *(_peer(peer, venvs, model, cores) for peer in there))
+    arms = (*(_own(name, model, cores) for name in own), *(_peer(peer, venvs, model, cores) for peer in there))
     return Group(cores, arms, workloads, tuple(peer for peer in peers if peer not in there))
+
+
+def _own(name: str, model: Path, cores: tuple[int, ...]) -> ArmSpec:
+    command = (sys.executable, str(PEERS / "tailrace_arm.py"), str(model), str(len(cores)), OWN_ARMS[name])
+    return ArmSpec(name, command, cores, {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"})
 
 
 def _is_set_up(venvs: Path, peer: str) -> bool:

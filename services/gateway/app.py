@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from services.gateway.http_metrics import HttpMetrics
 from services.gateway.prepare import ServedModel
 from tailrace import __version__
 from tailrace.errors import TailraceError
+from tailrace.kv.layout import KVLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class Views:
     """More Prometheus text, put after the edge's own."""
     debug_kv: Callable[[], Awaitable[object]]
     """Anything that JSON can say; dataclasses are objects."""
+    layouts: Callable[[], Collection[KVLayout]]
+    """Of the decode workers that are attached."""
 
 
 def create_app(*, dispatcher: Dispatcher, model: ServedModel, options: HttpOptions, views: Views) -> FastAPI:
@@ -45,7 +48,7 @@ def create_app(*, dispatcher: Dispatcher, model: ServedModel, options: HttpOptio
     app.add_middleware(Edge, api_keys=options.api_keys, metrics=metrics)
     app.add_exception_handler(TailraceError, answer_error)
     app.add_exception_handler(HTTPException, answer_http_exception)
-    app.include_router(_openai_routes(Endpoints(dispatcher, model, options, metrics), model))
+    app.include_router(_openai_routes(Endpoints(dispatcher, model, options, metrics), model, views))
     app.include_router(_operator_routes(views, metrics))
     return app
 
@@ -60,25 +63,25 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def _openai_routes(endpoints: Endpoints, model: ServedModel) -> APIRouter:
+def _openai_routes(endpoints: Endpoints, model: ServedModel, views: Views) -> APIRouter:
     router = APIRouter(prefix="/v1")
     router.add_api_route("/completions", endpoints.completions, methods=["POST"])
     router.add_api_route("/chat/completions", endpoints.chat, methods=["POST"])
 
     @router.get("/models")
     async def models() -> Response:
-        return _json({"object": "list", "data": [_describe(name, model) for name in model.names]})
+        return _json({"object": "list", "data": [_describe(name, model, views.layouts()) for name in model.names]})
 
     @router.get("/models/{name:path}")
     async def one_model(name: str) -> Response:
         if name not in model.names:
             raise no_such_model(name, model)
-        return _json(_describe(name, model))
+        return _json(_describe(name, model, views.layouts()))
 
     return router
 
 
-def _describe(name: str, model: ServedModel) -> dict[str, Any]:
+def _describe(name: str, model: ServedModel, layouts: Collection[KVLayout]) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
@@ -87,7 +90,14 @@ def _describe(name: str, model: ServedModel) -> dict[str, Any]:
         "root": model.names[0],
         "parent": None,
         "max_model_len": model.max_model_len,
+        "dtype": _distinct(layout.kv_dtype for layout in layouts),
+        "quantization": _distinct(layout.quantization for layout in layouts),
     }
+
+
+def _distinct(values: Iterable[str]) -> str | None:
+    """None while no worker is there; "int8, none" where they disagree."""
+    return ", ".join(sorted(set(values))) or None
 
 
 def _operator_routes(views: Views, metrics: HttpMetrics) -> APIRouter:

@@ -28,6 +28,7 @@ from tailrace.checkpoint.resolve import resolve_model
 from tailrace.config import GatewayConfig
 from tailrace.errors import ConfigError, TailraceError
 from tailrace.index.memory import MemoryIndex
+from tailrace.kv.layout import KVLayout
 from tailrace.rpc.server import Server
 from tailrace.telemetry.log import configure_logging
 from tailrace.telemetry.metrics import GatewayMetrics, WorkerSample, render
@@ -109,6 +110,9 @@ class Gateway:
     def _worker_samples(self) -> list[WorkerSample]:
         return [WorkerSample(member.info.worker_id, member.info.role, member.load) for member in self.members.all()]
 
+    def layouts(self) -> list[KVLayout]:
+        return [member.info.layout for member in self.members.of(Role.DECODE)]
+
     async def debug_kv(self) -> object:
         return {"workers": await self.members.ledgers()}
 
@@ -134,7 +138,7 @@ class Gateway:
                 request_deadline_s=config.deadline_s,
                 limits=RequestLimits(max_choices_per_prompt=config.max_choices),
             ),
-            views=Views(ready=self.readiness, metrics=self.metrics_text, debug_kv=self.debug_kv),
+            views=Views(ready=self.readiness, metrics=self.metrics_text, debug_kv=self.debug_kv, layouts=self.layouts),
         )
         return uvicorn.Config(
             app,

@@ -286,7 +286,8 @@ class Members:
         self._known[peer.address] = info
         member = Member(info, call, peer, IndexFeed(info, self._index, peer.snapshot))
         self._members[info.worker_id] = member
-        log.info("%s worker %s attached: %d blocks at %s", info.role, info.worker_id, info.num_blocks, info.address)
+        who, what = f"{info.role} worker {info.worker_id}", info.layout.arithmetic
+        log.info("%s attached: %s; %d blocks at %s", who, what, info.num_blocks, info.address)
         member.feed.open()
         return member
 

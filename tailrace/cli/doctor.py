@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from tailrace.cli.cluster import running_cluster
+from tailrace.cli.cluster import running_cluster, worker_shares
 from tailrace.cli.console import ClusterConsole
 from tailrace.cli.figures import describe_transfer
 from tailrace.cli.machine_checks import Finding, Verdict, machine_findings
@@ -17,6 +17,7 @@ from tailrace.cli.openai_stream import Breakdown, ChatClient, ChatOptions, break
 from tailrace.cli.pair_rate import PairRate, measure_pair
 from tailrace.cli.up import until_signalled
 from tailrace.config import UpConfig
+from tailrace.cores import this_machine
 from tailrace.errors import TailraceError
 
 _STYLES = {Verdict.PASS: "green", Verdict.WARN: "yellow", Verdict.FAIL: "bold red"}
@@ -31,6 +32,8 @@ class Answers:
 
     texts: tuple[str, ...]
     figures: tuple[Breakdown, ...]
+    dtype: str
+    quantization: str
 
 
 class Doctor:
@@ -63,9 +66,13 @@ def doctor(config: UpConfig) -> int:
 
 
 async def _examine(config: UpConfig, model: Path, report: Doctor, console: Console) -> None:
-    pair = await _answers(config.model_copy(update={"prefill": 1, "decode": 1}), model, console)
+    of_pair = config.model_copy(update={"prefill": 1, "decode": 1})
+    # The number of threads decides in which order attention is added up, and so between tokens that nearly tie.
+    threads = min(share.threads for share in worker_shares(of_pair, this_machine()))
+    pair = await _answers(of_pair.model_copy(update={"threads": threads}), model, console)
+    report.say(Finding(Verdict.PASS, "arithmetic", f"dtype {pair.dtype}, quantization {pair.quantization}"))
     report.say(transfer_finding(pair.figures))
-    alone = await _answers(config.model_copy(update={"prefill": 0, "decode": 1}), model, console)
+    alone = await _answers(config.model_copy(update={"prefill": 0, "decode": 1, "threads": threads}), model, console)
     report.say(token_finding(pair.texts, alone.texts))
 
 
@@ -86,7 +93,8 @@ async def _ask(client: ChatClient) -> Answers:
         answer = await client.complete(prompt=prompt, max_tokens=_NUM_TOKENS, temperature=0.0, ignore_eos=True)
         texts.append(answer["choices"][0]["text"])
         figures.append(breakdown(answer["usage"], ttft_s=0.0, latency_s=0.0))
-    return Answers(tuple(texts), tuple(figures))
+    served = (await client.models())[0]
+    return Answers(tuple(texts), tuple(figures), served["dtype"], served["quantization"])
 
 
 def pair_finding(rate: PairRate) -> Finding:

@@ -66,12 +66,14 @@ class ChatClient:
         await self._http.aclose()
 
     async def model(self) -> str:
-        if self._options.model:
-            return self._options.model
-        models = (await self._checked("GET", "/models"))["data"]
+        return self._options.model or str((await self.models())[0]["id"])
+
+    async def models(self) -> list[dict[str, Any]]:
+        """What /models says, at least one."""
+        models: list[dict[str, Any]] = (await self._checked("GET", "/models"))["data"]
         if not models:
             raise UnavailableError(f"{self._options.url} lists no model")
-        return str(models[0]["id"])
+        return models
 
     async def complete(self, **body: Any) -> dict[str, Any]:
         """One answer of /completions, as a whole."""

@@ -73,6 +73,11 @@ class KVLayout:
             raise _refused("groups", f"must name each of the layers 0 to {self.num_layers - 1} once")
 
     @property
+    def arithmetic(self) -> str:
+        """What a worker of this layout computes in, for people: "bfloat16, int8 weights"."""
+        return self.kv_dtype if self.quantization == "none" else f"{self.kv_dtype}, {self.quantization} weights"
+
+    @property
     def fingerprint(self) -> bytes:
         """16 bytes over every field. Hashes the fields anew each time: hold on to it in a hot path."""
         text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))

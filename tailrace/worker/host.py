@@ -258,8 +258,9 @@ async def serve(parts: Parts, wiring: Wiring, server: Server) -> None:
     kv_pb2_grpc.add_KvOwnerServiceServicer_to_server(KvOwnerServicer(host), server.grpc)
     wiring.engine.start()
     await server.start()
-    address = wiring.attachments.info.address
-    log.info("ready on %s: %d blocks of %d tokens", address, parts.pool.num_blocks, parts.layout.block_size)
+    address, layout = wiring.attachments.info.address, parts.layout
+    blocks = parts.pool.num_blocks, layout.block_size
+    log.info("ready on %s: %s; %d blocks of %d tokens", address, layout.arithmetic, *blocks)
     joins = [asyncio.create_task(stay_joined(gateway, address, parts.identity.secret)) for gateway in parts.config.join]
     try:
         await until_told(parts.config.parent_pid)

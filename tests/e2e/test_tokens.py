@@ -109,6 +109,10 @@ async def test_int8_tokens_are_those_of_one_process(smollm2: Path, prompts: list
     with start(smollm2, "nixl", "bfloat16", quantization="int8", threads=1) as cluster:
         arm = Arm(cluster.start_workers(), "nixl")
         assert await generate(arm, prompts[:BATCH], options, "") == expected
+        [model] = cluster.get("/v1/models").json()["data"]
+        assert (model["dtype"], model["quantization"]) == ("bfloat16", "int8")
+        for process in cluster.processes.values():
+            assert "bfloat16, int8 weights" in process.said()
 
 
 def test_greedy_tokens_are_those_of_transformers(

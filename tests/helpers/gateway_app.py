@@ -14,6 +14,7 @@ from services.gateway.app import Readiness, Views, create_app
 from services.gateway.generate import HttpOptions
 from services.gateway.prepare import ServedModel
 from services.gateway.tokenizer import Tokenizer
+from tailrace.kv.layout import KVLayout
 from tests.helpers.fake_dispatcher import FakeDispatcher, Script
 from tests.helpers.tiny_tokenizers import CHATML_CONFIG, byte_level
 
@@ -54,8 +55,9 @@ def make_app(
     *,
     not_ready: Sequence[str] = (),
     model: ServedModel | None = None,
+    layouts: Sequence[KVLayout] = (),
 ) -> FastAPI:
-    views = Views(lambda: Readiness(tuple(not_ready), 2), lambda: b"tailrace_other 1.0\n", no_blocks)
+    views = Views(lambda: Readiness(tuple(not_ready), 2), lambda: b"tailrace_other 1.0\n", no_blocks, lambda: layouts)
     return create_app(
         dispatcher=dispatcher, model=model or served_model(), options=options or HttpOptions(), views=views
     )

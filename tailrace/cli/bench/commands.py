@@ -22,6 +22,7 @@ def bench_handoff(
     model: Model = DEFAULT_MODEL,
     transport: Transport = "auto",
     dtype: Dtype = "auto",
+    quantization: Quantization = "none",
     prompt_tokens: Annotated[int, typer.Option(min=2, max=100_000)] = 1024,
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Counted requests to each arm.")] = 10,
     threads: Annotated[int, typer.Option(min=1, max=1024, help="Compute threads a worker, in both arms.")] = 1,
@@ -31,7 +32,8 @@ def bench_handoff(
     from tailrace.cli.bench.handoff import HandoffOptions, run_handoff
 
     options = HandoffOptions(prompt_tokens=prompt_tokens, rounds=rounds, threads=threads)
-    run_handoff(_quiet({"model": model, "transport": transport, "dtype": dtype}), options, as_json=as_json)
+    settings = {"model": model, "transport": transport, "dtype": dtype, "quantization": quantization}
+    run_handoff(_quiet(settings), options, as_json=as_json)
 
 
 @bench_app.command("transfer")
@@ -121,6 +123,7 @@ def bench_serve(
     vocab_size: Annotated[int, typer.Option(min=2, help="With --url: prompts are drawn below it.")] = 32_000,
     model: Model = DEFAULT_MODEL,
     dtype: Dtype = "auto",
+    quantization: Quantization = "none",
     transport: Transport = "auto",
     threads: Annotated[int, typer.Option(min=0, max=1024, help="A worker; 0: as many as it has cores.")] = 0,
     as_json: AsJson = False,
@@ -142,13 +145,15 @@ def bench_serve(
         slo=slo,
     )
     workers = {"prefill": 1 if prefill is None else prefill, "decode": decode or 1, "threads": threads}
-    run_serve(_quiet({"model": model, "dtype": dtype, "transport": transport, **workers}), options, as_json=as_json)
+    settings = {"model": model, "dtype": dtype, "quantization": quantization, "transport": transport, **workers}
+    run_serve(_quiet(settings), options, as_json=as_json)
 
 
 @bench_app.command("overhead")
 def bench_overhead(
     model: Model = DEFAULT_MODEL,
     dtype: Dtype = "auto",
+    quantization: Quantization = "none",
     streams: Annotated[int, typer.Option(min=1, max=4096, help="Requests that are open at once.")] = 32,
     input_tokens: Annotated[int, typer.Option("--input", min=1, max=1_000_000, help="Prompt tokens each.")] = 256,
     output_tokens: Annotated[int, typer.Option("--output", min=1, max=1_000_000, help="Output tokens each.")] = 128,
@@ -159,7 +164,7 @@ def bench_overhead(
     from tailrace.cli.bench.overhead import OverheadOptions, run_overhead
 
     options = OverheadOptions(streams=streams, input=input_tokens, output=output_tokens, rounds=rounds)
-    run_overhead(_quiet({"model": model, "dtype": dtype}), options, as_json=as_json)
+    run_overhead(_quiet({"model": model, "dtype": dtype, "quantization": quantization}), options, as_json=as_json)
 
 
 @bench_app.command("interference")

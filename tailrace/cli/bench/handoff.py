@@ -19,7 +19,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from tailrace.cli.bench.report import Spread, header, print_footer, print_json
+from tailrace.cli.bench.report import Spread, header, print_footer, print_json, served
 from tailrace.cli.cluster import Cluster, running_cluster
 from tailrace.cli.console import ClusterConsole
 from tailrace.cli.model import fetch_model
@@ -86,7 +86,7 @@ def run_handoff(config: UpConfig, options: HandoffOptions, *, as_json: bool) -> 
 
 
 async def _measure(config: UpConfig, options: HandoffOptions, model: Path) -> dict[str, Any]:
-    head = header("handoff")
+    head = {**header("handoff"), "served": served(config)}
     shared = config.model_copy(update={"port": 0, "threads": options.threads, "prefix_caching": False})
     listener = ClusterConsole(Console(stderr=True), quiet=True)
     rng = random.Random(options.seed)  # noqa: S311 - test data

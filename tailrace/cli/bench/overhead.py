@@ -19,7 +19,7 @@ from rich.table import Table
 
 from tailrace.checkpoint.model_config import load_model_config
 from tailrace.cli.bench.load import Asker, RequestTimes, completion_body, in_parallel, token_prompts
-from tailrace.cli.bench.report import Percentiles, Spread, header, print_footer, print_json
+from tailrace.cli.bench.report import Percentiles, Spread, header, print_footer, print_json, served
 from tailrace.cli.cluster import running_cluster
 from tailrace.cli.console import ClusterConsole
 from tailrace.cli.model import fetch_model
@@ -65,7 +65,7 @@ def run_overhead(config: UpConfig, options: OverheadOptions, *, as_json: bool) -
 
 
 async def _measure(config: UpConfig, options: OverheadOptions) -> dict[str, Any]:
-    head = header("overhead")
+    head = {**header("overhead"), "served": served(config)}
     model = fetch_model(config.model, config.revision, config.cache_dir)
     vocab_size = load_model_config(model).vocab_size
     *others, core = available_cores()
@@ -79,7 +79,7 @@ async def _measure(config: UpConfig, options: OverheadOptions) -> dict[str, Any]
     os.sched_setaffinity(0, others or [core])
     turns = Turns()
     listener = ClusterConsole(Console(stderr=True), quiet=True)
-    with _engine(model, core, config.dtype, options) as engine:
+    with _engine(model, core, config, options) as engine:
         async with (
             running_cluster(server, model, listener, Machine((core,))) as cluster,
             Asker(cluster.api_url) as asker,
@@ -100,9 +100,10 @@ async def _measure(config: UpConfig, options: OverheadOptions) -> dict[str, Any]
 
 
 @contextmanager
-def _engine(model: Path, core: int, dtype: str, options: OverheadOptions) -> Iterator[subprocess.Popen[str]]:
+def _engine(model: Path, core: int, config: UpConfig, options: OverheadOptions) -> Iterator[subprocess.Popen[str]]:
     loop = {
-        **{"max_batch": options.streams, "max_tokens": options.input + options.output, "dtype": dtype},
+        **{"max_batch": options.streams, "max_tokens": options.input + options.output},
+        **{"dtype": config.dtype, "quantization": config.quantization},
         "max_num_batched_tokens": options.max_num_batched_tokens,
     }
     order = {"model_dir": str(model), "cores": [core], "options": loop, "output_tokens": options.output}

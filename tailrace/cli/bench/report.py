@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from tailrace.config import UpConfig
 from tailrace.cores import available_cores
 
 PACKAGES = ("tailrace", "torch", "nixl-cu12", "grpcio")
@@ -78,6 +79,11 @@ def header(benchmark: str, *, packages: Sequence[str] = PACKAGES) -> dict[str, A
     }
 
 
+def served(config: UpConfig) -> dict[str, str]:
+    """What the workers of a benchmark compute with."""
+    return {"model": config.model, "dtype": config.dtype, "quantization": config.quantization}
+
+
 def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
@@ -93,6 +99,9 @@ def print_json(result: dict[str, Any]) -> None:
 
 def print_footer(console: Console, result: dict[str, Any]) -> None:
     about = result["machine"]
+    if what := result.get("served"):
+        said = "" if what["quantization"] == "none" else f", {what['quantization']} weights"
+        console.print(f"{what['model']}, dtype {what['dtype']}{said}", highlight=False)
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     console.print(
         f"{about['processor']}, {about['cores']} cores, load {about['load_before']} before; {versions}", highlight=False

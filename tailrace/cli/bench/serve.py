@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tailrace.checkpoint.model_config import load_model_config
 from tailrace.cli.bench.load import Asker, RequestTimes, at_rate, completion_body, in_parallel, token_prompts
-from tailrace.cli.bench.report import Percentiles, header, print_footer, print_json
+from tailrace.cli.bench.report import Percentiles, header, print_footer, print_json, served
 from tailrace.cli.cluster import running_cluster
 from tailrace.cli.console import ClusterConsole
 from tailrace.cli.model import fetch_model
@@ -98,6 +98,7 @@ async def measure(config: UpConfig, options: ServeOptions) -> dict[str, Any]:
     return {
         **head,
         "options": asdict(options),
+        "served": None if options.url else served(config),
         "cluster": None
         if options.url
         else {"prefill": config.prefill, "decode": config.decode, "threads": config.threads},

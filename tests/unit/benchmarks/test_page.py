@@ -57,6 +57,19 @@ def test_ratios_are_of_rounds_and_a_loss_is_called_one():
     assert said.index("| tailrace") < said.index("| peer")
 
 
+def test_int8_is_no_peer_that_one_loses_to_and_has_its_goal():
+    goal = PEER_GOALS[2]
+    rounds = {"tailrace": 2.0, "tailrace-int8": 1.0, "vllm": 2.5}
+    samples = {
+        (goal.workload, name): [Sample.of(goal.workload, None, Answer(wall_s, 64, (1,), 1.0, 0.0))]
+        for name, wall_s in rounds.items()
+    }
+    group = Group((1,), tuple(ArmSpec(name, (), (1,)) for name in rounds), (goal.workload,))
+    said = text([GroupResult(group, {}, {}, {}, samples)])
+    assert row(said, "| tailrace-int8")[3] == "0.50 (0.50-0.50)"
+    assert row(said, f"| {goal.what}")[2:6] == ["2.5", ">= 1.6", "2.5", "aim met"]
+
+
 def test_other_load_and_other_tokens_are_shown():
     said = text([result([sample(1.0)], [sample(1.0, others=0.4, tokens=(1, 2, 9, 9))])])
     assert row(said, "| peer")[6:8] == ["0.40 (busy)", "2 of 4"]
@@ -139,10 +152,12 @@ def test_a_peer_is_asked_only_when_its_setup_came_to_the_end(tmp_path):
         (tmp_path / peer).mkdir()
     (tmp_path / "llama" / ".ready").touch()
     one, two = plan(Path("m"), tmp_path, (0, 1))
-    assert [arm.name for arm in one.arms] == ["tailrace", "llama"]
+    assert [arm.name for arm in one.arms] == ["tailrace", "tailrace-int8", "llama"]
+    assert [arm.command[-1] for arm in one.arms[:2]] == ["none", "int8"]
+    assert [arm.name for arm in two.arms] == ["tailrace"]
     assert one.missing == ("vllm", "transformers")
     assert (one.cores, two.cores) == ((1,), (0, 1))
-    assert one.arms[1].max_batch == 1
+    assert one.arms[2].max_batch == 1
     assert len(plan(Path("m"), tmp_path, (0,))) == 1
 
 

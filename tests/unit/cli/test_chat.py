@@ -61,6 +61,12 @@ async def test_the_first_listed_model_is_the_default():
     assert await client_for(handler, ChatOptions("http://127.0.0.1:1/v1/")).model() == "first"
 
 
+async def test_no_listed_model_is_an_error():
+    client = client_for(lambda request: httpx.Response(200, json={"data": []}), ChatOptions("http://127.0.0.1:1/v1"))
+    with pytest.raises(UnavailableError, match="lists no model"):
+        await client.model()
+
+
 async def test_an_error_of_the_api_keeps_its_words():
     client = client_for(lambda request: httpx.Response(401, json={"error": {"message": "wrong key"}}))
     with pytest.raises(InvalidRequestError, match="HTTP 401: wrong key"):

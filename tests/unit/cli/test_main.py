@@ -37,7 +37,7 @@ def test_every_command_has_help_and_none_of_it_loads_torch():
 import sys
 from typer.testing import CliRunner
 from tailrace.cli.main import app
-BENCHES = ("bench engine", "bench serve", "bench handoff", "bench gateway", "bench interference")
+BENCHES = ("bench engine", "bench serve", "bench handoff", "bench gateway", "bench interference", "bench accuracy")
 for name in ("up", "gateway", "prefill", "decode", "chat", "demo", "doctor", "model", "bench", *BENCHES):
     result = CliRunner().invoke(app, [*name.split(), "--help"])
     assert result.exit_code == 0 and "Usage" in result.output, (name, result.output)

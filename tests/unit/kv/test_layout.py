@@ -113,3 +113,8 @@ def test_impossible_values_are_refused_by_name(field: str, value: object, rule: 
 def test_impossible_groups_are_refused(kind: str, window: int) -> None:
     with pytest.raises(ConfigError, match="groups"):
         LayerGroup(kind, (0,), window=window)
+
+
+def test_what_is_computed_in_is_said_in_words() -> None:
+    assert make_layout(kv_dtype="bfloat16").arithmetic == "bfloat16"
+    assert make_layout(kv_dtype="bfloat16", quantization="int8").arithmetic == "bfloat16, int8 weights"

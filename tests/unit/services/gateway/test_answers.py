@@ -1,5 +1,6 @@
 """Whole answers: OpenAI's shapes, exact usage, what reaches the dispatcher."""
 
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -8,8 +9,10 @@ import pytest
 from services.gateway.generate import HttpOptions
 from services.gateway.generation import GenerationRequest, Usage
 from tailrace import __version__
+from tailrace.kv.layout import KVLayout
 from tailrace.types import FinishReason, TokenLogprob
 from tests.helpers.fake_dispatcher import FakeDispatcher, Script
+from tests.helpers.fake_members import LAYOUT
 from tests.helpers.gateway_app import EOS, MAX_MODEL_LEN, MODEL, TOKENIZER, client_of, ids, make_app, post, saying
 
 CHAT = "/v1/chat/completions"
@@ -258,6 +261,17 @@ async def test_models() -> None:
     assert (one["object"], one["max_model_len"], one["created"]) == ("model", MAX_MODEL_LEN, 1_700_000_000)
     answer = await ok(saying("ok"), CHAT, HI | {"model": "cat"})
     assert answer["model"] == "cat"
+
+
+async def test_models_say_what_their_workers_compute_in() -> None:
+    async def said(*layouts: KVLayout) -> tuple[str | None, str | None]:
+        model = (await get("/v1/models/cat", layouts=layouts)).json()
+        return model["dtype"], model["quantization"]
+
+    plain, int8 = replace(LAYOUT, kv_dtype="bfloat16"), replace(LAYOUT, kv_dtype="bfloat16", quantization="int8")
+    assert await said() == (None, None)
+    assert await said(int8, int8) == ("bfloat16", "int8")
+    assert await said(plain, int8) == ("bfloat16", "int8, none")
 
 
 async def test_health_version_readiness_and_blocks() -> None:
