@@ -49,7 +49,7 @@ class EngineOptions:
     """auto: the CPU. cuda runs Triton kernels; tests interpret and compile them, but none has run on a GPU yet,
     so it must be asked for."""
     quantization: str = "none"
-    """int8: the layers' matrices are rounded to 8 bits as they load. On a CPU only."""
+    """int8: the matrices of the layers and the head are rounded to 8 bits as they load. On a CPU only."""
     native: bool = True
     """On a CPU, use kernels compiled for it where they can be had."""
     enforce_eager: bool = False

@@ -64,7 +64,7 @@ def _load_native(
     source: TensorSource, target: Target, library: NativeLibrary, progress: Progress | None
 ) -> NativeDecoder:
     config, arena = target.config, WeightArena(target.quantization)
-    makers = LinearMakers(arena.pack, arena.pack_gated, arena.pack_plain)
+    makers = LinearMakers(arena.pack, arena.pack_gated)
     dtype: torch.dtype = getattr(torch, target.dtype)
     weights = load_weights(source, config, makers, dtype=dtype, device=target.device, progress=progress)
     rotary = rotary_table(config.rope, config.head_dim, target.max_model_len, target.device)

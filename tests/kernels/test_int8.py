@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from tailrace.checkpoint.cache_dir import default_cache_dir
+from tailrace.engine.models.decoder import refine_best
 from tailrace.engine.models.quantization import round_weight
 from tailrace.engine.native import build
 from tailrace.engine.native.decoder import _linear
-from tailrace.engine.native.library import NativeLibrary, ProductStruct, load_library
+from tailrace.engine.native.library import NativeLibrary, ProductStruct, RefinementStruct, load_library
 from tailrace.engine.native.packing import WeightArena
 from tests.helpers.kernels import normal
 
@@ -33,6 +34,29 @@ def product(library: NativeLibrary, weight: Tensor, x: Tensor, bias: Tensor | No
     library.product(opened, ctypes.addressof(call))
     library.close_threads(opened)
     return out
+
+
+def refine(library: NativeLibrary, logits: Tensor, x: Tensor, weight: Tensor, share: float, threads: int = 1) -> Tensor:
+    out, opened = logits.clone(), library.open_threads(threads)
+    addresses = out.data_ptr(), *out.shape, x.shape[1], x.data_ptr(), weight.data_ptr()
+    call = RefinementStruct(opened, *addresses, share)
+    library.refine(ctypes.addressof(call))
+    library.close_threads(opened)
+    return out
+
+
+def check_refinement(library: NativeLibrary, vocab: int, dtype: torch.dtype) -> None:
+    weight, x = normal(1, vocab, 74).to(dtype), normal(2, 5, 74).to(dtype)
+    logits = x.float() @ weight.float().T
+    rounded, expected = logits + normal(3, 5, vocab) * 0.1, torch.empty(0)
+    rounded[4] -= 100  # the best of a row may be below zero
+    for share, threads in ((0.0, 1), (2**-4, 2), (3.0, 1)):
+        expected = rounded.clone()
+        refine_best(expected, x, weight, share)
+        actual = refine(library, rounded, x, weight, share, threads)
+        assert torch.equal(actual == rounded, expected == rounded)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+    assert not torch.equal(expected, rounded)
 
 
 def in_groups(x: Tensor) -> Tensor:
@@ -87,6 +111,25 @@ def test_lesser_processors_give_the_same_bits(processor: str, tmp_path: Path, mo
     for rows in (1, 5, 18):
         x = inputs(rows, 1000, torch.bfloat16)
         assert torch.equal(product(lesser, weight, x), exact_product(weight, x))
+    check_refinement(lesser, 131, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("vocab", [1, 64, 131, 1000])
+def test_the_likeliest_logits_are_computed_again(vocab: int, dtype: str) -> None:
+    check_refinement(load_library(dtype, default_cache_dir()), vocab, getattr(torch, dtype))
+
+
+def test_logits_that_are_no_numbers_are_left_alone() -> None:
+    library = load_library("float32", default_cache_dir())
+    weight, x = normal(1, 131, 64), normal(2, 3, 64)
+    logits = x @ weight.T
+    logits[0] = torch.nan
+    logits[1, [3, 130]] = torch.nan
+    logits[2, 7] = torch.inf
+    actual = refine(library, logits, x, weight, 2**-4)
+    assert torch.equal(actual.isnan(), logits.isnan())
+    torch.testing.assert_close(actual, logits, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:

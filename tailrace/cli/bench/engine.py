@@ -107,7 +107,7 @@ class ModelCosts:
         layers = config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
         head = config.vocab_size * config.hidden_size
         return cls(
-            weight_bytes=layers * (1 if quantization == "int8" else DTYPE_BYTES[dtype]) + head * DTYPE_BYTES[dtype],
+            weight_bytes=(layers + head) * (1 if quantization == "int8" else DTYPE_BYTES[dtype]),
             kv_bytes_per_token=kv_bytes_per_token,
             flops_per_token=2 * layers,
             flops_per_attended=4 * config.num_layers * queries,

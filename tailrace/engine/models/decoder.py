@@ -55,8 +55,12 @@ class DecoderWeights(Generic[LinearT]):
 class Decoder:
     """Stateless apart from its weights: keys and values live in the pool it is given."""
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights[Linear], rotary: RotaryTable) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights[Linear], rotary: RotaryTable, *, head_share: float = 0.0
+    ) -> None:
+        """head_share: of refine_best, for a head whose weights are rounded; 0: they are not."""
         self.config = config
+        self._head_share = head_share
         self._weights = weights
         self._rotary = rotary
         self._head_norms = tuple(_head_norms(layer, config.rms_norm_eps) for layer in weights.layers)
@@ -96,8 +100,8 @@ class Decoder:
         normed = rms_norm(hidden, self._weights.final_norm, self.config.rms_norm_eps)
         product = self._weights.lm_head(normed)
         logits = product.float()
-        if product.dtype != torch.float32:
-            refine_best(logits, normed, self._weights.lm_head_rows)
+        if share := self._head_share or (0.0 if product.dtype == torch.float32 else _TIE_SHARE):
+            refine_best(logits, normed, self._weights.lm_head_rows, share)
         return logits
 
     def _normed(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
@@ -134,15 +138,15 @@ def _attend_mixed(queries: Tensor, keys_values: Tensor, pool: Tensor, layer: int
     return parts
 
 
-def refine_best(logits: Tensor, normed: Tensor, head_rows: Tensor) -> None:
-    """Computes the logits nearest to each row's best again, in float32 and in place.
+def refine_best(logits: Tensor, normed: Tensor, head_rows: Tensor, share: float = _TIE_SHARE) -> None:
+    """Computes the logits nearest to each row's best, within `share` of it, again, in float32 and in place.
 
     The head's product is rounded to its dtype: bfloat16 leaves steps of 1/8 at 16 to 32, so that the best tokens often
     tie exactly and the order of a sum decides between them. Whatever rounding can have pushed past the true best is
     within one step of the best.
     """
     best = logits.amax(dim=-1, keepdim=True)
-    near = logits >= best - best.abs() * _TIE_SHARE
+    near = logits >= best - best.abs() * share
     rows, tokens = near.nonzero(as_tuple=True)
     # In parts, for the model whose logits are all alike.
     for row, token in zip(torch.split(rows, _REFINED_AT_ONCE), torch.split(tokens, _REFINED_AT_ONCE), strict=True):

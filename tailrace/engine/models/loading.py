@@ -13,7 +13,7 @@ from torch import Tensor
 from tailrace.checkpoint.model_config import ModelConfig
 from tailrace.engine.models.decoder import Decoder, DecoderWeights, LayerWeights, LinearT
 from tailrace.engine.models.linear import LinearMaker, WideLinear, can_widen, linear_maker
-from tailrace.engine.models.quantization import RoundedLinear
+from tailrace.engine.models.quantization import HEAD_SHARE, RoundedLinear
 from tailrace.engine.models.rotary import rotary_table
 from tailrace.engine.weights import DummySource, Progress, SafetensorsSource, Shape, TensorSource
 
@@ -46,8 +46,6 @@ class LinearMakers(Generic[LinearT]):
     plain: Callable[[Tensor, Tensor | None], LinearT]
     gated: Callable[[Tensor, Tensor | None], LinearT]
     """Of the fused gates and values of a feed-forward layer."""
-    head: Callable[[Tensor, Tensor | None], LinearT] | None = None
-    """Of the head; None: `plain`."""
 
 
 def load_decoder(
@@ -61,13 +59,14 @@ def load_decoder(
     progress: Progress | None = None,
 ) -> Decoder:
     """The decoder in torch's own operations."""
-    head = linear_maker(dtype, device)
-    make: LinearMaker = partial(RoundedLinear, make=head) if quantization == "int8" else head
-    makers = LinearMakers(make, make, head)
+    plain, is_rounded = linear_maker(dtype, device), quantization == "int8"
+    make: LinearMaker = partial(RoundedLinear, make=plain) if is_rounded else plain
+    makers = LinearMakers(make, make)
     weights = load_weights(source, config, makers, dtype=dtype, device=device, progress=progress)
     if can_widen(dtype, device):
         weights = replace(weights, lm_head=WideLinear(weights.lm_head_rows))
-    return Decoder(config, weights, rotary_table(config.rope, config.head_dim, max_model_len, device))
+    rotary = rotary_table(config.rope, config.head_dim, max_model_len, device)
+    return Decoder(config, weights, rotary, head_share=HEAD_SHARE if is_rounded else 0.0)
 
 
 def load_weights(
@@ -140,7 +139,7 @@ class _Loader(Generic[LinearT]):
             embedding=embedding,
             layers=[self._layer(f"model.layers.{layer}.") for layer in range(self._config.num_layers)],
             final_norm=self._tensor(_FINAL_NORM),
-            lm_head=(self._makers.head or self._makers.plain)(head, None),
+            lm_head=self._makers.plain(head, None),
             lm_head_rows=head,
         )
 

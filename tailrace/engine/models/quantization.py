@@ -8,6 +8,9 @@ from torch import Tensor
 from tailrace.engine.models.linear import Linear, LinearMaker
 
 QUANTIZATIONS = ("none", "int8")
+HEAD_SHARE = 2**-4
+"""Of a row's best logit. Logits of a rounded head that are no further from it are computed again from the head's own
+weights: rounding moves a logit by less than that, and so does not decide between the likeliest tokens."""
 _GREATEST = 127
 _UNIT = 128
 _ROWS_AT_ONCE = 4096

@@ -10,6 +10,7 @@ from torch import Tensor
 from tailrace.checkpoint.model_config import ModelConfig
 from tailrace.engine.batch import BatchState
 from tailrace.engine.models.decoder import DecoderWeights, LayerWeights
+from tailrace.engine.models.quantization import HEAD_SHARE
 from tailrace.engine.models.rotary import RotaryTable
 from tailrace.engine.native.build import NativeUnavailableError
 from tailrace.engine.native.library import (
@@ -19,6 +20,7 @@ from tailrace.engine.native.library import (
     LogitsStruct,
     ModelStruct,
     NativeLibrary,
+    RefinementStruct,
     StepStruct,
 )
 from tailrace.engine.native.packing import PackedWeight
@@ -64,6 +66,7 @@ class NativeDecoder:
         weakref.finalize(self, library.close_threads, threads)
         # The structs hold addresses only: this keeps what they point to.
         self._kept = (weights, rotary)
+        self._head_rows = None if weights.lm_head.scales is None else weights.lm_head_rows.contiguous()
         self._layers = (LayerStruct * config.num_layers)(
             *(_layer(layer, _window(config, index)) for index, layer in enumerate(weights.layers))
         )
@@ -102,7 +105,16 @@ class NativeDecoder:
             logits.data_ptr(),
         )
         self._library.logits(ctypes.addressof(call))
+        if self._head_rows is not None:
+            self._refine(logits, normed, self._head_rows)
         return logits
+
+    def _refine(self, logits: Tensor, normed: Tensor, head_rows: Tensor) -> None:
+        """As refine_best of models/decoder.py. logits: [rows, vocab], changed in place; normed: [rows, hidden]."""
+        rows, vocab = logits.shape
+        addresses = logits.data_ptr(), rows, vocab, normed.shape[1], normed.data_ptr(), head_rows.data_ptr()
+        call = RefinementStruct(self._model.threads, *addresses, HEAD_SHARE)
+        self._library.refine(ctypes.addressof(call))
 
     def _set_plan(self, plan: StepPlan) -> None:
         step = self._step

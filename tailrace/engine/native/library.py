@@ -1,7 +1,7 @@
 """The compiled kernels as Python sees them. Mirrors the structs of source/decoder.c."""
 
 import ctypes
-from ctypes import POINTER, c_double, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 from tailrace.engine.native.build import NativeUnavailableError, build_library
@@ -104,7 +104,23 @@ class ProductStruct(ctypes.Structure):
     ]
 
 
-_STRUCTS = (LinearStruct, LayerStruct, ModelStruct, ChunkStruct, StepStruct, LogitsStruct, ProductStruct)
+class RefinementStruct(ctypes.Structure):
+    _fields_ = [
+        ("threads", c_void_p),
+        ("logits", c_void_p),
+        ("rows", c_int64),
+        ("vocab", c_int64),
+        ("inputs", c_int64),
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("share", c_float),
+    ]
+
+
+_STRUCTS = (
+    *(LinearStruct, LayerStruct, ModelStruct, ChunkStruct, StepStruct, LogitsStruct, ProductStruct),
+    RefinementStruct,
+)
 
 
 class NativeLibrary:
@@ -119,6 +135,8 @@ class NativeLibrary:
         self.forward.argtypes, self.forward.restype = (c_void_p, c_void_p), c_int
         self.logits = self._functions.tailrace_logits
         self.logits.argtypes, self.logits.restype = (c_void_p,), None
+        self.refine = self._functions.tailrace_refine
+        self.refine.argtypes, self.refine.restype = (c_void_p,), None
         self.product = self._functions.tailrace_product
         self.product.argtypes, self.product.restype = (c_void_p, c_void_p), None
         self.rounded_bytes = self._functions.tailrace_rounded_bytes

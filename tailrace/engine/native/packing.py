@@ -42,11 +42,7 @@ class WeightArena:
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
         """weight: [outputs, inputs], bias: [outputs]. Both may be freed afterwards."""
-        return self._packed(len(weight), *_padded(weight, bias), is_int8=self._is_int8)
-
-    def pack_plain(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
-        """As `pack`, and never rounded."""
-        return self._packed(len(weight), *_padded(weight, bias), is_int8=False)
+        return self._packed(len(weight), *_padded(weight, bias))
 
     def pack_gated(self, gate_up: Tensor, bias: Tensor | None) -> PackedWeight:
         """gate_up: [2 * outputs, inputs], gates then values. Half a panel of gates lies beside its half of values."""
@@ -56,12 +52,12 @@ class WeightArena:
         rows = padded.view(2, -1, PANEL // 2, inputs).transpose(0, 1).reshape(-1, inputs)
         if bias is not None:
             bias = F.pad(bias.view(2, outputs), (0, missing)).view(2, -1, PANEL // 2).transpose(0, 1).flatten()
-        return self._packed(outputs, rows, bias, is_int8=self._is_int8)
+        return self._packed(outputs, rows, bias)
 
-    def _packed(self, outputs: int, rows: Tensor, bias: Tensor | None, *, is_int8: bool) -> PackedWeight:
+    def _packed(self, outputs: int, rows: Tensor, bias: Tensor | None) -> PackedWeight:
         """rows: [panels * PANEL, inputs]"""
         inputs, floats = rows.shape[1], None if bias is None else bias.float().contiguous()
-        if not is_int8:
+        if not self._is_int8:
             return PackedWeight(inputs, outputs, self._panels(rows), floats)
         rounded = round_weight(rows)
         # int8 wraps around: adding 128 and flipping the highest bit are the same.

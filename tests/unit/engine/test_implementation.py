@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tailrace.engine.engine import EngineOptions, load_engine
-from tailrace.engine.models.decoder import Decoder
+from tailrace.engine.kernels.rms_norm import rms_norm
+from tailrace.engine.models.decoder import Decoder, DecoderWeights
 from tailrace.engine.models.linear import PlainLinear
-from tailrace.engine.models.quantization import RoundedLinear, round_weight
+from tailrace.engine.models.quantization import HEAD_SHARE, RoundedLinear, round_weight
 from tailrace.engine.native.decoder import NativeDecoder
 from tailrace.errors import ConfigError
 from tests.helpers.model_files import MISTRAL_CONFIG
@@ -58,6 +59,26 @@ def test_int8_is_named_in_the_layout_with_and_without_kernels(tmp_path: Path) ->
         options = {"load_format": "dummy", "device": "cpu", "kv_cache_bytes": 1 << 20, "native": native}
         engine = load_engine(EngineOptions(tmp_path, quantization="int8", **options))
         assert engine.layout.quantization == "int8"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("native", [True, False])
+def test_a_rounded_head_leaves_the_likeliest_tokens_to_its_own_weights(
+    native: bool, dtype: str, tmp_path: Path
+) -> None:
+    model: Any = model_of(tmp_path, dtype=dtype, quantization="int8", native=native)
+    weights: DecoderWeights[Any] = model._kept[0] if native else model._weights
+    hidden = torch.randn(16, model.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    normed = rms_norm(hidden, weights.final_norm, model.config.rms_norm_eps).to(weights.embedding.dtype)
+    exact = normed.float() @ weights.lm_head_rows.float().T
+    with torch.inference_mode():
+        logits = model.logits(hidden)
+    best = logits.amax(-1, keepdim=True)
+    is_near = logits >= best - best.abs() * HEAD_SHARE
+    error = (logits - exact).abs() / exact.std()
+    assert torch.equal(logits.argmax(-1), exact.argmax(-1))
+    assert error[is_near].max() < (0.03 if dtype == "bfloat16" else 1e-5)
+    assert 1e-3 < error[~is_near].max() < 0.2
 
 
 @pytest.mark.parametrize(("name", "value"), [("quantization", "int4"), ("device", "cuda")])

@@ -1,6 +1,7 @@
 /* A decoder's forward pass over one step's tokens. tailrace/engine/native/library.py mirrors the structs. */
 #include "attention.h"
 #include "int8.h"
+#include "refine.h"
 
 typedef struct {
     const element *attention_norm, *query_norm, *key_norm, *mlp_norm;
@@ -376,8 +377,8 @@ void tailrace_product(Threads *threads, const Product *product) { run_on_all(thr
 int64_t tailrace_rounded_bytes(int64_t inputs) { return rounded_bytes(inputs); }
 
 /* How the caller's view of the structs is checked. */
-void tailrace_sizes(int64_t sizes[7]) {
-    const int64_t own[7] = {sizeof(Linear), sizeof(Layer),  sizeof(Model),  sizeof(Chunk),
-                            sizeof(Step),   sizeof(Logits), sizeof(Product)};
+void tailrace_sizes(int64_t sizes[8]) {
+    const int64_t own[8] = {sizeof(Linear), sizeof(Layer),  sizeof(Model),   sizeof(Chunk),
+                            sizeof(Step),   sizeof(Logits), sizeof(Product), sizeof(Refinement)};
     memcpy(sizes, own, sizeof own);
 }

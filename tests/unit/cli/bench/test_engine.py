@@ -47,6 +47,7 @@ def test_what_a_step_must_read_and_compute(tmp_path):
     costs = ModelCosts.of(config, "float32", 512)
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128
     assert costs.weight_bytes == (2 * layer + config.vocab_size * 64) * 4
+    assert ModelCosts.of(config, "float32", 512, quantization="int8").weight_bytes * 4 == costs.weight_bytes
     assert costs.flops_per_token == 2 * 2 * layer
     assert costs.flops_per_attended == 2 * 2 * 2 * 64
     assert costs.flops_per_draw == 2 * config.vocab_size * 64
