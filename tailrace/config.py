@@ -165,8 +165,8 @@ class EngineFields(ModelConfigFields):
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     quantization: Literal["none", "int8"] = "none"
-    """int8: the matrices of the layers and the head are rounded to 8 bits as they load, and on a CPU multiplied in 8 bits:
-    faster, and a little less exact (docs/adr/0012-int8-weights.md). All workers of a cluster must agree."""
+    """int8: the matrices of the layers and the head are rounded to 8 bits as they load, and on a CPU multiplied in 8
+    bits: faster, and a little less exact (docs/adr/0012-int8-weights.md). All workers of a cluster must agree."""
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     device: Annotated[str, AfterValidator(_device)] = "auto"
     block_size: Annotated[int, AfterValidator(_block_size)] = 16
