@@ -186,6 +186,9 @@ class EngineFields(ModelConfigFields):
     """On a CPU, compile kernels for it at first use; false: torch's own operations, several times slower."""
     enforce_eager: bool = False
     """On a GPU, launch each operation of a decode step by itself instead of replaying CUDA graphs."""
+    overlap_scheduling: Literal["auto", "on", "off"] = "auto"
+    """Schedule a step while the one before it still computes. auto: on a GPU, and on a CPU where a worker has a core
+    beside its compute threads."""
     transport: Transport = "auto"
     """How KV moves. nixl: refuse pairs where a read is not one-sided; stream: TCP only."""
     net_device: str = Field(default="lo", min_length=1, max_length=256)

@@ -48,7 +48,7 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         max_num_batched_tokens=config.max_num_batched_tokens,
         stop=parts.stop_rule,
     )
-    worker = DecodeWorker(engine.runner, scheduler, pool, block_bytes=engine.layout.block_bytes)
+    worker = DecodeWorker(parts.step_runner(), scheduler, pool, block_bytes=engine.layout.block_bytes)
     peers = OwnerPeers(
         parts.transfer.needer,
         engine.layout,
@@ -57,7 +57,7 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         secret=identity.secret,
     )
     service = DecodeService(worker, RequestMaker(engine.layout, engine.config.vocab_size), peers)
-    thread = EngineThread(worker, deliver=service.deliver, died=die)
+    thread = EngineThread(worker, deliver=service.deliver, died=die, overlap=parts.overlap)
     attachments = Attachments(worker_info(config, identity, engine, port), service, steps=lambda: thread.num_steps)
     service.connect(thread, attachments)
     try:

@@ -48,9 +48,9 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         max_num_batched_tokens=config.max_num_batched_tokens,
         stop=parts.stop_rule,
     )
-    worker = PrefillWorker(engine.runner, scheduler, pool, engine.layout, pool_address=engine.cache.address)
+    worker = PrefillWorker(parts.step_runner(), scheduler, pool, engine.layout, pool_address=engine.cache.address)
     service = PrefillService(worker, RequestMaker(engine.layout, engine.config.vocab_size))
-    thread = EngineThread(worker, deliver=service.deliver, died=die)
+    thread = EngineThread(worker, deliver=service.deliver, died=die, overlap=parts.overlap)
     attachments = Attachments(worker_info(config, identity, engine, port), service, steps=lambda: thread.num_steps)
     lender = Lender(
         secret=identity.secret,

@@ -15,6 +15,7 @@ from typing import NoReturn, Protocol
 from tailrace import __version__
 from tailrace.checkpoint.resolve import resolve_model
 from tailrace.config import WorkerConfig
+from tailrace.cores import this_machine
 from tailrace.engine.engine import Engine, EngineOptions, load_engine
 from tailrace.errors import ConfigError, TailraceError
 from tailrace.kv.block_pool import BlockPool
@@ -29,8 +30,10 @@ from tailrace.rpc.server import KvOwnerServicer, Server, add_worker
 from tailrace.transfer import PeerEndpoints, PoolMemory, TlsFiles, TransferOptions, TransferPlane, open_transfer
 from tailrace.types import Role
 from tailrace.worker.attach import Attachments
+from tailrace.worker.compute_thread import ComputeThread
 from tailrace.worker.engine_thread import EngineThread
 from tailrace.worker.lending import Lender
+from tailrace.worker.runner import Runner
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +84,21 @@ class Parts:
     @property
     def stop_rule(self) -> StopRule:
         return StopRule(frozenset(self.engine.config.eos_token_ids), self.engine.max_model_len)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.engine.cache.tensor.device.type != "cpu"
+
+    @property
+    def overlap(self) -> bool:
+        """Whether a step is scheduled while the one before it computes (docs/adr/0013-overlapped-steps.md)."""
+        if self.config.overlap_scheduling != "auto":
+            return self.config.overlap_scheduling == "on"
+        return self.on_gpu or this_machine().num_usable > self.config.num_threads
+
+    def step_runner(self) -> Runner:
+        """A GPU computes beside the engine's thread by itself; a CPU needs a thread for it."""
+        return ComputeThread(self.engine.runner) if self.overlap and not self.on_gpu else self.engine.runner
 
 
 class LoggedProgress:

@@ -24,7 +24,7 @@ NUM_TOKENS = 64
 GREEDY = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
 SEEDED = {**GREEDY, "temperature": 0.8, "seed": 20_240_607, "max_tokens": 32}
 BATCH = 16
-TRANSPORTS = {"nixl": "nixl", "stream": "stream", "colocated": ""}
+TRANSPORTS = {"nixl": "nixl", "stream": "stream", "colocated": "", "overlapped": "stream"}
 
 
 class Arm(NamedTuple):
@@ -59,7 +59,8 @@ def seeded(one_process: OneProcess, prompts: list[list[int]]) -> list[list[int]]
 
 def start(model: Path, name: str, dtype: str, **options: Any) -> Cluster:
     transport = TRANSPORTS[name] or "auto"
-    sizes = {"num_blocks": 512, "max_model_len": 2048, "max_num_batched_tokens": 512}
+    overlap = "on" if name == "overlapped" else "off"
+    sizes = {"num_blocks": 512, "max_model_len": 2048, "max_num_batched_tokens": 512, "overlap_scheduling": overlap}
     return Cluster(model, dtype=dtype, transport=transport, **sizes, **options)
 
 

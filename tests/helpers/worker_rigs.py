@@ -27,15 +27,19 @@ from tailrace.policy.request import StopRule
 from tailrace.transfer import BlockRead, PendingRead, ReadOutcome, ReadResult
 from tailrace.types import FinishReason, Role
 from tailrace.worker.attach import Attachments, Session
+from tailrace.worker.compute_thread import ComputeThread
 from tailrace.worker.engine_thread import EngineThread
 from tailrace.worker.lending import Lender
 from tailrace.worker.requests import RequestMaker
+from tailrace.worker.runner import Runner
 from tests.helpers.fake_runner import EOS, FakeRunner, generate
 from tests.helpers.values import SECRET, VOCAB_SIZE, make_info, make_layout
 from tests.helpers.waiting import until
 
 MAX_MODEL_LEN = 64
 POOL_ADDRESS = 1 << 20
+OVERLAP = False
+"""The loop of the rigs' engine threads; `both_loops` sets it."""
 
 
 @dataclass
@@ -106,10 +110,10 @@ async def prefill_rig(*, num_blocks: int = 16, budget: int = 16) -> AsyncIterato
         max_num_batched_tokens=budget,
         stop=StopRule(frozenset({EOS}), MAX_MODEL_LEN),
     )
-    worker = PrefillWorker(runner, scheduler, pool, layout, pool_address=POOL_ADDRESS)
+    worker = PrefillWorker(_launching(runner), scheduler, pool, layout, pool_address=POOL_ADDRESS)
     service = PrefillService(worker, RequestMaker(layout, VOCAB_SIZE))
     deaths: list[BaseException] = []
-    engine = EngineThread(worker, deliver=service.deliver, died=deaths.append)
+    engine = EngineThread(worker, deliver=service.deliver, died=deaths.append, overlap=OVERLAP)
     attachments = Attachments(make_info(Role.PREFILL), service, steps=lambda: engine.num_steps)
     lender = Lender(
         secret=SECRET, worker_id="w", epoch=7, ask_progress=service.ask_progress, gave_back=service.gave_back
@@ -144,11 +148,11 @@ async def decode_rig(*, num_blocks: int = 16, budget: int = 16, max_num_seqs: in
         max_num_batched_tokens=budget,
         stop=StopRule(frozenset({EOS}), MAX_MODEL_LEN),
     )
-    worker = DecodeWorker(runner, scheduler, pool, block_bytes=layout.block_bytes)
+    worker = DecodeWorker(_launching(runner), scheduler, pool, block_bytes=layout.block_bytes)
     peers = FakePeers(FakeLink(runner))
     service = DecodeService(worker, RequestMaker(layout, VOCAB_SIZE), peers)
     deaths: list[BaseException] = []
-    engine = EngineThread(worker, deliver=service.deliver, died=deaths.append)
+    engine = EngineThread(worker, deliver=service.deliver, died=deaths.append, overlap=OVERLAP)
     attachments = Attachments(make_info(), service, steps=lambda: engine.num_steps)
     service.connect(engine, attachments)
     gateway = Gateway(attachments.open("g", 1))
@@ -158,6 +162,10 @@ async def decode_rig(*, num_blocks: int = 16, budget: int = 16, max_num_seqs: in
             yield rig
         finally:
             await service.close()
+
+
+def _launching(runner: FakeRunner) -> Runner:
+    return ComputeThread(runner) if OVERLAP else runner
 
 
 @asynccontextmanager

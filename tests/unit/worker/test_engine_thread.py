@@ -6,8 +6,10 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from tailrace.plan import StepOutput, StepPlan
 from tailrace.worker.engine_thread import EngineThread
 from tailrace.worker.report import StepReport
+from tailrace.worker.runner import LaunchedStep
 from tests.helpers.waiting import until
 
 
@@ -150,3 +152,77 @@ async def test_stop_lets_the_running_step_end_and_may_be_repeated() -> None:
         assert not engine._thread.is_alive()
         await engine.stop()
     await until(lambda: any(report.computed for report in listener.reports))
+
+
+class PipelinedWorker:
+    """Notes the order of what it is asked for; each step is of one number."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.log: list[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def launch(self) -> LaunchedStep | None:
+        if not self.count:
+            return None
+        self.count -= 1
+        self.log.append(f"launch {self.count}")
+        return LaunchedStep(StepPlan(decode=[self.count]), StepOutput())
+
+    def finish(self, step: LaunchedStep | None) -> StepReport:
+        self.gate.wait(5)
+        if step is not None:
+            self.log.append(f"finish {step.plan.decode[0]}")
+        return StepReport(computed=step is not None)
+
+
+@asynccontextmanager
+async def pipelined(
+    worker: PipelinedWorker, listener: Listener, *, overlap: bool = True
+) -> AsyncIterator[EngineThread]:
+    engine = EngineThread(worker, deliver=listener.reports.append, died=listener.died_of, overlap=overlap)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+async def test_overlapped_a_step_is_launched_before_the_one_before_it_is_finished() -> None:
+    worker, listener = PipelinedWorker(3), Listener()
+    async with pipelined(worker, listener) as engine:
+        await until(lambda: listener.reports and not listener.reports[-1].computed)
+        assert engine.busy_s > 0
+        assert engine.num_steps == 4, "a turn a step, and one that found nothing"
+    assert worker.log == ["launch 2", "launch 1", "finish 2", "launch 0", "finish 1", "finish 0"]
+
+
+async def test_plain_a_step_is_finished_before_the_next_is_launched() -> None:
+    worker, listener = PipelinedWorker(2), Listener()
+    async with pipelined(worker, listener, overlap=False):
+        await until(lambda: listener.reports and not listener.reports[-1].computed)
+    assert worker.log == ["launch 1", "finish 1", "launch 0", "finish 0"]
+
+
+async def test_a_step_that_hangs_freezes_the_counter_of_the_overlapped_loop() -> None:
+    worker, listener = PipelinedWorker(5), Listener()
+    worker.gate.clear()
+    async with pipelined(worker, listener) as engine:
+        await until(lambda: len(worker.log) == 2)
+        await asyncio.sleep(0.02)
+        assert (engine.num_steps, listener.reports) == (1, [])
+        worker.gate.set()
+
+
+async def test_stopping_ends_the_step_that_was_launched_ahead() -> None:
+    worker, listener = PipelinedWorker(1000), Listener()
+    worker.gate.clear()
+    async with pipelined(worker, listener) as engine:
+        await until(lambda: len(worker.log) == 2)
+        stopping = asyncio.create_task(engine.stop())
+        await asyncio.sleep(0.02)
+        worker.gate.set()
+        await stopping
+        assert worker.log == ["launch 999", "launch 998", "finish 999", "finish 998"]
+    await until(lambda: len(listener.reports) == 2)

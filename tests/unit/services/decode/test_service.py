@@ -4,6 +4,7 @@ Pulls that go well, stall, fail or are cancelled, what the gateway sees of them,
 """
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from tailrace.errors import ErrorCode, LayoutMismatchError, NotFoundError, Worke
 from tailrace.messages import HoldingState, Submission
 from tailrace.transfer import ReadOutcome
 from tailrace.types import FinishReason, SamplingParams
+from tests.helpers import worker_rigs
 from tests.helpers.fake_runner import generate
 from tests.helpers.values import make_source, make_submission
 from tests.helpers.waiting import until
@@ -37,6 +39,11 @@ async def check_answer(rig: DecodeRig, submission: Submission) -> None:
         truth = generate(submission.tokens, submission.sampling, choice, submission.sampling.max_tokens)
         assert rig.gateway.tokens[handle, choice] == truth
         assert rig.gateway.finished[handle, choice] is FinishReason.LENGTH
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["plain", "overlapped"])
+def _both_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_rigs, "OVERLAP", request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -352,4 +359,36 @@ async def test_many_at_once_in_a_small_pool_all_get_their_answers() -> None:
             rig.submit(submission)
         for submission in submissions:
             await check_answer(rig, submission)
+        await rig.until_idle()
+
+
+async def test_a_row_without_numbers_fails_its_request_alone() -> None:
+    async with decode_rig() as rig:
+        prompt = make_submission(9).tokens
+        rig.runner.bad.add((1, len(prompt) + 2))
+        rig.submit(make_submission(1, sampling=FOUR, choices=(0, 1)))
+        other = make_submission(2, sampling=FOUR)
+        rig.submit(other)
+        await until(lambda: rig.gateway.failed)
+        await check_answer(rig, other)
+        assert [(failure.handle, failure.error.code) for failure in rig.gateway.failed] == [(1, ErrorCode.INTERNAL)]
+        assert len(rig.gateway.tokens[1, 1]) == 2, "what meant nothing was not told"
+        await rig.until_idle()
+
+
+@pytest.mark.parametrize("number", range(4))
+async def test_an_end_that_nobody_saw_coming_leaves_nothing_behind(number: int) -> None:
+    """A stop token ends a sequence whose next row may be launched already."""
+    async with decode_rig() as rig:
+        plain = make_submission(1).tokens
+        sampling = SamplingParams(max_tokens=30, ignore_eos=True, seed=3)
+        truth = generate(plain, sampling, 0, 12)
+        at = next(i for i in range(2 + number, 12) if truth[i] not in truth[:i])
+        rig.submit(make_submission(1, sampling=replace(sampling, stop_token_ids=(truth[at],))))
+        other = make_submission(2, sampling=FOUR)
+        rig.submit(other)
+        await check_answer(rig, other)
+        await until(lambda: (1, 0) in rig.gateway.finished)
+        assert rig.gateway.tokens[1, 0] == truth[: at + 1]
+        assert rig.gateway.finished[1, 0] is FinishReason.STOP
         await rig.until_idle()

@@ -12,6 +12,7 @@ from tailrace.kv.block_pool import BlockState
 from tailrace.messages import HoldingState, LendDone, LendTerms, LentBlocks
 from tailrace.rpc.auth import sign_ticket
 from tailrace.types import FinishReason, SamplingParams
+from tests.helpers import worker_rigs
 from tests.helpers.fake_runner import digests, generate
 from tests.helpers.values import SECRET, make_submission
 from tests.helpers.waiting import until
@@ -31,6 +32,11 @@ async def borrow(rig: PrefillRig, request_id: str) -> tuple[list[LentBlocks], Le
                 return lent, event
             lent.append(event)
     raise AssertionError("a lend ends with done")
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["plain", "overlapped"])
+def _both_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_rigs, "OVERLAP", request.param)
 
 
 async def test_the_first_token_goes_to_the_gateway_and_the_blocks_to_the_needer() -> None:
@@ -112,16 +118,16 @@ async def test_cancelled_at_any_moment_nothing_is_held(moment: str) -> None:
 async def _hold(rig: PrefillRig, *, steps: int) -> Callable[[], None]:
     """The engine stands still after so many steps until the gate is called."""
     gate = threading.Event()
-    run = rig.runner.run
+    compute = rig.runner._compute_plan
     left = [steps]
 
     def slow(plan: object) -> object:
         if not left[0]:
             gate.wait(3)
         left[0] = max(0, left[0] - 1)
-        return run(plan)  # type: ignore[arg-type]
+        return compute(plan)  # type: ignore[arg-type]
 
-    rig.runner.run = slow  # type: ignore[method-assign, assignment]
+    rig.runner._compute_plan = slow  # type: ignore[method-assign, assignment]
     return gate.set
 
 
@@ -154,6 +160,18 @@ async def test_a_prompt_that_the_pool_cannot_hold_is_refused() -> None:
         await rig.until_idle()
         rig.submit(make_submission(2, tokens=[1, 2, 3], num_prompt_tokens=3))
         await borrow(rig, "r2")
+
+
+async def test_a_prompt_without_numbers_fails_alone() -> None:
+    async with prefill_rig() as rig:
+        rig.runner.bad.add((1, 10))
+        rig.submit(make_submission(1, choices=(0, 1)))
+        rig.submit(make_submission(2))
+        await until(lambda: rig.gateway.failed)
+        assert [failure.handle for failure in rig.gateway.failed] == [1]
+        assert rig.gateway.failed[0].error.code is ErrorCode.INTERNAL
+        await borrow(rig, "r2")
+        await rig.until_idle()
 
 
 async def test_a_cancelled_choice_changes_nothing() -> None:
