@@ -66,6 +66,7 @@ def bench_engine(
     load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights of the right shapes.")] = "auto",
     max_num_batched_tokens: Annotated[int, typer.Option(min=16, max=1 << 20, help="Tokens of one step.")] = 512,
     runs: Annotated[int, typer.Option(min=1, max=100, help="Counted runs after the warm-up; the best counts.")] = 3,
+    overlap: Annotated[bool, typer.Option("--overlap", help="Each run once more with overlapped steps.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """The engine alone, in this process, prefix cache off: tokens a second, step times, MBU and MFU."""
@@ -82,6 +83,7 @@ def bench_engine(
         load_format=load_format,
         max_num_batched_tokens=max_num_batched_tokens,
         runs=runs,
+        overlap=overlap,
     )
     run_engine(options, as_json=as_json)
 
@@ -158,12 +160,13 @@ def bench_overhead(
     input_tokens: Annotated[int, typer.Option("--input", min=1, max=1_000_000, help="Prompt tokens each.")] = 256,
     output_tokens: Annotated[int, typer.Option("--output", min=1, max=1_000_000, help="Output tokens each.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, max=100, help="Counted turns of each.")] = 3,
+    overlap: Annotated[bool, typer.Option("--overlap", help="A second server, with overlapped steps.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Output tokens a second of a whole server on one core, over those of its engine alone."""
     from tailrace.cli.bench.overhead import OverheadOptions, run_overhead
 
-    options = OverheadOptions(streams=streams, input=input_tokens, output=output_tokens, rounds=rounds)
+    options = OverheadOptions(streams=streams, input=input_tokens, output=output_tokens, rounds=rounds, overlap=overlap)
     run_overhead(_quiet({"model": model, "dtype": dtype, "quantization": quantization}), options, as_json=as_json)
 
 

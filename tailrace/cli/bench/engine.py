@@ -11,7 +11,7 @@ from rich.table import Table
 from tailrace.checkpoint.model_config import ModelConfig, load_model_config
 from tailrace.cli.bench.engine_loop import EngineLoop, LoopOptions, RunTimes, StepTimes, random_prompts
 from tailrace.cli.bench.probes import MachineLimits, measure_limits
-from tailrace.cli.bench.report import header, percentile, print_footer, print_json
+from tailrace.cli.bench.report import Spread, header, percentile, print_footer, print_json
 from tailrace.cli.bench.scheduler_load import time_scheduler
 from tailrace.cli.model import fetch_model
 from tailrace.errors import ConfigError
@@ -35,6 +35,8 @@ class EngineBenchOptions:
     max_num_batched_tokens: int = 512
     """Of one step, as for a worker."""
     runs: int = 3
+    overlap: bool = False
+    """Each run once more with overlapped steps, in turn."""
     seed: int = 0
 
 
@@ -69,7 +71,7 @@ def measure(options: EngineBenchOptions) -> dict[str, Any]:
     prompts = random_prompts(options.batch, options.input, config.vocab_size, seed=options.seed)
     before = measure_limits()
     loop.generate(prompts, options.output)
-    runs = [loop.generate(prompts, options.output) for _ in range(options.runs)]
+    runs, overlapped = _in_turn(loop, prompts, options)
     costs = ModelCosts.of(
         config,
         loop.engine.layout.kv_dtype,
@@ -80,7 +82,35 @@ def measure(options: EngineBenchOptions) -> dict[str, Any]:
         **head,
         "options": asdict(options),
         **summarize(runs, costs, before.or_better(measure_limits())),
+        **compare(runs, overlapped),
         "scheduler_us_256_sequences": round(statistics.median(time_scheduler(_MANY_SEQUENCES)) * 1e6, 1),
+    }
+
+
+def _in_turn(
+    loop: EngineLoop, prompts: Sequence[Sequence[int]], options: EngineBenchOptions
+) -> tuple[list[RunTimes], list[RunTimes]]:
+    """Runs, and overlapped ones where they were asked for; who begins a round changes."""
+    plain: list[RunTimes] = []
+    overlapped: list[RunTimes] = []
+    for turn in range(options.runs):
+        arms = (False, True) if options.overlap else (False,)
+        for overlap in arms[:: -1 if turn % 2 else 1]:
+            (overlapped if overlap else plain).append(loop.generate(prompts, options.output, overlap=overlap))
+    return plain, overlapped
+
+
+def compare(plain: Sequence[RunTimes], overlapped: Sequence[RunTimes]) -> dict[str, Any]:
+    """Overlapped steps over plain ones, in output tokens a second; empty without any."""
+    if not overlapped:
+        return {}
+    ratios = [b.output_tokens_per_s / a.output_tokens_per_s for a, b in zip(plain, overlapped, strict=True)]
+    return {
+        "overlapped_over_plain": asdict(Spread.of(ratios, digits=4)),
+        "overlapped_decode_step": describe_steps(
+            [step for run in overlapped for step in run.steps if _only_decodes(step)]
+        ),
+        "same_tokens": all(a.tokens == b.tokens for a, b in zip(plain, overlapped, strict=True)),
     }
 
 
@@ -199,6 +229,8 @@ def _print(result: dict[str, Any]) -> None:
             table.add_row(f"{name} step, ms: p50 / p99", f"{step['p50_ms']:.2f} / {step['p99_ms']:.2f}")
             table.add_row(f"{name} step, host overhead", f"{step['host_overhead']:.1%}")
             table.add_row(f"{name} step, scheduler, us", f"{step['scheduler_us']:.0f}")
+    if overlapped := result.get("overlapped_over_plain"):
+        table.add_row("overlapped steps over plain ones", f"{Spread(**overlapped)}")
     table.add_row("scheduler at 256 sequences, us", f"{result['scheduler_us_256_sequences']:.0f}")
     limits = result["limits"]
     table.add_row(f"decode MBU, of {limits['stream_gb_per_s']:.1f} GB/s", f"{result['mbu_decode']:.3f}")

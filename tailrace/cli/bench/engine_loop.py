@@ -15,6 +15,8 @@ from tailrace.policy.decode_scheduler import DecodeScheduler
 from tailrace.policy.request import Request, StopRule, blocks_for
 from tailrace.policy.sequence import DecodeStep
 from tailrace.types import SamplingParams
+from tailrace.worker.compute_thread import ComputeThread
+from tailrace.worker.runner import PendingStep, Runner
 
 FIRST_ORDINARY_TOKEN = 1000
 """Below it lie control tokens and single bytes, in the vocabularies that are large enough."""
@@ -36,7 +38,10 @@ class LoopOptions:
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """One step. Seconds; `model_s` (forward and logits) is part of `run_s`."""
+    """One step. Seconds; `model_s` (forward and logits) is part of `run_s`, or computed beside it in overlapped steps.
+
+    Of overlapped steps `schedule_s` is of the one behind, and `run_s` what is left to wait for.
+    """
 
     num_decode: int
     prompt_tokens: int
@@ -71,6 +76,16 @@ class RunTimes:
     @property
     def output_tokens_per_s(self) -> float:
         return self.output_tokens / self.wall_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was launched."""
+
+    plan: StepPlan
+    pending: PendingStep
+    context_tokens: int
+    schedule_s: float
 
 
 class ModelClock:
@@ -126,10 +141,17 @@ class EngineLoop:
         )
         self._hash_seed = chain_seed(self.engine.layout.fingerprint)
         self._next_id = 1
+        self._ahead: _Flight | None = None
+        """Of overlapped steps: launched behind the one that was finished last."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int) -> RunTimes:
-        """Greedy, exactly `output_tokens` a prompt, whatever the model says."""
+    def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, *, overlap: bool = False) -> RunTimes:
+        """Greedy, exactly `output_tokens` a prompt, whatever the model says.
+
+        `overlap`: a step is scheduled while the one before it computes in a thread of its own, as in a worker.
+        """
         times = RunTimes()
+        compute = ComputeThread(self.engine.runner)
+        runner = compute if overlap else self.engine.runner
         sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
         drawn: dict[int, list[int]] = {}
         began = time.perf_counter()
@@ -137,11 +159,12 @@ class EngineLoop:
             drawn[self._submit(list(prompt), sampling)] = []
         num_open = len(prompts)
         while num_open:
-            step = self._step(times)
+            step = self._step(times, runner, overlap=overlap)
             for handle, token in zip(step.tokens.handles, step.tokens.token_ids, strict=True):
                 drawn[handle].append(token)
             num_open -= len(step.finished)
         times.wall_s = time.perf_counter() - began
+        compute.close()
         times.tokens = list(drawn.values())
         times.output_tokens = sum(map(len, times.tokens))
         return times
@@ -155,30 +178,42 @@ class EngineLoop:
         )
         return request_id
 
-    def _step(self, times: RunTimes) -> DecodeStep:
+    def _step(self, times: RunTimes, runner: Runner, *, overlap: bool) -> DecodeStep:
         begun = time.perf_counter()
-        plan = self._scheduler.schedule()
-        scheduled = time.perf_counter()
-        context_tokens = sum(len(sequence.tokens) for sequence in self._scheduler.sequences())
-        self._clock.take()
-        running = time.perf_counter()
-        out = self.engine.runner.run(plan)
+        launched: list[_Flight] = []
+        flight = self._ahead or self._launch(runner, launched)
+        assert flight is not None, "something is left to compute"
+        self._ahead = self._launch(runner, launched) if overlap else None
+        out = flight.pending.wait()
+        model_s = self._clock.take()
         ran = time.perf_counter()
-        step = self._scheduler.finish(plan, out)
+        step = self._scheduler.finish(flight.plan, out)
         finished = time.perf_counter()
+        schedule_s = sum(flight.schedule_s for flight in launched)
         times.steps.append(
             StepTimes(
-                num_decode=len(plan.decode),
-                prompt_tokens=plan.num_tokens - len(plan.decode),
-                context_tokens=context_tokens,
-                attended_tokens=_attended(plan),
-                schedule_s=scheduled - begun,
-                run_s=ran - running,
-                model_s=self._clock.take(),
+                num_decode=len(flight.plan.decode),
+                prompt_tokens=flight.plan.num_tokens - len(flight.plan.decode),
+                context_tokens=flight.context_tokens,
+                attended_tokens=_attended(flight.plan),
+                schedule_s=schedule_s,
+                run_s=ran - begun - schedule_s,
+                model_s=model_s,
                 finish_s=finished - ran,
             )
         )
         return step
+
+    def _launch(self, runner: Runner, launched: list[_Flight]) -> _Flight | None:
+        """Also adds it to `launched`. None: there is nothing to compute."""
+        begun = time.perf_counter()
+        plan = self._scheduler.schedule()
+        schedule_s = time.perf_counter() - begun
+        if not plan.changes_anything:
+            return None
+        context_tokens = sum(len(sequence.tokens) for sequence in self._scheduler.sequences())
+        launched.append(_Flight(plan, runner.launch(plan), context_tokens, schedule_s))
+        return launched[-1]
 
 
 def random_prompts(count: int, num_tokens: int, vocab_size: int, *, seed: int = 0) -> list[list[int]]:

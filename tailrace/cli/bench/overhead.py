@@ -8,8 +8,8 @@ prompts.
 import asyncio
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,17 @@ class OverheadOptions:
     rounds: int = 3
     """Counted, after one that is not."""
     max_num_batched_tokens: int = 512
+    overlap: bool = False
+    """A second server beside the first, whose worker overlaps its steps."""
 
 
 @dataclass(slots=True)
 class Turns:
-    """One entry a round; `server` as its clients see it, with what each of them saw in `requests`."""
+    """One entry a round; servers as their clients see them, with what each client of the first saw in `requests`."""
 
     engine: list[float] = field(default_factory=list)
     server: list[float] = field(default_factory=list)
+    overlapped: list[float] = field(default_factory=list)
     requests: list[RequestTimes] = field(default_factory=list)
 
 
@@ -69,34 +72,44 @@ async def _measure(config: UpConfig, options: OverheadOptions) -> dict[str, Any]
     model = fetch_model(config.model, config.revision, config.cache_dir)
     vocab_size = load_model_config(model).vocab_size
     *others, core = available_cores()
-    server = config.model_copy(
+    # Of what this process starts, only the workers and the engine are told to keep to another core.
+    os.sched_setaffinity(0, others or [core])
+    turns = Turns()
+    async with AsyncExitStack() as stack:
+        engine = stack.enter_context(_engine(model, core, config, options))
+        askers = {
+            arm: await stack.enter_async_context(_server(_settings(config, options, arm), model, core))
+            for arm in (("server", "overlapped") if options.overlap else ("server",))
+        }
+        for turn in range(-1, options.rounds):
+            prompts = list(token_prompts(options.streams, options.input, vocab_size, seed=turn + 1))
+            arms = ["engine", *askers]
+            for arm in reversed(arms) if turn % 2 else arms:
+                if arm == "engine":
+                    rate = await _engine_rate(engine, prompts)
+                else:
+                    rate, requests = await _server_rate(askers[arm], config.model_names[0], prompts, options.output)
+                if turn >= 0:
+                    getattr(turns, arm).append(rate)
+                    turns.requests += requests if arm == "server" else []
+    return report(head, options, turns)
+
+
+def _settings(config: UpConfig, options: OverheadOptions, arm: str) -> UpConfig:
+    return config.model_copy(
         update={
             **{"port": 0, "prefill": 0, "decode": 1, "threads": 1},
             **{"max_num_seqs": options.streams, "max_num_batched_tokens": options.max_num_batched_tokens},
+            **({"overlap_scheduling": "on" if arm == "overlapped" else "off"} if options.overlap else {}),
         }
     )
-    # Of what this process starts, only the worker and the engine are told to keep to another core.
-    os.sched_setaffinity(0, others or [core])
-    turns = Turns()
+
+
+@asynccontextmanager
+async def _server(config: UpConfig, model: Path, core: int) -> AsyncIterator[Asker]:
     listener = ClusterConsole(Console(stderr=True), quiet=True)
-    with _engine(model, core, config, options) as engine:
-        async with (
-            running_cluster(server, model, listener, Machine((core,))) as cluster,
-            Asker(cluster.api_url) as asker,
-        ):
-            for turn in range(-1, options.rounds):
-                prompts = list(token_prompts(options.streams, options.input, vocab_size, seed=turn + 1))
-                rates = {}
-                for arm in ("engine", "server") if turn % 2 else ("server", "engine"):
-                    if arm == "engine":
-                        rates[arm] = await _engine_rate(engine, prompts)
-                    else:
-                        rates[arm], requests = await _server_rate(asker, config.model_names[0], prompts, options.output)
-                if turn >= 0:
-                    turns.engine.append(rates["engine"])
-                    turns.server.append(rates["server"])
-                    turns.requests += requests
-    return report(head, options, turns)
+    async with running_cluster(config, model, listener, Machine((core,))) as cluster, Asker(cluster.api_url) as asker:
+        yield asker
 
 
 @contextmanager
@@ -134,16 +147,27 @@ async def _server_rate(
 
 
 def report(head: dict[str, Any], options: OverheadOptions, turns: Turns) -> dict[str, Any]:
-    ratios = [server / engine for server, engine in zip(turns.server, turns.engine, strict=True)]
     return {
         **head,
         "options": asdict(options),
         "engine_output_tokens_per_s": asdict(Spread.of(turns.engine)),
         "server_output_tokens_per_s": asdict(Spread.of(turns.server)),
-        "server_over_engine": asdict(Spread.of(ratios, digits=4)),
+        "server_over_engine": _ratio(turns.server, turns.engine),
+        **(_overlapped(turns) if turns.overlapped else {}),
         "ttft_ms": asdict(Percentiles.of_ms([request.ttft_s for request in turns.requests])),
         "tpot_ms": asdict(Percentiles.of_ms([request.tpot_s for request in turns.requests])),
     }
+
+
+def _overlapped(turns: Turns) -> dict[str, Any]:
+    return {
+        "overlapped_over_engine": _ratio(turns.overlapped, turns.engine),
+        "overlapped_over_server": _ratio(turns.overlapped, turns.server),
+    }
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
+    return asdict(Spread.of([a / b for a, b in zip(above, below, strict=True)], digits=4))
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -153,8 +177,9 @@ def _print(result: dict[str, Any]) -> None:
     table.add_column("median (min-max)", justify="right")
     for arm in ("engine", "server"):
         table.add_row(f"{arm}, output tokens/s", str(Spread(**result[f"{arm}_output_tokens_per_s"])))
-    ratio = result["server_over_engine"]
-    table.add_row("server over engine", f"{ratio['median']:.3f} ({ratio['min']:.3f}-{ratio['max']:.3f})")
+    for name in ("server over engine", "overlapped over engine", "overlapped over server"):
+        if ratio := result.get(name.replace(" ", "_")):
+            table.add_row(name, f"{ratio['median']:.3f} ({ratio['min']:.3f}-{ratio['max']:.3f})")
     console = Console()
     console.print(table)
     print_footer(console, result)
