@@ -2,15 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tailrace.engine.host_copies import upload
 from tailrace.engine.kernels.attention_decode import DecodeRows, decode_rows
 from tailrace.engine.kernels.attention_prefill import ChunkSpan, chunk_span, joins_chunks, joint_span
 from tailrace.engine.kernels.kv_write import write_rows
 from tailrace.plan import BlockAppend, Chunk, SequenceStart, StepPlan
+
+IntArray: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +65,26 @@ class Draws:
     """[own draws] int64, the draws that their slot's sequence takes; None: all of them."""
 
 
+@dataclass(frozen=True, slots=True)
+class DrawColumns:
+    """The same as the host knows them before the device has computed anything."""
+
+    slots: list[int]
+    choices: list[int]
+    positions: list[int]
+    own_slots: list[int]
+    """Slots whose sequences take what is drawn."""
+
+    @classmethod
+    def none(cls) -> "DrawColumns":
+        return cls([], [], [], [])
+
+
 class BatchState:
-    """Rows of `max_num_seqs` slots, changed only by what a plan says and by what is drawn."""
+    """Rows of `max_num_seqs` slots, changed only by what a plan says and by what is drawn.
+
+    The host never asks the device: what it decides by it keeps a copy of.
+    """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
         self.max_model_len = max_model_len
@@ -74,39 +96,48 @@ class BatchState:
         self.lengths = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         """Tokens known so far, of which the last one's KV is not computed yet while the slot decodes."""
         self.choices = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        # The host decides by lengths without asking the device.
         self._host_lengths = np.zeros(max_num_seqs, dtype=np.int64)
+        self._host_choices = np.zeros(max_num_seqs, dtype=np.int64)
 
     def start(self, start: SequenceStart) -> None:
         """Raises ValueError when the tokens do not fit a row."""
         num_tokens = len(start.tokens)
         if not 0 < num_tokens <= self.max_model_len:
             raise ValueError(f"slot {start.slot}: {num_tokens} tokens, a row holds 1 to {self.max_model_len}")
-        self.tokens[start.slot, :num_tokens] = torch.tensor(start.tokens, dtype=torch.int32)
+        self.tokens[start.slot, :num_tokens] = upload(start.tokens, torch.int32, self.device)
         self.lengths[start.slot] = num_tokens
         self._host_lengths[start.slot] = num_tokens
         self.choices[start.slot] = start.choice
-        self.append_blocks(BlockAppend(start.slot, 0, start.blocks))
+        self._host_choices[start.slot] = start.choice
 
-    def append_blocks(self, append: BlockAppend) -> None:
-        """Raises ValueError when the table has no such entries."""
-        end = append.index + len(append.blocks)
-        if append.index < 0 or end > self.tables.shape[1]:
-            raise ValueError(f"slot {append.slot}: table entries {append.index} to {end} of {self.tables.shape[1]}")
-        self.tables[append.slot, append.index : end] = torch.tensor(append.blocks, dtype=torch.int32)
+    def append_blocks(self, appends: Sequence[BlockAppend]) -> None:
+        """Raises ValueError when a table has no such entries."""
+        slots: list[int] = []
+        entries: list[int] = []
+        blocks: list[int] = []
+        for append in appends:
+            end = append.index + len(append.blocks)
+            if append.index < 0 or end > self.tables.shape[1]:
+                raise ValueError(f"slot {append.slot}: table entries {append.index} to {end} of {self.tables.shape[1]}")
+            slots += [append.slot] * len(append.blocks)
+            entries += range(append.index, end)
+            blocks += append.blocks
+        if blocks:
+            rows = upload([slots, entries, blocks], torch.int64, self.device)
+            self.tables[rows[0], rows[1]] = rows[2].int()
 
-    def take(self, draws: Draws, token_ids: Tensor) -> None:
+    def take(self, draws: Draws, columns: DrawColumns, token_ids: Tensor) -> None:
         """Appends the drawn tokens ([draws] int64) to the sequences that own them."""
         slots, positions = draws.slots, draws.positions
         if draws.own is not None:
             slots, positions, token_ids = slots[draws.own], positions[draws.own], token_ids[draws.own]
         self.tokens[slots, positions] = token_ids.int()
         self.lengths[slots] = positions + 1
-        self._host_lengths[slots.cpu().numpy()] += 1
+        self._host_lengths[columns.own_slots] += 1
 
     def inputs(self, plan: StepPlan, pool: Tensor, windows: Sequence[int]) -> StepInputs:
         """pool: [num_blocks, layers, 2, kv_heads, block, head_dim]; windows: those the model's layers have."""
-        decode = torch.tensor(plan.decode, dtype=torch.int64, device=self.device)
+        decode = upload(plan.decode, torch.int64, self.device)
         positions = self._positions(plan, decode)
         slots = _slot_of_tokens(plan, decode)
         blocks = self.tables[slots, positions // self.block_size].long()
@@ -141,69 +172,62 @@ class BatchState:
         return tuple(chunks)
 
     def _joint_chunks(self, plan: StepPlan, pool: Tensor, window: int) -> ChunkRows:
-        tables = self.tables[[chunk.slot for chunk in plan.chunks]]
+        tables = self.tables[upload([chunk.slot for chunk in plan.chunks], torch.int64, self.device)]
         ranges = [(chunk.start, chunk.end) for chunk in plan.chunks]
         begin = len(plan.decode)
         end = begin + sum(end - start for start, end in ranges)
         return ChunkRows(begin, end, joint_span(pool, tables, ranges, window))
 
-    def draws(self, plan: StepPlan) -> Draws:
-        """Raises ValueError for a chunk that draws for its own sequence elsewhere than at the sequence's end."""
-        slots = torch.tensor(plan.decode, dtype=torch.int64, device=self.device)
-        if not plan.chunks:
-            return Draws(None, None, slots, self.choices[slots], self.lengths[slots], None)
-        return self._mixed_draws(plan, slots)
-
-    def _mixed_draws(self, plan: StepPlan, decode: Tensor) -> Draws:
-        columns = _Columns(len(plan.decode))
+    def draw_columns(self, plan: StepPlan) -> DrawColumns:
+        """Before `take`. Raises ValueError for a chunk that draws for its own sequence elsewhere than at its end."""
+        decode = list(plan.decode)
+        columns = DrawColumns(
+            slots=decode,
+            choices=self._host_choices[decode].tolist(),
+            positions=self._host_lengths[decode].tolist(),
+            own_slots=decode.copy(),
+        )
         for chunk in plan.chunks:
-            own = int(self.choices[chunk.slot])
-            if own in chunk.choices and chunk.end != self._host_lengths[chunk.slot]:
-                raise ValueError(
-                    f"slot {chunk.slot}: draws after token {chunk.end} of {self._host_lengths[chunk.slot]}"
-                )
-            columns.add(chunk, own)
-        slots, choices, positions, rows, logit_rows, own_draws = (
-            torch.tensor(column, dtype=torch.int64, device=self.device) for column in columns.lists
-        )
-        return Draws(
-            rows=rows,
-            logit_rows=logit_rows,
-            slots=torch.cat((decode, slots)),
-            choices=torch.cat((self.choices[decode], choices)),
-            positions=torch.cat((self.lengths[decode], positions)),
-            own=own_draws,
-        )
+            self._add_chunk(columns, chunk)
+        return columns
+
+    def _add_chunk(self, columns: DrawColumns, chunk: Chunk) -> None:
+        if self._host_choices[chunk.slot] in chunk.choices:
+            length = self._host_lengths[chunk.slot]
+            if chunk.end != length:
+                raise ValueError(f"slot {chunk.slot}: draws after token {chunk.end} of {length}")
+            columns.own_slots.append(chunk.slot)
+        columns.slots.extend([chunk.slot] * len(chunk.choices))
+        columns.choices.extend(chunk.choices)
+        columns.positions.extend([chunk.end] * len(chunk.choices))
+
+    def draws(self, plan: StepPlan, columns: DrawColumns) -> Draws:
+        """columns: of this plan."""
+        known = [columns.slots, columns.choices, columns.positions]
+        slots, choices, positions = upload(known, torch.int64, self.device)
+        if not plan.chunks:
+            return Draws(None, None, slots, choices, positions, None)
+        picked = _picked(plan, self._host_choices)
+        rows, logit_rows, own = (upload(column, torch.int64, self.device) for column in picked)
+        return Draws(rows, logit_rows, slots, choices, positions, own)
 
 
-class _Columns:
-    """Gathers the draws of chunks after `num_decode` rows that draw one token each."""
-
-    def __init__(self, num_decode: int) -> None:
-        self._slots: list[int] = []
-        self._choices: list[int] = []
-        self._positions: list[int] = []
-        self._rows = list(range(num_decode))
-        self._logit_rows = list(range(num_decode))
-        self._own = list(range(num_decode))
-        self._num_tokens = num_decode
-
-    def add(self, chunk: Chunk, own: int) -> None:
-        self._num_tokens += chunk.end - chunk.start
+def _picked(
+    plan: StepPlan, own_choices: "np.ndarray[tuple[int], np.dtype[np.int64]]"
+) -> tuple[list[int], list[int], list[int]]:
+    """Tokens whose logits are wanted, which of these each draw reads, and which draws their slot's sequence takes."""
+    num_tokens = len(plan.decode)
+    rows, logit_rows, own = (list(range(num_tokens)) for _ in range(3))
+    for chunk in plan.chunks:
+        num_tokens += chunk.end - chunk.start
         if not chunk.choices:
-            return
-        self._rows.append(self._num_tokens - 1)
+            continue
+        rows.append(num_tokens - 1)
         for choice in chunk.choices:
-            if choice == own:
-                self._own.append(len(self._logit_rows))
-            self._logit_rows.append(len(self._rows) - 1)
-            self._slots.append(chunk.slot)
-            self._choices.append(choice)
-            self._positions.append(chunk.end)
-
-    @property
-    def lists(self) -> tuple[list[int], ...]:
-        return self._slots, self._choices, self._positions, self._rows, self._logit_rows, self._own
+            if choice == own_choices[chunk.slot]:
+                own.append(len(logit_rows))
+            logit_rows.append(len(rows) - 1)
+    return rows, logit_rows, own
 
 
 def _slot_of_tokens(plan: StepPlan, decode: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tailrace.engine.host_copies import HostCopy, upload
 from tailrace.engine.kernels import backend
 from tailrace.engine.kernels.sampling import naive
 from tailrace.engine.kernels.sampling.columns import Feature, FloatColumn, IntColumn, SlotTensors
@@ -26,13 +27,13 @@ _CACHED_ELEMENTS = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class SampleResult:
-    """`token_ids` [R] int64. `logprobs` has an entry per row, or is None when no row asked.
+    """`token_ids` has an entry per row; so has `logprobs`, or is None when no row asked.
 
     `bad_rows` are the rows whose logits cannot be drawn from: a NaN, +inf, or no token left unmasked. Their token is 0
     and means nothing; the other rows are not affected.
     """
 
-    token_ids: Tensor
+    token_ids: list[int]
     logprobs: list[TokenLogprob | None] | None = None
     bad_rows: tuple[int, ...] = ()
 
@@ -53,8 +54,8 @@ class _AddedLogits:
         self.values[slot] = 0.0
         if entries:
             ids, values = zip(*entries, strict=True)
-            self.ids[slot, : len(entries)] = torch.tensor(ids, device=self.ids.device)
-            self.values[slot, : len(entries)] = torch.tensor(values, device=self.ids.device)
+            self.ids[slot, : len(entries)] = upload(ids, torch.int64, self.ids.device)
+            self.values[slot, : len(entries)] = upload(values, torch.float32, self.ids.device)
 
 
 class SamplingState:
@@ -74,7 +75,7 @@ class SamplingState:
         self.flags = torch.zeros(len(Feature), max_num_seqs, dtype=torch.bool, device=self.device)
         self.bias = _AddedLogits(max_num_seqs, self.device)
         self.forbidden = _AddedLogits(max_num_seqs, self.device)
-        self.num_logprobs = [0] * max_num_seqs
+        self._num_logprobs = [0] * max_num_seqs
         self._users: dict[Feature, set[int]] = {feature: set() for feature in Feature}
 
     def set(self, slot: int, params: SamplingParams, num_prompt_tokens: int) -> None:
@@ -82,14 +83,13 @@ class SamplingState:
 
         Token ids beyond the vocabulary in logit_bias and stop_token_ids cannot be drawn anyway and have no effect.
         """
-        floats = _float_columns(params)
-        self.floats[slot] = torch.tensor(floats, dtype=torch.float32, device=self.device)
-        self.ints[slot] = torch.tensor(_int_columns(params, num_prompt_tokens), device=self.device)
+        self.floats[slot] = upload(_float_columns(params), torch.float32, self.device)
+        self.ints[slot] = upload(_int_columns(params, num_prompt_tokens), torch.int64, self.device)
         bias = _distinct(params.logit_bias, self.vocab_size)
         forbidden = self._ending_tokens(params) if params.min_tokens > 0 else []
         self.bias.set(slot, bias)
         self.forbidden.set(slot, [(token, -torch.inf) for token in forbidden])
-        self.num_logprobs[slot] = params.logprobs or 0
+        self._num_logprobs[slot] = params.logprobs or 0
         self._use(slot, _features(params, has_bias=bool(bias), has_forbidden=bool(forbidden)))
 
     def clear(self, slot: int) -> None:
@@ -116,10 +116,17 @@ class SamplingState:
         rows = self.flags[feature, slots].nonzero().flatten()
         return rows if rows.numel() else None
 
+    def logprob_counts(self, host_slots: Sequence[int]) -> dict[int, int]:
+        """By row: of how many of the most likely tokens it wants the log-probability, beside that of its own."""
+        users = self._users[Feature.LOGPROBS]
+        if not users:
+            return {}
+        return {row: self._num_logprobs[slot] for row, slot in enumerate(host_slots) if slot in users}
+
     def _use(self, slot: int, features: frozenset[Feature]) -> None:
         for feature, users in self._users.items():
             (users.add if feature in features else users.discard)(slot)
-        self.flags[:, slot] = torch.tensor([feature in features for feature in Feature], device=self.device)
+        self.flags[:, slot] = upload([feature in features for feature in Feature], torch.bool, self.device)
 
     def _ending_tokens(self, params: SamplingParams) -> list[int]:
         eos = () if params.ignore_eos else self.eos_token_ids
@@ -174,6 +181,39 @@ def _features(params: SamplingParams, *, has_bias: bool, has_forbidden: bool) ->
     return frozenset(feature for feature, is_used in used.items() if is_used)
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a step drew. What the host wants of it comes in one copy: the words of each column, one behind another."""
+
+    token_ids: Tensor
+    """[R] int64, on the device."""
+    copy: HostCopy
+    """token ids [R], whether they are bad [R], then of the rows with log-probabilities [L] as token_logprobs gives
+    them: their token's [L] float32, ids of the most likely [L, most], and theirs [L, most] float32."""
+    logprob_counts: dict[int, int]
+    """How many of the most likely tokens each of these rows asked for."""
+
+    def wait(self) -> SampleResult:
+        """Blocks until everything launched so far is over."""
+        words = self.copy.wait()
+        num_rows = len(self.token_ids)
+        token_ids, is_bad, rest = words[:num_rows], words[num_rows : 2 * num_rows], words[2 * num_rows :]
+        bad_rows = tuple(row for row, bad in enumerate(is_bad.tolist()) if bad)
+        return SampleResult(token_ids.tolist(), self._logprobs(num_rows, rest, bad_rows), bad_rows)
+
+    def _logprobs(self, num_rows: int, words: Tensor, bad_rows: tuple[int, ...]) -> list[TokenLogprob | None] | None:
+        count = len(self.logprob_counts)
+        if not count:
+            return None
+        chosen, rest = words[:count].view(torch.float32), words[count:].view(2, count, (len(words) // count - 1) // 2)
+        columns = chosen.tolist(), rest[0].tolist(), rest[1].view(torch.float32).tolist()
+        result: list[TokenLogprob | None] = [None] * num_rows
+        for (row, wanted), logprob, ids, likely in zip(self.logprob_counts.items(), *columns, strict=True):
+            if row not in bad_rows:
+                result[row] = TokenLogprob(logprob, tuple(zip(ids[:wanted], likely[:wanted], strict=True)))
+        return result
+
+
 def sample(
     logits: Tensor,  # [R, vocab] float32, left as it is
     state: SamplingState,
@@ -181,24 +221,39 @@ def sample(
     choices: Tensor,  # [R] int64
     positions: Tensor,  # [R] int64: of the token being drawn, which is the number of tokens before it
     tokens: Tensor,  # [max_num_seqs, max_model_len] int32: prompt and output so far of each slot
-) -> SampleResult:
-    """Draw one token per row. Several rows may share a slot (the choices of one prompt).
+    host_slots: Sequence[int],  # [R]: as `slots`
+) -> Drawn:
+    """Draw one token per row. Several rows may share a slot (the choices of one prompt). Waits for no CUDA device.
 
     A row's token depends on its logits, parameters, choice and position alone, never on the other rows. Greedy takes
     the lowest of equally likely ids.
     """
     token_ids, is_bad = draw_tokens(logits, state, slots, choices, positions, tokens)
-    bad_rows: tuple[int, ...] = tuple(is_bad.nonzero().flatten().tolist())
-    return SampleResult(token_ids, _logprobs(logits, token_ids, state, slots, bad_rows), bad_rows)
+    counts = state.logprob_counts(host_slots)
+    columns = [token_ids, is_bad, *_logprob_columns(logits, token_ids, counts)]
+    return Drawn(token_ids, HostCopy(torch.cat([_as_words(column) for column in columns])), counts)
+
+
+def _logprob_columns(logits: Tensor, token_ids: Tensor, counts: dict[int, int]) -> list[Tensor]:
+    if not counts:
+        return []
+    most = max(counts.values())
+    parts = [
+        token_logprobs(logits[part], token_ids[part], most)
+        for part in _parts(upload(list(counts), torch.int64, logits.device), logits)
+    ]
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _as_words(column: Tensor) -> Tensor:
+    flat = column.flatten()
+    return flat.view(torch.int32) if flat.dtype == torch.float32 else flat.int()
 
 
 def draw_tokens(
     logits: Tensor, state: SamplingState, slots: Tensor, choices: Tensor, positions: Tensor, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `sample`, without log-probabilities: token ids [R] int64, and which rows are bad, [R] bool; their token is 0.
-
-    On a CUDA device nothing here waits for it.
-    """
+    """As `sample`, without log-probabilities: token ids [R] int64, and [R] bool: which rows are bad. Theirs is 0."""
     if backend.runs_triton(logits):
         from tailrace.engine.kernels.sampling import kernel
 
@@ -283,19 +338,3 @@ def _mask(mask: Callable[[Tensor, Tensor], None], probs: Tensor, bound: Tensor, 
     part = probs[rows]
     mask(part, bound[rows])
     probs[rows] = part
-
-
-def _logprobs(
-    logits: Tensor, token_ids: Tensor, state: SamplingState, slots: Tensor, bad_rows: tuple[int, ...]
-) -> list[TokenLogprob | None] | None:
-    """Of the logits as the model gave them; None for rows that did not ask and for bad ones."""
-    rows = state.rows_using(Feature.LOGPROBS, slots)
-    if rows is None:
-        return None
-    result: list[TokenLogprob | None] = [None] * len(slots)
-    for part in _parts(rows, logits):
-        counts = [state.num_logprobs[slot] for slot in slots[part].tolist()]
-        entries = token_logprobs(logits[part], token_ids[part], counts)
-        for row, entry in zip(part.tolist(), entries, strict=True):
-            result[row] = None if row in bad_rows else entry
-    return result

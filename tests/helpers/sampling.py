@@ -26,7 +26,9 @@ def run(rows: Sequence[Row], eos: tuple[int, ...] = EOS) -> SampleResult:
     logits = torch.tensor(np.stack([row.logits for row in rows]), dtype=torch.float32)
     before = logits.clone()
     choices, positions = [row.choice for row in rows], [row.position for row in rows]
-    result = sample(logits, state, torch.tensor(slots), torch.tensor(choices), torch.tensor(positions), tokens)
+    result = sample(
+        logits, state, torch.tensor(slots), torch.tensor(choices), torch.tensor(positions), tokens, slots
+    ).wait()
     assert torch.equal(logits.nan_to_num(), before.nan_to_num())
     return result
 

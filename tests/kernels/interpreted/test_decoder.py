@@ -45,7 +45,7 @@ def run(directory):
         step = engine.runner.forward(plan)
         hidden.append(step.hidden.clone())
         with torch.inference_mode():
-            tokens += engine.runner._draw(step).tokens
+            tokens += engine.runner._draw(step).wait().token_ids
     return hidden, tokens, engine.cache.tensor.clone()
 
 

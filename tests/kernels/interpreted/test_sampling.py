@@ -51,7 +51,7 @@ def both(rows, monkeypatch):
 def test_each_feature(name, monkeypatch):
     rows = [random_row(seed, FEATURES[name]) for seed in range(3)]
     expected, found = both(rows, monkeypatch)
-    assert found.token_ids.tolist() == expected.token_ids.tolist()
+    assert found.token_ids == expected.token_ids
     assert found.bad_rows == ()
     assert found.logprobs == expected.logprobs
 
@@ -78,7 +78,7 @@ def test_features_together(vocab, temperature, top_k, top_p, min_p, penalty, bia
     broken = random_row(9, params, vocab)
     broken.logits[vocab - 1] = np.nan
     expected, found = both([random_row(1, params, vocab), broken, random_row(2, params, vocab)], monkeypatch)
-    assert found.token_ids.tolist() == expected.token_ids.tolist()
+    assert found.token_ids == expected.token_ids
     assert found.bad_rows == expected.bad_rows == (1,)
 
 
@@ -142,27 +142,27 @@ def test_no_rows():
 
 @pytest.mark.usefixtures("forced", "small_tiles")
 def test_ties_and_edges():
-    assert run([hot([1, 5, 2, 5, 5, 0], temperature=0.0)] * 2).token_ids.tolist() == [1, 1]
+    assert run([hot([1, 5, 2, 5, 5, 0], temperature=0.0)] * 2).token_ids == [1, 1]
     for params in ({"top_k": 2}, {"top_p": 0.4}, {"min_p": 1.0}):
         rows = [hot([0, 3, 3, 3, 1], seed=seed, **params) for seed in range(16)]
-        assert set(run(rows).token_ids.tolist()) == {1, 2, 3}
+        assert set(run(rows).token_ids) == {1, 2, 3}
     only = np.full((3, 5), -np.inf)
     np.fill_diagonal(only, 0.0)
-    assert run([hot(row.tolist(), seed=7) for row in only], eos=()).token_ids.tolist() == [0, 1, 2]
+    assert run([hot(row.tolist(), seed=7) for row in only], eos=()).token_ids == [0, 1, 2]
     flat = [hot([-np.inf, 2.0, 900.0, -np.inf], temperature=np.inf, seed=seed) for seed in range(12)]
-    assert set(run(flat).token_ids.tolist()) == {1, 2}
+    assert set(run(flat).token_ids) == {1, 2}
 
 
 @pytest.mark.usefixtures("forced", "small_tiles")
 def test_bad_rows_are_flagged_and_leave_the_others_alone():
     good = random_row(1, FEATURES["everything"])
-    alone = run([good]).token_ids.tolist()
+    alone = run([good]).token_ids
     nan, infinite, nothing = (replace(good, logits=good.logits.copy()) for _ in range(3))
     nan.logits[7], infinite.logits[199] = np.nan, np.inf
     nothing.logits[:] = -np.inf
     result = run([nan, good, infinite, nothing])
     assert result.bad_rows == (0, 2, 3)
-    assert result.token_ids.tolist() == [0, *alone, 0, 0]
+    assert result.token_ids == [0, *alone, 0, 0]
 
 
 def test_tiles_and_warps_follow_the_vocabulary():

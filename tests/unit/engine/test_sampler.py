@@ -19,12 +19,12 @@ from tests.helpers.sampling import EOS, FEATURES, hot, random_row, run
 @pytest.mark.parametrize("name", FEATURES)
 def test_each_feature_draws_what_the_naive_sampler_draws(name: str) -> None:
     rows = [random_row(seed, FEATURES[name]) for seed in range(64)]
-    assert run(rows).token_ids.tolist() == [naive_sampler.draw(row, EOS) for row in rows]
+    assert run(rows).token_ids == [naive_sampler.draw(row, EOS) for row in rows]
 
 
 def test_rows_with_different_features_share_a_batch() -> None:
     rows = [random_row(seed, params) for seed, params in enumerate(list(FEATURES.values()) * 3)]
-    assert run(rows).token_ids.tolist() == [naive_sampler.draw(row, EOS) for row in rows]
+    assert run(rows).token_ids == [naive_sampler.draw(row, EOS) for row in rows]
 
 
 def test_the_naive_sampler_is_exercised() -> None:
@@ -74,9 +74,11 @@ def test_draws_follow_the_distribution(params: SamplingParams) -> None:
     state.set(0, replace(params, seed=1234), 1)
     logits = torch.tensor(row.logits, dtype=torch.float32).expand(num, -1)
     zeros = torch.zeros(num, dtype=torch.int64)
-    drawn = sample(logits, state, zeros, zeros, torch.arange(1, num + 1), torch.zeros(1, 8, dtype=torch.int32))
+    drawn = sample(
+        logits, state, zeros, zeros, torch.arange(1, num + 1), torch.zeros(1, 8, dtype=torch.int32), [0] * num
+    ).wait()
     expected = naive_sampler.distribution(row) * num
-    observed = np.bincount(drawn.token_ids.numpy(), minlength=vocab)
+    observed = np.bincount(drawn.token_ids, minlength=vocab)
     possible = expected > 0
     assert observed[~possible].sum() == 0
     statistic = float((((observed - expected) ** 2)[possible] / expected[possible]).sum())
@@ -95,9 +97,9 @@ def test_a_row_is_drawn_alike_alone_and_in_any_batch(vocab: int, num_threads: in
         together, backwards, alone = run(rows), run(rows[::-1]), [run([row]) for row in rows]
     finally:
         torch.set_num_threads(threads)
-    tokens = [int(result.token_ids) for result in alone]
-    assert together.token_ids.tolist() == tokens
-    assert backwards.token_ids.tolist() == tokens[::-1]
+    tokens = [result.token_ids[0] for result in alone]
+    assert together.token_ids == tokens
+    assert backwards.token_ids == tokens[::-1]
     assert together.logprobs is not None
     assert backwards.logprobs is not None
     single = [result.logprobs[0] for result in alone if result.logprobs is not None]
@@ -122,24 +124,24 @@ def test_choices_of_one_slot_are_drawn_apart() -> None:
     state.set(2, SamplingParams(temperature=1.0, seed=9), 3)
     slots, positions = torch.full((64,), 2), torch.full((64,), 3)
     drawn = sample(
-        torch.zeros(64, 1000), state, slots, torch.arange(64), positions, torch.zeros(4, 8, dtype=torch.int32)
-    )
+        torch.zeros(64, 1000), state, slots, torch.arange(64), positions, torch.zeros(4, 8, dtype=torch.int32), [2] * 64
+    ).wait()
     expected = [int(naive_sampler.uniform(9, choice, 3) * 1000) for choice in range(64)]
-    assert drawn.token_ids.tolist() == expected
+    assert drawn.token_ids == expected
 
 
 def test_greedy_takes_the_lowest_of_equal_ids() -> None:
-    assert run([hot([1, 5, 2, 5, 5, 0], temperature=0.0)] * 3).token_ids.tolist() == [1, 1, 1]
+    assert run([hot([1, 5, 2, 5, 5, 0], temperature=0.0)] * 3).token_ids == [1, 1, 1]
 
 
 def test_top_k_of_one_is_greedy_even_in_a_tie() -> None:
     rows = [hot([1, 5, 2, 5, 5, 0], temperature=2.0, top_k=1, seed=seed) for seed in range(20)]
-    assert set(run(rows).token_ids.tolist()) == {1}
+    assert set(run(rows).token_ids) == {1}
 
 
 def test_tokens_tied_with_the_last_one_kept_stay() -> None:
     kept = {
-        tuple(sorted(set(run([hot([0, 3, 3, 3, 1], seed=seed, **params) for seed in range(60)]).token_ids.tolist())))
+        tuple(sorted(set(run([hot([0, 3, 3, 3, 1], seed=seed, **params) for seed in range(60)]).token_ids)))
         for params in ({"top_k": 2}, {"top_p": 0.4}, {"min_p": 1.0})
     }
     assert kept == {(1, 2, 3)}
@@ -147,32 +149,32 @@ def test_tokens_tied_with_the_last_one_kept_stay() -> None:
 
 def test_top_p_of_a_flat_row() -> None:
     rows = [random_row(seed, SamplingParams(temperature=30.0, top_p=0.93), vocab=5000) for seed in range(40)]
-    assert run(rows).token_ids.tolist() == [naive_sampler.draw(row, EOS) for row in rows]
+    assert run(rows).token_ids == [naive_sampler.draw(row, EOS) for row in rows]
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-30, 1e-5])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     rows = [random_row(seed, SamplingParams(temperature=temperature)) for seed in range(20)]
-    assert run(rows).token_ids.tolist() == [int(row.logits.argmax()) for row in rows]
+    assert run(rows).token_ids == [int(row.logits.argmax()) for row in rows]
 
 
 @pytest.mark.parametrize("temperature", [1e20, 1e38, math.inf])
 def test_a_huge_temperature_is_flat_over_what_is_not_masked(temperature: float) -> None:
     rows = [hot([-math.inf, 2.0, 900.0, -math.inf], temperature=temperature, seed=seed) for seed in range(40)]
-    assert set(run(rows).token_ids.tolist()) == {1, 2}
+    assert set(run(rows).token_ids) == {1, 2}
 
 
 @pytest.mark.parametrize("params", [{"top_p": 1e-9}, {"top_p": 0.0}, {"min_p": 1.0}])
 def test_the_tightest_bounds_leave_the_most_likely_token(params: dict[str, float]) -> None:
     rows = [random_row(seed, SamplingParams(**params)) for seed in range(20)]  # type: ignore[arg-type]
-    assert run(rows).token_ids.tolist() == [int(row.logits.argmax()) for row in rows]
+    assert run(rows).token_ids == [int(row.logits.argmax()) for row in rows]
 
 
 def test_the_only_unmasked_token_is_drawn_wherever_it_is() -> None:
     logits = np.full((5, 5), -math.inf)
     np.fill_diagonal(logits, 0.0)
     rows = [hot(row.tolist(), seed=seed) for row in logits for seed in range(8)]
-    assert run(rows, eos=()).token_ids.tolist() == [index for index in range(5) for _ in range(8)]
+    assert run(rows, eos=()).token_ids == [index for index in range(5) for _ in range(8)]
 
 
 def test_the_largest_uniform_never_draws_a_masked_token() -> None:
@@ -196,7 +198,7 @@ def test_rows_that_cannot_be_drawn_from_are_named_and_leave_the_others_alone() -
         rows.insert(index, row)
     result = run(rows)
     assert result.bad_rows == (0, 3, 5, 9)
-    drawn = [token for index, token in enumerate(result.token_ids.tolist()) if index not in result.bad_rows]
+    drawn = [token for index, token in enumerate(result.token_ids) if index not in result.bad_rows]
     assert drawn == [naive_sampler.draw(row, EOS) for row in good]
     assert result.logprobs is not None
     assert result.logprobs[9] is None
@@ -210,7 +212,7 @@ def test_a_bias_that_forbids_everything_is_reported() -> None:
     ]
     result = run(rows, eos=())
     assert result.bad_rows == (0,)
-    assert result.token_ids.tolist() == [0, 5]
+    assert result.token_ids == [0, 5]
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
@@ -246,7 +248,7 @@ def test_no_row_asked_for_logprobs() -> None:
 def test_ids_beyond_the_vocabulary_have_no_effect() -> None:
     params = SamplingParams(temperature=0.0, logit_bias=((9, 100.0), (-1, 100.0)), min_tokens=2, stop_token_ids=(8, -4))
     row = replace(hot([0.0, 3.0, 1.0]), params=params)
-    assert run([row], eos=(77,)).token_ids.tolist() == [1]
+    assert run([row], eos=(77,)).token_ids == [1]
 
 
 def test_a_slot_forgets_who_had_it_before() -> None:
@@ -257,9 +259,9 @@ def test_a_slot_forgets_who_had_it_before() -> None:
         kept = [entry for entry in params.logit_bias if entry[0] < 50]
         state.set(1, replace(params, logit_bias=(*kept, (20, 500.0))), 1)
         state.clear(1)
-    assert sample(logits, state, one, one, one, tokens).token_ids.tolist() == [int(logits.argmax())]
+    assert sample(logits, state, one, one, one, tokens, [1]).wait().token_ids == [int(logits.argmax())]
     state.set(1, SamplingParams(temperature=0.0), 1)
-    assert sample(logits, state, one, one, one, tokens).token_ids.tolist() == [int(logits.argmax())]
+    assert sample(logits, state, one, one, one, tokens, [1]).wait().token_ids == [int(logits.argmax())]
     assert not any(state.uses(feature) for feature in state._users)
 
 

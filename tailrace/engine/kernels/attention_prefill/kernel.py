@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tailrace.engine.host_copies import upload
 from tailrace.engine.kernels.launch import Launch, dot_precision, power_of_2
 
 _LOG2_E = 1.4426950408889634
@@ -214,8 +215,7 @@ def paged_span(pool: Tensor, tables: Tensor, ranges: Sequence[tuple[int, int]], 
         begin += end - start
     # Those with most keys first: what runs last is short.
     tiles.sort(key=lambda tile: -tile[3])
-    table = torch.tensor(tiles, dtype=torch.int32).view(-1, 4)
-    return PagedSpan(tables, table.to(pool.device), size, window)
+    return PagedSpan(tables, upload(tiles, torch.int32, pool.device).view(-1, 4), size, window)
 
 
 def _capability(pool: Tensor) -> int:

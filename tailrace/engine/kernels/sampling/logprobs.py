@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from tailrace.types import TokenLogprob
-
 _LOW_32 = 0xFFFFFFFF
 
 
@@ -20,16 +18,10 @@ def top_tokens(values: Tensor, count: int) -> Tensor:
     return _LOW_32 - (keys.topk(count, dim=-1).values & _LOW_32)
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor, counts: list[int]) -> list[TokenLogprob]:
-    """For each row of `logits` [R, vocab] float32 the log-softmax of its token and of its `counts` most likely ones."""
+def token_logprobs(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of `logits` [R, vocab] float32 the log-softmax of its token [R], and its `count` most likely tokens:
+    ids [R, count] int64 and log-softmax [R, count].
+    """
     values = torch.log_softmax(logits, dim=-1)
-    chosen: list[float] = values.gather(1, token_ids[:, None])[:, 0].tolist()
-    most = min(max(counts), values.shape[-1])
-    if most == 0:
-        return [TokenLogprob(logprob) for logprob in chosen]
-    top = top_tokens(values, most)
-    rows = zip(chosen, counts, top.tolist(), values.gather(1, top).tolist(), strict=True)
-    return [
-        TokenLogprob(logprob, tuple(zip(ids[:count], likely[:count], strict=True)))
-        for logprob, count, ids, likely in rows
-    ]
+    top = top_tokens(values, min(count, values.shape[-1])) if count else token_ids.new_empty(len(values), 0)
+    return values.gather(1, token_ids[:, None])[:, 0], top, values.gather(1, top)
