@@ -187,8 +187,8 @@ class EngineFields(ModelConfigFields):
     enforce_eager: bool = False
     """On a GPU, launch each operation of a decode step by itself instead of replaying CUDA graphs."""
     overlap_scheduling: Literal["auto", "on", "off"] = "auto"
-    """Schedule a step while the one before it still computes. auto: on a GPU, and on a CPU where a worker has a core
-    beside its compute threads."""
+    """Schedule a step while the one before it still computes. auto: on a GPU; on a CPU it gains nothing
+    (docs/adr/0013-overlapped-steps.md)."""
     transport: Transport = "auto"
     """How KV moves. nixl: refuse pairs where a read is not one-sided; stream: TCP only."""
     net_device: str = Field(default="lo", min_length=1, max_length=256)

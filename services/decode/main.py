@@ -57,7 +57,9 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         secret=identity.secret,
     )
     service = DecodeService(worker, RequestMaker(engine.layout, engine.config.vocab_size), peers)
-    thread = EngineThread(worker, deliver=service.deliver, died=die, overlap=parts.overlap)
+    thread = EngineThread(
+        worker, deliver=service.deliver, died=die, overlap=parts.overlap, chore=engine.cache.touch_more
+    )
     attachments = Attachments(worker_info(config, identity, engine, port), service, steps=lambda: thread.num_steps)
     service.connect(thread, attachments)
     try:

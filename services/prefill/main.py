@@ -50,7 +50,9 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
     )
     worker = PrefillWorker(parts.step_runner(), scheduler, pool, engine.layout, pool_address=engine.cache.address)
     service = PrefillService(worker, RequestMaker(engine.layout, engine.config.vocab_size))
-    thread = EngineThread(worker, deliver=service.deliver, died=die, overlap=parts.overlap)
+    thread = EngineThread(
+        worker, deliver=service.deliver, died=die, overlap=parts.overlap, chore=engine.cache.touch_more
+    )
     attachments = Attachments(worker_info(config, identity, engine, port), service, steps=lambda: thread.num_steps)
     lender = Lender(
         secret=identity.secret,

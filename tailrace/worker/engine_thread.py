@@ -36,6 +36,7 @@ class EngineThread:
 
     `overlap`: a step is scheduled and launched while the one before it still computes. Commands then take effect a step
     later, and gain what scheduling, booking and starting a step take.
+    `chore`: some milliseconds of work for when there is nothing to compute; False: there is no more.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class EngineThread:
         deliver: Callable[[StepReport], None],
         died: Callable[[BaseException], None],
         overlap: bool = False,
+        chore: Callable[[], bool] = lambda: False,
     ) -> None:
         self._worker = worker
         self._deliver = deliver
         self._died = died
+        self._chore = chore
         self._step = self._overlapped_step if overlap else self._plain_step
         self._ahead: LaunchedStep | None = None
         """Launched, and not finished before the next turn."""
@@ -118,6 +121,8 @@ class EngineThread:
 
     def _apply_commands(self, *, wait: bool) -> bool:
         """All that lie in the inbox; waits for the first one when asked to. False: stop."""
+        while wait and self._inbox.empty() and self._chore():
+            pass
         try:
             command = self._inbox.get(block=wait)
             while command is not None:

@@ -15,7 +15,6 @@ from typing import NoReturn, Protocol
 from tailrace import __version__
 from tailrace.checkpoint.resolve import resolve_model
 from tailrace.config import WorkerConfig
-from tailrace.cores import this_machine
 from tailrace.engine.engine import Engine, EngineOptions, load_engine
 from tailrace.errors import ConfigError, TailraceError
 from tailrace.kv.block_pool import BlockPool
@@ -94,7 +93,7 @@ class Parts:
         """Whether a step is scheduled while the one before it computes (docs/adr/0013-overlapped-steps.md)."""
         if self.config.overlap_scheduling != "auto":
             return self.config.overlap_scheduling == "on"
-        return self.on_gpu or this_machine().num_usable > self.config.num_threads
+        return self.on_gpu
 
     def step_runner(self) -> Runner:
         """A GPU computes beside the engine's thread by itself; a CPU needs a thread for it."""

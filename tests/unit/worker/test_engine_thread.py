@@ -226,3 +226,40 @@ async def test_stopping_ends_the_step_that_was_launched_ahead() -> None:
         await stopping
         assert worker.log == ["launch 999", "launch 998", "finish 999", "finish 998"]
     await until(lambda: len(listener.reports) == 2)
+
+
+class Chores:
+    """Pieces of work; notes what the worker had to do meanwhile."""
+
+    def __init__(self, worker: CountingWorker, count: int) -> None:
+        self.worker = worker
+        self.left = count
+        self.work_meanwhile: list[int] = []
+        self.gate = threading.Semaphore(0)
+
+    def __call__(self) -> bool:
+        if not self.left:
+            return False
+        self.work_meanwhile.append(self.worker.work)
+        assert self.gate.acquire(timeout=5)
+        self.left -= 1
+        return self.left > 0
+
+
+async def test_chores_are_for_when_nothing_is_to_compute_and_commands_come_between_them() -> None:
+    worker, listener = CountingWorker(), Listener()
+    chores = Chores(worker, 4)
+    engine = EngineThread(worker, deliver=listener.reports.append, died=listener.died_of, chore=chores)
+    engine.start()
+    await until(lambda: len(chores.work_meanwhile) == 1)
+    engine.post(worker.add, 3)
+    chores.gate.release()
+    await until(lambda: [report.computed for report in listener.reports].count(True) == 3)
+    assert chores.left == 3
+    for _ in range(3):
+        chores.gate.release()
+    await until(lambda: not chores.left)
+    assert chores.work_meanwhile == [0, 0, 0, 0]
+    assert await engine.call(lambda: "lives") == "lives"
+    await engine.stop()
+    assert not listener.deaths
