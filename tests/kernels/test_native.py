@@ -204,6 +204,33 @@ def test_a_row_of_nan_stays_in_its_row() -> None:
     assert logits[1].isfinite().all()
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("window", [0, 290])
+def test_a_row_alone_is_the_same_as_among_others(num_threads: int, window: int) -> None:
+    """To the bit, over one span of cached tokens and over several, however threads share them."""
+    lengths = [700, 37, 256, 257, 513, *range(3, 15)]
+    pair = Pair(Shape(64, 3, 3, 16, window, "bfloat16", num_threads, False), lengths)
+    native, pool = pair.decoders[1], pair.pools[1]
+    for slot, length in enumerate(lengths):
+        native.forward(StepPlan(chunks=[Chunk(slot, 0, length)]), pair.batch, pool)
+    together = native.forward(StepPlan(decode=list(range(len(lengths)))), pair.batch, pool)
+    for slot in range(len(lengths)):
+        alone = native.forward(StepPlan(decode=[slot]), pair.batch, pool)
+        assert torch.equal(alone[0], together[slot]), lengths[slot]
+
+
+def test_phases_are_timed_for_who_asks() -> None:
+    pair = Pair(PAIRWISE[0], [20])
+    native, pool, plan = pair.decoders[1], pair.pools[1], StepPlan(chunks=[Chunk(0, 0, 20)])
+    native.logits(native.forward(plan, pair.batch, pool))
+    assert set(native.take_phase_seconds().values()) == {0.0}
+    native.time_phases()
+    native.logits(native.forward(plan, pair.batch, pool))
+    seconds = native.take_phase_seconds()
+    assert all(0 < phase < 10 for phase in seconds.values())
+    assert set(native.take_phase_seconds().values()) == {0.0}
+
+
 def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(NativeUnavailableError, match="install gcc or clang"):

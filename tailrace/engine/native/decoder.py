@@ -14,7 +14,9 @@ from tailrace.engine.models.quantization import HEAD_SHARE
 from tailrace.engine.models.rotary import RotaryTable
 from tailrace.engine.native.build import NativeUnavailableError
 from tailrace.engine.native.library import (
+    PHASES,
     ChunkStruct,
+    ClockStruct,
     LayerStruct,
     LinearStruct,
     LogitsStruct,
@@ -71,6 +73,7 @@ class NativeDecoder:
             *(_layer(layer, _window(config, index)) for index, layer in enumerate(weights.layers))
         )
         self._model = _model(config, weights, rotary, self._layers, threads)
+        self._clock = ClockStruct()
         self._step = StepStruct(jobs=(c_int64 * config.num_layers)())
         self._workspace = Workspace(config, weights.embedding.dtype, rounded_bytes=_rounded_bytes(config, library))
         self._dtype = weights.embedding.dtype
@@ -103,6 +106,7 @@ class NativeDecoder:
             normed.data_ptr(),
             self._workspace.rounded(rows),
             logits.data_ptr(),
+            self._step.clock,
         )
         self._library.logits(ctypes.addressof(call))
         if self._head_rows is not None:
@@ -115,6 +119,16 @@ class NativeDecoder:
         addresses = logits.data_ptr(), rows, vocab, normed.shape[1], normed.data_ptr(), head_rows.data_ptr()
         call = RefinementStruct(self._model.threads, *addresses, HEAD_SHARE)
         self._library.refine(ctypes.addressof(call))
+
+    def time_phases(self) -> None:
+        """From now on each phase of a step is timed."""
+        self._step.clock = ctypes.pointer(self._clock)
+
+    def take_phase_seconds(self) -> dict[str, float]:
+        """Of one thread since the last call, by phase; waiting for the others is part of a phase."""
+        seconds = dict(zip(PHASES, self._clock.seconds, strict=True))
+        self._clock.seconds = type(self._clock.seconds)()
+        return seconds
 
     def _set_plan(self, plan: StepPlan) -> None:
         step = self._step

@@ -1,10 +1,13 @@
-"""The compiled kernels as Python sees them. Mirrors the structs of source/decoder.c."""
+"""The compiled kernels as Python sees them. Mirrors the structs of source/model.h and decoder.c."""
 
 import ctypes
 from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 from tailrace.engine.native.build import NativeUnavailableError, build_library
+
+PHASES = ("embedding", "norms", "qkv", "rotary", "attention", "attention_out", "gate_up", "down", "head")
+"""What a step's time goes to; enum Phase of source/clock.h."""
 
 
 class LinearStruct(ctypes.Structure):
@@ -54,6 +57,10 @@ class ModelStruct(ctypes.Structure):
     ]
 
 
+class ClockStruct(ctypes.Structure):
+    _fields_ = [("since", c_double), ("seconds", c_double * len(PHASES))]
+
+
 class ChunkStruct(ctypes.Structure):
     _fields_ = [("slot", c_int64), ("start", c_int64), ("end", c_int64)]
 
@@ -80,6 +87,7 @@ class StepStruct(ctypes.Structure):
         ("rounded", c_void_p),
         ("partials", c_void_p),
         ("jobs", POINTER(c_int64)),
+        ("clock", POINTER(ClockStruct)),
     ]
 
 
@@ -91,6 +99,7 @@ class LogitsStruct(ctypes.Structure):
         ("normed", c_void_p),
         ("rounded", c_void_p),
         ("logits", c_void_p),
+        ("clock", POINTER(ClockStruct)),
     ]
 
 

@@ -1,58 +1,12 @@
-/* A decoder's forward pass over one step's tokens. tailrace/engine/native/library.py mirrors the structs. */
-#include "attention.h"
+/* A decoder's forward pass over one step's tokens. */
+#include "attention_jobs.h"
 #include "int8.h"
 #include "refine.h"
-
-typedef struct {
-    const element *attention_norm, *query_norm, *key_norm, *mlp_norm;
-    Linear qkv, attention_out, gate_up, down;
-    int64_t window; /* 0: full */
-} Layer;
-
-typedef struct {
-    int64_t num_layers, hidden, heads, kv_heads, head_dim, inner, vocab, max_positions;
-    double eps;
-    const element *embedding;
-    const float *cosines, *sines; /* [positions, head_dim], as tailrace.engine.models.rotary has them */
-    const element *final_norm;
-    Linear head;
-    const Layer *layers;
-    Threads *threads;
-    int64_t block, num_blocks; /* of the pool */
-} Model;
-
-typedef struct {
-    int64_t slot, start, end;
-} Chunk;
-
-/* Decode rows come first in the step's tokens, then chunk after chunk. */
-typedef struct {
-    int64_t num_tokens, num_decode, num_chunks;
-    const int64_t *decode; /* [num_decode] slots */
-    const Chunk *chunks;
-    const int32_t *tokens; /* [slots, tokens_stride] */
-    int64_t tokens_stride;
-    const int32_t *tables; /* [slots, tables_stride] */
-    int64_t tables_stride;
-    const int64_t *lengths; /* [slots] */
-    int64_t num_slots;
-    element *pool;
-    float *hidden;     /* [num_tokens, hidden]: the result */
-    int64_t *places;   /* [num_tokens, 2]: slot and position of each token */
-    element *input;    /* [num_tokens, max(hidden, heads * head_dim)]: of the next product */
-    element *qkv;      /* [num_tokens, (heads + 2 * kv_heads) * head_dim] */
-    element *gated;    /* [num_tokens, inner] */
-    char *rounded;     /* [num_tokens, rounded_bytes of the most inputs]: the product's input where weights are int8 */
-    float *partials;   /* [num_decode * kv_heads * parts, group, head_dim + 2], where several threads share a row */
-    atomic_llong *jobs; /* [num_layers]: attention jobs taken so far */
-} Step;
 
 typedef struct {
     const Model *model;
     const Step *step;
 } Forward;
-
-INLINE int64_t share(int64_t all, int64_t index, int64_t count) { return all * index / count; }
 
 static void norm_row(const float *x, const element *weight, int64_t size, float eps, element *out) {
     vfloat squares = {0};
@@ -103,12 +57,6 @@ static void turn_head(const Model *model, const element *x, const element *norm,
     }
 }
 
-INLINE element *head_in_pool(const Model *model, const Step *step, int64_t layer, int64_t is_value, int64_t head,
-                             int64_t block) {
-    int64_t index = ((block * model->num_layers + layer) * 2 + is_value) * model->kv_heads + head;
-    return step->pool + index * model->block * model->head_dim;
-}
-
 /* Turns queries in place; turns keys into the pool, where values go as they are. */
 static void turn_and_write(Thread *thread, const Model *model, const Step *step, int64_t layer) {
     const Layer *weights = model->layers + layer;
@@ -128,108 +76,6 @@ static void turn_and_write(Thread *thread, const Model *model, const Step *step,
             memcpy(head_in_pool(model, step, layer, 1, h, block) + offset, keys + (model->kv_heads + h) * size,
                    size * sizeof(element));
         }
-    }
-}
-
-static Cached cached_head(const Model *model, const Step *step, int64_t layer, int64_t head, int64_t slot) {
-    const int64_t per_head = model->block * model->head_dim;
-    return (Cached){head_in_pool(model, step, layer, 0, head, 0),
-                    model->num_layers * 2 * model->kv_heads * per_head,
-                    model->kv_heads * per_head,
-                    model->block,
-                    model->head_dim,
-                    step->tables + slot * step->tables_stride};
-}
-
-/* Into how many parts a decode row is split, so that no thread is idle for long. */
-INLINE int64_t num_parts(const Model *model, const Step *step) {
-    if (model->threads->count == 1 || !step->num_decode) return 1;
-    return parts_of(4 * model->threads->count, step->num_decode * model->kv_heads);
-}
-
-static void attend_part(Thread *thread, const Model *model, const Step *step, int64_t layer, int64_t row, int64_t head,
-                        int64_t part, int64_t parts) {
-    DecodeScratch *own = thread->scratch;
-    const int64_t size = model->head_dim, group = model->heads / model->kv_heads, slot = step->decode[row];
-    const int64_t length = step->lengths[slot], window = model->layers[layer].window;
-    const int64_t begin = window ? larger(0, length - window) : 0;
-    const int64_t each = larger(MIN_PART, parts_of(parts_of(length - begin, parts), model->block) * model->block);
-    const int64_t first = smaller(length, begin + part * each), end = smaller(length, first + each);
-    const Cached cached = cached_head(model, step, layer, head, slot);
-    const element *query = step->qkv + row * (model->heads + 2 * model->kv_heads) * size + head * group * size;
-    attend_row(own, &cached, query, group, parts == 1 ? begin : first, parts == 1 ? length : end);
-    for (int64_t h = 0; h < group; h++) {
-        const float *sums = own->out + h * MAX_HEAD_DIM;
-        if (parts == 1) {
-            element *out = step->input + (row * model->heads + head * group + h) * size;
-            float inverse = 1.0f / own->total[h];
-            for (int64_t i = 0; i < size; i += VL) store_some(out + i, load(sums + i) * inverse, size - i);
-        } else {
-            float *out = step->partials + (((row * model->kv_heads + head) * parts + part) * group + h) * (size + 2);
-            memcpy(out, sums, size * 4);
-            out[size] = own->best[h];
-            out[size + 1] = own->total[h];
-        }
-    }
-}
-
-static void merge_parts(Thread *thread, const Model *model, const Step *step, int64_t parts) {
-    const int64_t size = model->head_dim, group = model->heads / model->kv_heads, all = step->num_decode * model->heads;
-    const int64_t end = share(all, thread->index + 1, thread->count);
-    for (int64_t i = share(all, thread->index, thread->count); i < end; i++) {
-        const float *first = step->partials + (i / group * parts * group + i % group) * (size + 2);
-        float best = LOWEST, total = 0, sums[MAX_HEAD_DIM] = {0};
-        for (int64_t p = 0; p < parts; p++) best = fmaxf(best, first[p * group * (size + 2) + size]);
-        for (int64_t p = 0; p < parts; p++) {
-            const float *part = first + p * group * (size + 2);
-            const float weight = part[size + 1] == 0 ? 0 : expf(part[size] - best);
-            total += weight * part[size + 1];
-            for (int64_t d = 0; d < size; d++) sums[d] += weight * part[d];
-        }
-        for (int64_t d = 0; d < size; d++) step->input[i * size + d] = narrowed(sums[d] / total);
-    }
-}
-
-static void attend_chunk_part(Thread *thread, const Model *model, const Step *step, int64_t layer, const Chunk *chunk,
-                              int64_t first_token, int64_t at, int64_t count, int64_t head) {
-    const int64_t size = model->head_dim, group = model->heads / model->kv_heads, token = first_token + at;
-    const int64_t width = (model->heads + 2 * model->kv_heads) * size, out_width = model->heads * size;
-    const Cached cached = cached_head(model, step, layer, head, chunk->slot);
-    attend_tokens(thread->scratch, &cached, step->qkv + token * width + head * group * size, width, group,
-                  chunk->start + at, count, model->layers[layer].window,
-                  step->input + token * out_width + head * group * size, out_width);
-}
-
-/* Threads take jobs as they come: (row, key head, part) of decode, then (chunk, tokens, key head). */
-static void attend(Thread *thread, const Model *model, const Step *step, int64_t layer) {
-    const int64_t parts = num_parts(model, step), group = model->heads / model->kv_heads;
-    const int64_t at_once = larger(1, QUERY_ROWS / group);
-    atomic_llong *taken = step->jobs + layer;
-    int64_t mine = atomic_fetch_add(taken, 1), job = 0;
-    for (int64_t row = 0; row < step->num_decode; row++)
-        for (int64_t head = 0; head < model->kv_heads; head++)
-            for (int64_t part = 0; part < parts; part++, job++)
-                if (job == mine) {
-                    attend_part(thread, model, step, layer, row, head, part, parts);
-                    mine = atomic_fetch_add(taken, 1);
-                }
-    int64_t first_token = step->num_decode;
-    for (int64_t c = 0; c < step->num_chunks; c++) {
-        const Chunk *chunk = step->chunks + c;
-        const int64_t size = chunk->end - chunk->start;
-        for (int64_t at = 0; at < size; at += at_once)
-            for (int64_t head = 0; head < model->kv_heads; head++, job++)
-                if (job == mine) {
-                    attend_chunk_part(thread, model, step, layer, chunk, first_token, at, smaller(at_once, size - at),
-                                      head);
-                    mine = atomic_fetch_add(taken, 1);
-                }
-        first_token += size;
-    }
-    barrier(thread);
-    if (parts > 1) {
-        merge_parts(thread, model, step, parts);
-        barrier(thread);
     }
 }
 
@@ -262,33 +108,41 @@ static void run_layer(Thread *thread, const Model *model, const Step *step, int6
     norm_rows(thread, step->hidden, weights->attention_norm, rows, model->hidden, model->eps, step->input);
     ready_rows(thread, &weights->qkv, step->input, rows, step->rounded);
     barrier(thread);
+    charge(thread, step->clock, NORMS);
     apply(thread, &weights->qkv, step->input, step->rounded, rows, (Target){TO_ELEMENTS, step->qkv, width});
     barrier(thread);
+    charge(thread, step->clock, QKV);
     turn_and_write(thread, model, step, layer);
     barrier(thread);
+    charge(thread, step->clock, ROTARY);
     attend(thread, model, step, layer);
+    charge(thread, step->clock, ATTENTION);
     ready_and_apply(thread, &weights->attention_out, step->input, step->rounded, rows,
                     (Target){ADD_TO_FLOATS, step->hidden, model->hidden});
     barrier(thread);
+    charge(thread, step->clock, ATTENTION_OUT);
     norm_rows(thread, step->hidden, weights->mlp_norm, rows, model->hidden, model->eps, step->input);
     ready_rows(thread, &weights->gate_up, step->input, rows, step->rounded);
     barrier(thread);
+    charge(thread, step->clock, NORMS);
     apply(thread, &weights->gate_up, step->input, step->rounded, rows, (Target){SILU_MUL, step->gated, model->inner});
     barrier(thread);
+    charge(thread, step->clock, GATE_UP);
     ready_and_apply(thread, &weights->down, step->gated, step->rounded, rows,
                     (Target){ADD_TO_FLOATS, step->hidden, model->hidden});
     barrier(thread);
+    charge(thread, step->clock, DOWN);
 }
 
 static void run_forward(Thread *thread, void *given) {
     const Forward *forward = given;
+    start_clock(thread, forward->step->clock);
     embed(thread, forward->model, forward->step);
     barrier(thread);
+    charge(thread, forward->step->clock, EMBEDDING);
     for (int64_t layer = 0; layer < forward->model->num_layers; layer++)
         run_layer(thread, forward->model, forward->step, layer);
 }
-
-INLINE int is_within(int64_t x, int64_t end) { return x >= 0 && x < end; }
 
 /* Tokens [start, end) of a slot, whose blocks up to there must be blocks of the pool. */
 static int place_some(const Model *model, const Step *step, int64_t slot, int64_t start, int64_t end, int64_t **place) {
@@ -325,7 +179,7 @@ int tailrace_forward(const Model *model, const Step *step) {
     return 1;
 }
 
-int64_t tailrace_num_parts(const Model *model, const Step *step) { return num_parts(model, step); }
+int64_t tailrace_num_parts(const Model *model, const Step *step) { return decode_jobs(model, step).parts; }
 
 typedef struct {
     const Model *model;
@@ -334,16 +188,19 @@ typedef struct {
     element *normed; /* [rows, hidden] */
     char *rounded;   /* as in Step */
     float *logits;   /* [rows, vocab] */
+    Clock *clock;
 } Logits;
 
 static void run_logits(Thread *thread, void *given) {
     const Logits *own = given;
     const Model *model = own->model;
+    start_clock(thread, own->clock);
     norm_rows(thread, own->hidden, model->final_norm, own->rows, model->hidden, model->eps, own->normed);
     ready_rows(thread, &model->head, own->normed, own->rows, own->rounded);
     barrier(thread);
     apply(thread, &model->head, own->normed, own->rounded, own->rows,
           (Target){TO_FLOATS, own->logits, model->head.outputs});
+    charge(thread, own->clock, HEAD);
 }
 
 void tailrace_logits(const Logits *logits) { run_on_all(logits->model->threads, run_logits, (void *)logits); }

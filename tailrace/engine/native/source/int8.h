@@ -23,21 +23,6 @@ typedef struct {
 typedef int8_t vbyte __attribute__((vector_size(VL)));
 typedef int8_t vbyte_any __attribute__((vector_size(VL), aligned(1), may_alias));
 
-/* a * b, rounded here and now: not fused with an addition, which some processors could do and others not. */
-INLINE vfloat product_of(vfloat a, vfloat b) {
-    vfloat product = a * b;
-#if defined(__AVX512F__)
-    __asm__("" : "+v"(product));
-#elif defined(__SSE2__)
-    __asm__("" : "+x"(product));
-#elif defined(__aarch64__)
-    __asm__("" : "+w"(product));
-#else
-    __asm__("" : "+m"(product));
-#endif
-    return product;
-}
-
 /* ---- rounding ---- */
 
 /* A rounded row: its groups, then its bytes, zero from the last input up to a whole step. */

@@ -81,6 +81,21 @@ INLINE float max_of(vfloat x) {
 #endif
 }
 
+/* a * b, rounded here and now: not fused with an addition, which some processors could do and others not. */
+INLINE vfloat product_of(vfloat a, vfloat b) {
+    vfloat product = a * b;
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(product));
+#elif defined(__SSE2__)
+    __asm__("" : "+x"(product));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(product));
+#else
+    __asm__("" : "+m"(product));
+#endif
+    return product;
+}
+
 /* e^x to 2 units in the last place between -87.3 and 88, which it is held to; NaN stays.
  * Cody & Waite's reduction, then the polynomial of Cephes' expf. */
 INLINE vfloat exp_of(vfloat x) {
@@ -102,7 +117,7 @@ INLINE vfloat exp_of(vfloat x) {
 
 #if defined(BFLOAT16)
 typedef uint16_t element;
-enum { PER_WORD = 2 };
+#define PER_WORD 2
 
 INLINE float widened(element x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -134,14 +149,46 @@ INLINE element narrowed(float x) {
     if (x != x) return (element)(bits >> 16 | 0x40);
     return (element)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+
+/* Of a vector of words the first elements of all, then the second ones. */
+INLINE void widen(vword words, vfloat out[PER_WORD]) {
+    out[0] = (vfloat)(words << 16);
+    out[1] = (vfloat)(words & 0xffff0000u);
+}
+
+/* Floats as `widen` leaves them. */
+INLINE void put_in_order(float *p) {
+    vfloat first = load(p), second = load(p + VL);
+    for (int i = 0; i < VL; i++) p[2 * i] = first[i], p[2 * i + 1] = second[i];
+}
 #else
 typedef float element;
-enum { PER_WORD = 1 };
+#define PER_WORD 1
 
 INLINE float widened(element x) { return x; }
 INLINE element narrowed(float x) { return x; }
 INLINE vfloat load_elements(const element *p) { return load(p); }
 INLINE void store_elements(element *p, vfloat x) { store(p, x); }
+INLINE void widen(vword words, vfloat out[PER_WORD]) { out[0] = (vfloat)words; }
+INLINE void put_in_order(float *p) { (void)p; }
+#endif
+
+/* n words at most; the others are zero. */
+INLINE vword load_words(const element *p, int64_t n) {
+    if (n >= VL) return *(const vword_any *)p;
+#if defined(__AVX512F__)
+    return (vword)_mm512_maskz_loadu_epi32((__mmask16)((1 << n) - 1), p);
+#else
+    vword padded = {0};
+    memcpy(&padded, p, n * 4);
+    return padded;
+#endif
+}
+
+#if BF16_DOT
+INLINE vfloat add_products(vfloat sum, vword a, vword b) {
+    return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
 #endif
 
 /* sum + w * x, where a word is a float or a pair of bfloat16 whose two products are both added. */
