@@ -126,10 +126,18 @@ static void attend_chunk_part(Thread *thread, const Model *model, const Step *st
                   step->input + token * out_width + head * group * size, out_width);
 }
 
+/* Tokens of a chunk's job: as many as share packed keys, but four jobs a thread. */
+static int64_t tokens_at_once(const Model *model, const Step *step) {
+    const int64_t group = model->heads / model->kv_heads, tokens = step->num_tokens - step->num_decode;
+    const int64_t least = TILE_QUERIES / group, most = QUERY_ROWS / group;
+    const int64_t shared = model->threads->count == 1 ? most : tokens * model->kv_heads / (4 * model->threads->count);
+    return larger(1, smaller(most, larger(least, shared)));
+}
+
 /* Threads take jobs as they come: decode's, then (chunk, tokens, key head). */
 static void attend(Thread *thread, const Model *model, const Step *step, int64_t layer) {
     const DecodeJobs jobs = decode_jobs(model, step);
-    const int64_t at_once = larger(1, QUERY_ROWS / (model->heads / model->kv_heads));
+    const int64_t at_once = tokens_at_once(model, step);
     int64_t mine = attend_decode(thread, model, step, layer, &jobs), job = jobs.count;
     int64_t first_token = step->num_decode;
     for (int64_t c = 0; c < step->num_chunks; c++) {

@@ -5,14 +5,14 @@
  * a group is an exact integer, and the groups' sums are added as floats in order. So a row's result depends neither on
  * the other rows nor on the processor. */
 #pragma once
+#include <math.h>
+
 #include "linear.h"
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
 enum { GROUP = 64, PER_STEP = 4, GROUP_STEPS = GROUP / PER_STEP, OFFSET = 128 };
-/* Fewer columns at once than in linear.h: the sums of a group and those of all groups both fit the registers. */
-enum { BYTES_NV = 2 };
 
 /* x of a group = scale * its bytes. Weights lie as bytes + OFFSET, which adds OFFSET * (sum of x's bytes) to each sum. */
 typedef struct {
@@ -147,37 +147,38 @@ typedef struct {
 INLINE const Group *group_of(Rounded x, int64_t row) { return (const Group *)((const char *)x.groups + row * x.stride); }
 INLINE const word *bytes_of(Rounded x, int64_t row) { return (const word *)((const char *)x.bytes + row * x.stride); }
 
-/* out [rows, BYTES_NV * VL] = or += x times one slab, in the groups' order; `scales` of the outputs come with the last
- * slab. */
+/* out [rows, NV * VL] = or += x times one slab, in the groups' order; `scales` of the outputs come with the last slab.
+ * A group's sums fill the registers, so those of all groups are kept in `out`: that is faster than fewer sums at once. */
 INLINE void multiply_rounded_rows(const int rows, Rounded x, const uint32_t *w, int64_t steps, float *out, int adds,
                                   const float *scales, const char *ahead, const int lines) {
-    vfloat totals[MR][BYTES_NV];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < BYTES_NV; v++) totals[r][v] = adds ? load(out + r * PANEL + v * VL) : (vfloat){0};
-    for (int64_t k = 0; k < steps; x.groups++) {
+    for (int64_t k = 0; k < steps; x.groups++, adds = 1) {
         const int64_t end = smaller(steps, k + GROUP_STEPS);
-        vint sums[MR][BYTES_NV];
+        vint sums[MR][NV];
         UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < BYTES_NV; v++) sums[r][v] = group_of(x, r)->offset - (vint){0};
+            UNROLL for (int v = 0; v < NV; v++) sums[r][v] = group_of(x, r)->offset - (vint){0};
         for (; k < end; k++) {
-            vword column[BYTES_NV];
-            UNROLL for (int v = 0; v < BYTES_NV; v++) column[v] = *(const vword_any *)(w + k * PANEL + v * VL);
+            vword column[NV];
+            UNROLL for (int v = 0; v < NV; v++) column[v] = *(const vword_any *)(w + k * PANEL + v * VL);
             UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + (k * lines + i) * LINE, 0, 2);
             UNROLL for (int r = 0; r < rows; r++) {
                 const uint32_t bytes = bytes_of(x, r)[k];
-                UNROLL for (int v = 0; v < BYTES_NV; v++) sums[r][v] = add_bytes(sums[r][v], column[v], bytes);
+                UNROLL for (int v = 0; v < NV; v++) sums[r][v] = add_bytes(sums[r][v], column[v], bytes);
             }
         }
         UNROLL for (int r = 0; r < rows; r++) {
             const vfloat scale = splat(group_of(x, r)->scale);
-            UNROLL for (int v = 0; v < BYTES_NV; v++)
-                totals[r][v] += product_of(__builtin_convertvector(sums[r][v], vfloat), scale);
+            UNROLL for (int v = 0; v < NV; v++) {
+                float *total = out + r * PANEL + v * VL;
+                const vfloat before = adds ? load(total) : (vfloat){0};
+                store(total, before + product_of(__builtin_convertvector(sums[r][v], vfloat), scale));
+            }
         }
     }
+    if (!scales) return;
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < BYTES_NV; v++) {
-            vfloat total = totals[r][v];
-            store(out + r * PANEL + v * VL, scales ? product_of(total, load(scales + v * VL)) : total);
+        UNROLL for (int v = 0; v < NV; v++) {
+            float *total = out + r * PANEL + v * VL;
+            store(total, product_of(load(total), load(scales + v * VL)));
         }
 }
 
@@ -187,7 +188,7 @@ static void multiply_rounded_block(int64_t rows, Rounded x, const uint32_t *w, i
     case (n) * 8 + (l):                                                                 \
         multiply_rounded_rows(n, x, w, steps, out, adds, scales, ahead, l); \
         break;
-#define CASES(n) CASE(n, 0) CASE(n, 1) CASE(n, 2)
+#define CASES(n) CASE(n, 0) CASE(n, 1) CASE(n, 2) CASE(n, 4)
     switch (rows * 8 + lines) {
         CASES(1) CASES(2) CASES(3) CASES(4)
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -201,14 +202,13 @@ static void multiply_rounded_block(int64_t rows, Rounded x, const uint32_t *w, i
 /* As multiply in linear.h: out [rows, PANEL] = or += x times one slab, and what follows the slab is fetched meanwhile. */
 static void multiply_rounded(int64_t rows, Rounded x, const uint32_t *w, int64_t steps, float *out, int adds,
                              const float *scales) {
-    const int64_t blocks = parts_of(rows, MR), width = BYTES_NV * VL;
-    const int lines = blocks * (PANEL / width) < 4 ? 2 : 1;
+    const int64_t blocks = parts_of(rows, MR), width = NV * VL;
     const char *ahead = (const char *)(w + steps * PANEL);
-    int missing = PANEL * 4 / LINE; /* of a step's lines */
+    int64_t calls = blocks * (PANEL / width), missing = STEP_LINES;
     for (int64_t column = 0; column < PANEL; column += width) {
-        for (int64_t i = 0; i < blocks; i++) {
+        for (int64_t i = 0; i < blocks; i++, calls--) {
             const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
-            const int fetched = missing > 0 ? lines : 0;
+            const int fetched = (int)parts_of(missing, calls);
             const Rounded some = {group_of(x, first), bytes_of(x, first), x.stride};
             multiply_rounded_block(count, some, w + column, steps, out + first * PANEL + column, adds,
                                    scales ? scales + column : NULL, ahead, fetched);

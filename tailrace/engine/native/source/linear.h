@@ -10,6 +10,7 @@
 enum {
     PANEL = 64,
     LINE = 64,
+    STEP_LINES = PANEL * 4 / LINE, /* of a step's words */
     TILE_ROWS = 384,       /* sums of a panel kept at once */
     SLAB_STEPS = 1024,     /* words of inputs at once: 256 KiB of a panel */
     ROWS_BYTES = 384 << 10 /* activations that stay in the second-level cache while the panels pass */
@@ -62,16 +63,17 @@ static void multiply_block(int64_t rows, const word *x, int64_t x_stride, const 
 /* out [rows, PANEL] = or += x times one slab. What follows the slab in memory comes next, so it is fetched meanwhile. */
 static void multiply(int64_t rows, const word *x, int64_t x_stride, const uint32_t *w, int64_t steps, float *out,
                      int64_t out_stride, int adds, int fetches) {
-    int64_t blocks = parts_of(rows, MR);
-    int lines = !fetches ? 0 : blocks == 1 ? 4 : blocks < 3 ? 2 : 1;
+    const int64_t blocks = parts_of(rows, MR);
     const char *ahead = (const char *)(w + steps * PANEL);
+    int64_t calls = blocks * (PANEL / (NV * VL)), missing = fetches ? STEP_LINES : 0;
     for (int64_t column = 0; column < PANEL; column += NV * VL) {
-        for (int64_t i = 0; i < blocks; i++) {
-            int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
-            int fetched = column == 0 && i * lines < 4 ? lines : 0;
+        for (int64_t i = 0; i < blocks; i++, calls--) {
+            const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
+            const int fetched = (int)parts_of(missing, calls); /* 4, 2, 1 or 0 */
             multiply_block(count, x + first * x_stride, x_stride, w + column, steps, out + first * out_stride + column,
                            out_stride, adds, ahead, fetched);
             ahead += fetched * steps * LINE;
+            missing -= fetched;
         }
     }
 }

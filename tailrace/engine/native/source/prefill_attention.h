@@ -3,8 +3,10 @@
 #include "attention.h"
 
 enum {
-    QUERY_ROWS = 128, /* rows (token, head) at once; one token's heads always go together */
-    KEY_TILE = 256    /* cached tokens at once */
+    QUERY_ROWS = 384, /* rows (token, head) for which keys are packed; one token's heads always go together */
+    TILE_QUERIES = 48, /* rows of which scores are kept at once, or a token's */
+    MAX_TILE_QUERIES = MAX_GROUP > TILE_QUERIES ? MAX_GROUP : TILE_QUERIES,
+    KEY_TILE = 256 /* cached tokens at once */
 };
 
 #if BF16_DOT
@@ -49,8 +51,8 @@ typedef struct {
     element queries[QUERY_ROWS * MAX_HEAD_DIM];
     uint32_t keys[KEY_TILE * MAX_HEAD_DIM / PER_WORD];
     uint32_t values[KEY_TILE * MAX_HEAD_DIM / PER_WORD];
-    float scores[QUERY_ROWS * KEY_TILE];
-    element weights[QUERY_ROWS * KEY_TILE];
+    float scores[MAX_TILE_QUERIES * KEY_TILE];
+    element weights[MAX_TILE_QUERIES * KEY_TILE];
     float out[QUERY_ROWS * MAX_HEAD_DIM];
     float best[QUERY_ROWS], total[QUERY_ROWS];
 } PrefillScratch;
@@ -81,58 +83,92 @@ static void pack_keys(const Cached *cached, int64_t from, int64_t until, uint32_
     }
 }
 
+/* Words [0, VL) of PER_WORD rows side by side: word i is of the rows' elements i. At most n elements are there. */
+INLINE void pack_rows(const element *const rows[PER_WORD], int64_t n, uint32_t *out) {
+#if BF16_DOT
+    const __mmask16 mask = n >= VL ? 0xffff : (__mmask16)((1 << n) - 1);
+    const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[0]));
+    const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[1]));
+    _mm512_storeu_si512(out, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+#else
+    for (int64_t i = 0; i < VL; i++)
+        for (int j = 0; j < PER_WORD; j++) ((element *)out)[i * PER_WORD + j] = i < n ? rows[j][i] : 0;
+#endif
+}
+
 /* The same with dimensions as outputs and tokens as inputs, in panels of 64 dimensions. */
 static void pack_values(const Cached *cached, int64_t from, int64_t until, uint32_t *panels) {
     const int64_t head_dim = cached->head_dim, steps = parts_of(until - from, PER_WORD);
     static const element nothing[MAX_HEAD_DIM];
     for (int64_t step = 0; step < steps; step++) {
-        const element *rows[2] = {nothing, nothing};
+        const element *rows[PER_WORD];
         for (int i = 0; i < PER_WORD; i++) {
-            int64_t token = from + step * PER_WORD + i;
-            if (token < until) rows[i] = key_at(cached, token) + cached->value_offset;
+            const int64_t token = from + step * PER_WORD + i;
+            rows[i] = token < until ? key_at(cached, token) + cached->value_offset : nothing;
         }
-        for (int64_t at = 0; at < head_dim; at += PANEL) {
-            element *out = (element *)(panels + (at * steps + step * PANEL));
-            const int64_t width = smaller(PANEL, head_dim - at);
-            for (int64_t i = 0; i < width; i++)
-                for (int j = 0; j < PER_WORD; j++) out[i * PER_WORD + j] = rows[j][at + i];
-            if (width < PANEL) memset(out + width * PER_WORD, 0, (PANEL - width) * 4);
+        for (int64_t at = 0; at < parts_of(head_dim, PANEL) * PANEL; at += VL) {
+            const element *some[PER_WORD];
+            for (int i = 0; i < PER_WORD; i++) some[i] = rows[i] + at;
+            pack_rows(some, larger(0, head_dim - at), panels + at / PANEL * PANEL * steps + step * PANEL + at % PANEL);
         }
     }
 }
 
-/* Row's weights over the tile's tokens, of which it sees [low, high); its sums so far are scaled to the new best. */
-static void weigh_row(PrefillScratch *own, int64_t row, int64_t low, int64_t high, int64_t count, float scale,
-                      int64_t padded_dim) {
-    float *scores = own->scores + row * KEY_TILE, before = own->best[row];
-    element *weights = own->weights + row * KEY_TILE;
-    const int64_t whole = parts_of(count, VL) * VL;
-    if (high <= low) {
-        memset(weights, 0, whole * sizeof(element));
-        return;
-    }
-    const int64_t first = low / VL * VL, end = parts_of(high, VL) * VL;
-    for (int64_t i = first; i < low; i++) scores[i] = -INFINITY;
-    for (int64_t i = high; i < end; i++) scores[i] = -INFINITY;
+/* x, elements [i, i + VL) of a row, with `other` for those that are not of [low, high). */
+INLINE vfloat seen_of(vfloat x, int64_t i, int64_t low, int64_t high, float other) {
+    if (i >= low && i + VL <= high) return x;
+    vint lanes;
+    UNROLL for (int lane = 0; lane < VL; lane++) lanes[lane] = lane;
+    const vint is_seen = (lanes >= (int32_t)(low - i)) & (lanes < (int32_t)(high - i));
+    return (vfloat)chosen(is_seen, (vword)x, (vword)splat(other));
+}
+
+/* Row's weights over the tile's first `count` tokens, of which it sees [low, high); its sums so far are scaled to the
+ * new best. */
+static void weigh_row(PrefillScratch *own, int64_t row, const float *scores, element *weights, int64_t low,
+                      int64_t high, int64_t count, float scale, int64_t padded_dim) {
+    const float before = own->best[row];
+    const int64_t first = smaller(low, count) / VL * VL, end = larger(first, parts_of(high, VL) * VL);
+    const vfloat nothing = {0};
     vfloat best = splat(LOWEST), total = {0};
-    for (int64_t i = first; i < end; i += VL) best = at_least(load(scores + i), best);
+    for (int64_t i = first; i < end; i += VL)
+        best = at_least(seen_of(load(scores + i), i, low, high, LOWEST), best);
     float highest = max_of(best) * scale;
     highest = highest > before ? highest : before;
-    memset(weights, 0, first * sizeof(element));
+    for (int64_t i = 0; i < first; i += VL) store_elements(weights + i, nothing);
     for (int64_t i = first; i < end; i += VL) {
-        vfloat weight = exp_of(load(scores + i) * scale - highest);
+        const vfloat weight = seen_of(exp_of(load(scores + i) * scale - highest), i, low, high, 0);
         total += weight;
         store_elements(weights + i, weight);
     }
-    for (int64_t i = first; i < low; i++) weights[i] = 0;
-    memset(weights + high, 0, (whole - high) * sizeof(element));
-    if (highest > before) {
-        float share = before == LOWEST ? 0.0f : expf(before - highest), *out = own->out + row * padded_dim;
+    for (int64_t i = end; i < count; i += VL) store_elements(weights + i, nothing);
+    if (highest > before && before > LOWEST) {
+        float share = expf(before - highest), *out = own->out + row * padded_dim;
         own->total[row] *= share;
         for (int64_t i = 0; i < padded_dim; i += VL) store(out + i, load(out + i) * share);
     }
     own->best[row] = highest;
     own->total[row] += sum_of(total);
+}
+
+/* Tokens [from, until) are packed in `own`: what rows [row, row + rows) attend to of them. */
+static void attend_tile(PrefillScratch *own, int64_t row, int64_t rows, int64_t group, int64_t first, int64_t window,
+                        int64_t from, int64_t until, int64_t head_dim) {
+    const int64_t words = head_dim / PER_WORD, padded = parts_of(head_dim, PANEL) * PANEL;
+    const int64_t steps = parts_of(until - from, PER_WORD), seen = smaller(until, first + (row + rows) / group) - from;
+    const float scale = 1.0f / sqrtf((float)head_dim);
+    if (seen <= 0) return;
+    const word *queries = (const word *)(own->queries + row * head_dim);
+    for (int64_t at = 0; at < seen; at += PANEL)
+        multiply(rows, queries, words, own->keys + at * words, words, own->scores + at, KEY_TILE, 0, 0);
+    for (int64_t i = 0; i < rows; i++) {
+        const int64_t position = first + (row + i) / group, low = window ? larger(0, position - window + 1 - from) : 0;
+        weigh_row(own, row + i, own->scores + i * KEY_TILE, own->weights + i * KEY_TILE, low,
+                  smaller(seen, position + 1 - from), seen, scale, padded);
+    }
+    for (int64_t at = 0; at < padded; at += PANEL)
+        multiply(rows, (const word *)own->weights, KEY_TILE / PER_WORD, own->values + at * steps,
+                 parts_of(seen, PER_WORD), own->out + row * padded + at, padded, 1, 0);
 }
 
 /* Some tokens of a chunk, at positions [first, first + count), for the heads of one key head.
@@ -141,27 +177,19 @@ static void attend_tokens(PrefillScratch *own, const Cached *cached, const eleme
                           int64_t group, int64_t first, int64_t count, int64_t window, element *out,
                           int64_t out_stride) {
     const int64_t head_dim = cached->head_dim, padded = parts_of(head_dim, PANEL) * PANEL, rows = count * group;
-    const int64_t words = head_dim / PER_WORD, last = first + count;
-    const float scale = 1.0f / sqrtf((float)head_dim);
+    const int64_t last = first + count, at_once = larger(1, TILE_QUERIES / group) * group;
     for (int64_t t = 0; t < count; t++)
         memcpy(own->queries + t * group * head_dim, query + t * query_stride, group * head_dim * sizeof(element));
     memset(own->out, 0, rows * padded * 4);
     for (int64_t row = 0; row < rows; row++) own->best[row] = LOWEST, own->total[row] = 0;
-    int64_t begin = window ? larger(0, first - window + 1) / cached->block * cached->block : 0;
+    /* Tiles begin where they do for other tokens, so that a row's result does not depend on what it came with. */
+    const int64_t begin = window ? larger(0, first - window + 1) / KEY_TILE * KEY_TILE : 0;
     for (int64_t from = begin; from < last; from += KEY_TILE) {
-        const int64_t until = smaller(last, from + KEY_TILE), keys = until - from, steps = parts_of(keys, PER_WORD);
+        const int64_t until = smaller(last, from + KEY_TILE);
         pack_keys(cached, from, until, own->keys);
-        for (int64_t at = 0; at < keys; at += PANEL)
-            multiply(rows, (const word *)own->queries, words, own->keys + at * words, words, own->scores + at, KEY_TILE,
-                     0, 0);
-        for (int64_t row = 0; row < rows; row++) {
-            int64_t position = first + row / group, low = window ? larger(0, position - window + 1 - from) : 0;
-            weigh_row(own, row, low, smaller(keys, position + 1 - from), keys, scale, padded);
-        }
         pack_values(cached, from, until, own->values);
-        for (int64_t at = 0; at < padded; at += PANEL)
-            multiply(rows, (const word *)own->weights, KEY_TILE / PER_WORD, own->values + at * steps, steps,
-                     own->out + at, padded, 1, 0);
+        for (int64_t row = 0; row < rows; row += at_once)
+            attend_tile(own, row, smaller(at_once, rows - row), group, first, window, from, until, head_dim);
     }
     for (int64_t row = 0; row < rows; row++) {
         element *to = out + row / group * out_stride + row % group * head_dim;
