@@ -58,7 +58,7 @@ def by_decode(engine: Engine, windows: Sequence[Sequence[int]]) -> Iterator[Plac
         assert step is not None
         forced = torch.tensor([windows[slot][place] for slot in slots])
         yield Places(step.logits, forced)
-        runner.batch.take(step.draws, forced)
+        runner.batch.take(step.draws, step.columns, forced)
         started = ()
 
 
