@@ -6,6 +6,7 @@
 import os
 
 import pytest
+import torch
 
 IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if IS_INTERPRETING else ["test_*.py"]
@@ -28,3 +29,19 @@ def _bfloat16_products(monkeypatch):
         return plain(self, widened(a), widened(b), *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture(autouse=True)
+def _rounding(monkeypatch):
+    """Triton 3.7's interpreter cuts a float32 short to make a bfloat16 of it, where devices round to the nearest."""
+    from triton.runtime import interpreter
+
+    plain = interpreter._convert_float
+
+    def convert(values, given, wanted, rounding_mode):
+        if (given, wanted) != (interpreter.tl.float32, interpreter.tl.bfloat16):
+            return plain(values, given, wanted, rounding_mode)
+        floats = torch.from_numpy(values.view("float32"))
+        return floats.to(torch.bfloat16).view(torch.int16).numpy().view("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
