@@ -48,7 +48,7 @@ class Answer:
         self._echoes = {i: echo for i, echo in enumerate(echoes) if echo}
         self._usages: list[Usage] = []
         self._reader: Reader | None = None
-        self._is_closed = False
+        self.is_closed = False
 
     @property
     def num_choices(self) -> int:
@@ -77,27 +77,11 @@ class Answer:
         """The reader gets what has come so far before this returns, the rest as it comes. Called once."""
         self._reader = reader
         for index, generation in enumerate(self._generations):
-            generation.listen(_Part(self, generation, index * self.job.num_choices))
+            first = index * self.job.num_choices
+            generation.listen(_Part(self, generation, first, self._choices[first : first + self.job.num_choices]))
 
-    def feed(
-        self, index: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None, generation: Generation
-    ) -> None:
-        choice = self._choices[index]
-        if choice.reason is None and not self._is_closed:
-            self._emit(index, choice, choice.feed(token_ids, logprobs))
-            if choice.reason is not None:
-                generation.finish_choice(index % self.job.num_choices)
-
-    def finish_choice(self, index: int, reason: FinishReason) -> None:
-        choice = self._choices[index]
-        if choice.reason is None and not self._is_closed:
-            self._emit(index, choice, choice.finish(reason))
-
-    def finish_part(self, first: int, usage: Usage) -> None:
-        """All choices of one generation have ended."""
-        if any(choice.reason is None for choice in self._choices[first : first + self.job.num_choices]):
-            self.close(InternalError("a generation ended before all of its choices"))
-            return
+    def finish_part(self, usage: Usage) -> None:
+        """One generation has ended."""
         self._usages.append(usage)
         if len(self._usages) == len(self._generations):
             total = self.usage
@@ -110,19 +94,21 @@ class Answer:
 
     def close(self, error: Exception | None) -> None:
         """The first error of any generation is that of the answer."""
-        if not self._is_closed and self._reader is not None:
-            self._is_closed = True
+        if not self.is_closed and self._reader is not None:
+            self.is_closed = True
             self._reader.close(error)
 
-    def _emit(self, index: int, choice: ChoiceText, delta: Delta) -> None:
+    def emit(self, index: int, choice: ChoiceText, delta: Delta) -> None:
         if self._echoes and (echo := self._echoes.pop(index, "")):
             delta = Delta(echo + delta.text, delta.tokens)
-        has_content, reason = bool(delta), choice.reason
-        if has_content:
+        reason = choice.reason
+        if delta.text or delta.tokens:
             self._timer.content(index)
+        elif reason is None:
+            return
         if reason is not None:
             self._timer.end(index, choice.num_tokens)
-        if (has_content or reason is not None) and self._reader is not None:
+        if self._reader is not None:
             self._reader.take(index, delta, reason)
 
     @property
@@ -133,28 +119,39 @@ class Answer:
 
     async def aclose(self) -> None:
         """Gives everything back. Idempotent, and finished even when the caller is cancelled meanwhile."""
-        self._is_closed = True
+        self.is_closed = True
         await asyncio.shield(asyncio.gather(*(generation.aclose() for generation in self._generations)))
 
 
 class _Part:
     """Listens to one generation, whose choices are those from `first` on in the answer."""
 
-    def __init__(self, answer: Answer, generation: Generation, first: int) -> None:
+    def __init__(self, answer: Answer, generation: Generation, first: int, choices: Sequence[ChoiceText]) -> None:
         self._answer = answer
         self._generation = generation
         self._first = first
+        self._choices = choices
 
     def on_tokens(
         self, choice: int, position: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None
     ) -> None:
-        self._answer.feed(self._first + choice, token_ids, logprobs, self._generation)
+        text = self._choices[choice]
+        if text.reason is not None or self._answer.is_closed:
+            return
+        self._answer.emit(self._first + choice, text, text.feed(token_ids, logprobs))
+        if text.reason is not None:
+            self._generation.finish_choice(choice)
 
     def on_choice_ended(self, choice: int, reason: FinishReason) -> None:
-        self._answer.finish_choice(self._first + choice, reason)
+        text = self._choices[choice]
+        if text.reason is None and not self._answer.is_closed:
+            self._answer.emit(self._first + choice, text, text.finish(reason))
 
     def on_finished(self, usage: Usage) -> None:
-        self._answer.finish_part(self._first, usage)
+        if any(text.reason is None for text in self._choices):
+            self._answer.close(InternalError("a generation ended before all of its choices"))
+        else:
+            self._answer.finish_part(usage)
 
     def on_failed(self, error: Exception) -> None:
         self._answer.close(error)

@@ -47,7 +47,7 @@ class ChoiceText:
     def feed(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None) -> Delta:
         """Sets `reason` when a stop string is complete; what follows is ignored."""
         if logprobs is None and not self._has_stops:
-            return Delta(self._feed_plain(token_ids))
+            return self._feed_plain(token_ids)
         shown = []
         for i, token_id in enumerate(token_ids):
             if self.reason is not None:
@@ -60,13 +60,15 @@ class ChoiceText:
             shown.append(self._show(self._detokenizer.feed(token_id)))
         return self._delta("".join(shown))
 
-    def _feed_plain(self, token_ids: Sequence[int]) -> str:
+    def _feed_plain(self, token_ids: Sequence[int]) -> Delta:
         """Nothing is held back and no place in the text is asked for: what is printable is shown."""
         self.num_tokens += len(token_ids)
         feed, end_ids = self._detokenizer.feed, self._end_ids
-        if len(token_ids) == 1:
-            return "" if token_ids[0] in end_ids else feed(token_ids[0])
-        return "".join([feed(token_id) for token_id in token_ids if token_id not in end_ids])
+        text = ""
+        for token_id in token_ids:
+            if token_id not in end_ids:
+                text += feed(token_id)
+        return Delta(text)
 
     def finish(self, reason: FinishReason) -> Delta:
         """The choice ended by itself: what was held back is shown, unless that completes a stop string."""

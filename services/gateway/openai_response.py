@@ -64,17 +64,6 @@ def describe_usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Template:
-    """A chunk of one choice around its text, encoded once."""
-
-    before: bytes
-    after: bytes
-
-    def with_text(self, text: str) -> bytes:
-        return b"%b%b%b" % (self.before, encode_basestring_ascii(text).encode(), self.after)
-
-
 class _Chunks:
     """Chunks around a choice's JSON, whose constant parts are written once."""
 
@@ -85,16 +74,19 @@ class _Chunks:
         self._choice_before = f'{self._before}"choices":[{{"index":'
         self._choice_after = '}],"usage":null}\n\n' if include_usage else "}]}\n\n"
         self._text_field = text_field
-        self._templates: dict[int, _Template] = {}
+        self._templates: dict[int, tuple[bytes, bytes]] = {}
+        """By index: what is before and after the text of a chunk that has nothing else to say."""
 
     def text(self, index: int, text: str) -> bytes:
-        """The chunk that nearly every token becomes: a text and nothing else."""
-        if (template := self._templates.get(index)) is None:
-            before, after = self._text_field.split("%")
-            rest = f'{after},"logprobs":null,"finish_reason":null{self._choice_after}'
-            template = _Template(f"{self._choice_before}{index},{before}".encode(), rest.encode())
-            self._templates[index] = template
-        return template.with_text(text)
+        """The chunk that nearly every token becomes."""
+        template = self._templates.get(index) or self._template(index)
+        return b"%b%b%b" % (template[0], encode_basestring_ascii(text).encode(), template[1])
+
+    def _template(self, index: int) -> tuple[bytes, bytes]:
+        before, after = self._text_field.split("%")
+        rest = f'{after},"logprobs":null,"finish_reason":null{self._choice_after}'
+        self._templates[index] = f"{self._choice_before}{index},{before}".encode(), rest.encode()
+        return self._templates[index]
 
     def scored_text(self, index: int, text: str, logprobs: Any) -> bytes:
         return self.choice(index, self._text_field.replace("%", dump(text)), dump(logprobs), None)
@@ -133,6 +125,8 @@ class ChatFormat:
         return b"".join(self._chunks.choice(index, content, "null", None) for index in range(num_choices))
 
     def chunks(self, index: int, delta: Delta, reason: FinishReason | None) -> bytes:
+        if reason is None and not self._logprobs:
+            return self._chunks.text(index, delta.text)
         text = b""
         if delta and self._logprobs:
             text = self._chunks.scored_text(index, delta.text, self._scores(delta.tokens))
@@ -179,6 +173,8 @@ class CompletionFormat:
         return b""
 
     def chunks(self, index: int, delta: Delta, reason: FinishReason | None) -> bytes:
+        if reason is None and not self._logprobs:
+            return self._chunks.text(index, delta.text)
         text = b""
         if self._logprobs and delta.tokens:
             text = self._chunks.scored_text(index, delta.text, self._scores(delta.tokens))

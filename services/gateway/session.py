@@ -130,7 +130,7 @@ class RequestSession:
         self._num_prompt_tokens = len(request.prompt_tokens)
         self._first_token_at = 0.0
         self._last_role: Role | None = None
-        """Of the leg whose token was the last one since a worker was lost; None: none has come."""
+        """Of the token noted last; None: none since the last move."""
         self._prompt_report: LegReport | None = None
         """Of whoever prefilled first: a replay finds cached what was computed for this very request."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -334,7 +334,7 @@ class RequestSession:
         decodes = [attempt.decode_report for attempt in self._attempts if attempt.decode_report is not None]
         first = self._first_token_at or now
         # A replayed prompt is longer than the client's, and may be cached as a whole.
-        num_prompt_tokens = len(self.request.prompt_tokens)
+        num_prompt_tokens = self._num_prompt_tokens
         return Usage(
             prompt_tokens=num_prompt_tokens,
             completion_tokens=self.num_released,

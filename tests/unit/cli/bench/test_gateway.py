@@ -51,11 +51,13 @@ def test_tokens_are_counted_only_when_all_came():
             count_tokens([whole, wrong], 5)
 
 
-def test_cpu_seconds_of_a_process_go_up_with_its_work():
+def test_cpu_seconds_of_a_process_go_up_with_its_work_as_the_system_counts_it():
     process = psutil.Process(os.getpid())
-    before = cpu_seconds(process)
-    while cpu_seconds(process) - before < 0.02:
+    before = cpu_seconds(process.pid)
+    while cpu_seconds(process.pid) - before < 0.02:
         sum(range(10_000))
+    times = process.cpu_times()
+    assert cpu_seconds(process.pid) == pytest.approx(times.user + times.system, abs=0.05)
 
 
 @pytest.mark.e2e
@@ -69,3 +71,4 @@ def test_the_command_measures_both_with_the_same_tokens(tmp_path):
     for arm in ("gateway", "plain"):
         assert 50 < result[arm]["tokens_per_s"]["median"] < 220
         assert result[arm]["icl_ms"]["p50"] > 5
+        assert 0.5 < result[arm]["chunks_per_token"]["median"] <= 1
