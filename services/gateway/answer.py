@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from services.gateway.choice import ChoiceText, Delta
-from services.gateway.generation import Dispatcher, Generation, GenerationRequest, Usage
-from services.gateway.http_metrics import AnswerTimer
+from services.gateway.generation import Dispatcher, Generation, GenerationRequest, TokenTaker, Usage
+from services.gateway.http_metrics import AnswerTimer, ChoiceClock
 from services.gateway.prepare import Job, Prompt
 from services.gateway.vocabulary import Vocabulary
 from tailrace.errors import InternalError
@@ -72,6 +72,16 @@ class Answer:
             traceparent=origin.traceparent,
             tracestate=origin.tracestate,
         )
+
+    def divert(self, index: int, take: TokenTaker) -> None:
+        """The short way for tokens of a choice that has had content; see `Generation.divert`."""
+        self._generations[index // self.job.num_choices].divert(index % self.job.num_choices, take)
+
+    def choice(self, index: int) -> ChoiceText:
+        return self._choices[index]
+
+    def clock(self, index: int) -> ChoiceClock:
+        return self._timer.clock(index)
 
     def follow(self, reader: Reader) -> None:
         """The reader gets what has come so far before this returns, the rest as it comes. Called once."""

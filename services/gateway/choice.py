@@ -32,6 +32,18 @@ class Delta:
 class ChoiceText:
     """Text of one choice. `num_tokens` counts up to and including the one that ended it."""
 
+    __slots__ = (
+        "_detokenizer",
+        "_end_ids",
+        "_has_stops",
+        "_length",
+        "_shown",
+        "_stops",
+        "_waiting",
+        "num_tokens",
+        "reason",
+    )
+
     def __init__(self, vocabulary: Vocabulary, job: Job, prompt: Prompt) -> None:
         after = prompt.tokens if job.continues_prompt else ()
         self._detokenizer = Detokenizer(vocabulary, skip_special=job.skip_special, after=after)
@@ -69,6 +81,13 @@ class ChoiceText:
             if token_id not in end_ids:
                 text += feed(token_id)
         return Delta(text)
+
+    def whole(self, token_id: int) -> str | None:
+        """What `feed` would show for a token without log-probabilities, which is then only to be counted.
+
+        None or empty: it must be fed.
+        """
+        return None if self._has_stops or token_id in self._end_ids else self._detokenizer.whole(token_id)
 
     def finish(self, reason: FinishReason) -> Delta:
         """The choice ended by itself: what was held back is shown, unless that completes a stop string."""

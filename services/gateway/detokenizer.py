@@ -16,6 +16,8 @@ class Detokenizer:
     as soon as that is certain. (SentencePiece: a run of byte tokens that is not UTF-8 keeps its valid characters.)
     """
 
+    __slots__ = ("_hidden", "_is_mid_character", "_strips_space", "_texts", "_utf8", "_vocabulary")
+
     def __init__(self, vocabulary: Vocabulary, *, skip_special: bool = True, after: Sequence[int] = ()) -> None:
         """`after`: the tokens that the text continues; empty for a text of its own."""
         self._vocabulary = vocabulary
@@ -34,6 +36,12 @@ class Detokenizer:
         elif token_id in self._hidden:
             return ""
         return self._printable(text) if self._strips_space else text
+
+    def whole(self, token_id: int) -> str | None:
+        """What `feed` would return where that changes nothing here; None: it must be fed."""
+        if self._is_mid_character or self._strips_space or token_id in self._hidden:
+            return None
+        return self._texts[token_id]
 
     def flush(self) -> str:
         """At the end of the choice: what is left of a character that never became whole."""

@@ -6,6 +6,8 @@ by that object's exact class in the pinned version; under any other server nothi
 ASGI says.
 """
 
+import time
+
 from starlette.types import Receive
 
 try:
@@ -17,7 +19,11 @@ except ImportError:  # no httptools on this platform: uvicorn has another protoc
 class DirectBody:
     """The body of one answer whose head has been sent. Its last piece goes through `send`, which ends the answer."""
 
+    __slots__ = ("_flow", "_transport", "wrote_at")
+
     def __init__(self, cycle: "uvicorn_http.RequestResponseCycle") -> None:
+        self.wrote_at = 0.0
+        """Monotonic seconds."""
         self._flow = cycle.flow
         self._transport = cycle.transport
 
@@ -28,6 +34,7 @@ class DirectBody:
         """
         if self._flow.write_paused or self._transport.is_closing():
             return False
+        self.wrote_at = time.monotonic()
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         return True
 

@@ -67,6 +67,22 @@ class HttpMetrics:
         return generate_latest(self._registry)
 
 
+class ChoiceClock:
+    """When contents of one choice came, in monotonic seconds."""
+
+    __slots__ = ("_icl", "first", "last")
+
+    def __init__(self, icl: TokenHistogram) -> None:
+        self._icl = icl
+        self.first: float | None = None
+        self.last = 0.0
+
+    def content(self, now: float) -> None:
+        """One more, after the first."""
+        self._icl.observe(now - self.last)
+        self.last = now
+
+
 class AnswerTimer:
     """Times one request's choices from its arrival on."""
 
@@ -74,29 +90,29 @@ class AnswerTimer:
         self, metrics: HttpMetrics, num_choices: int, arrived_at: float, now: Callable[[], float] = time.monotonic
     ) -> None:
         self._metrics = metrics
-        self._icl = metrics.icl
         self._arrived_at = arrived_at
         self._now = now
-        self._first: list[float | None] = [None] * num_choices
-        self._last = [arrived_at] * num_choices
+        self._clocks = [ChoiceClock(metrics.icl) for _ in range(num_choices)]
         self._has_content = False
+
+    def clock(self, choice: int) -> ChoiceClock:
+        return self._clocks[choice]
 
     def content(self, choice: int) -> None:
         """New text of a choice is ready to be sent."""
-        now = self._now()
-        if self._first[choice] is not None:
-            self._icl.observe(now - self._last[choice])
-        else:
-            self._first[choice] = now
-            if not self._has_content:
-                self._has_content = True
-                self._metrics.ttft.observe(now - self._arrived_at)
-        self._last[choice] = now
+        now, clock = self._now(), self._clocks[choice]
+        if clock.first is not None:
+            clock.content(now)
+            return
+        clock.first = clock.last = now
+        if not self._has_content:
+            self._has_content = True
+            self._metrics.ttft.observe(now - self._arrived_at)
 
     def end(self, choice: int, num_tokens: int) -> None:
-        first = self._first[choice]
-        if first is not None and num_tokens > 1:
-            self._metrics.tpot.observe((self._last[choice] - first) / (num_tokens - 1))
+        clock = self._clocks[choice]
+        if clock.first is not None and num_tokens > 1:
+            self._metrics.tpot.observe((clock.last - clock.first) / (num_tokens - 1))
 
     def total(self, *, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> None:
         """Every choice has ended."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
+from services.gateway.generation import TokenTaker
 from services.gateway.index_feed import IndexFeed
 from tailrace.errors import InternalError, LayoutMismatchError, TailraceError, WorkerLostError
 from tailrace.index.memory import MemoryIndex
@@ -58,6 +59,28 @@ class LegSink(Protocol):
 
 
 @dataclass(slots=True, eq=False)
+class Tap:
+    """The short way of a leg with one choice, which nearly every token takes.
+
+    Most of a token's cost is memory that has gone cold since the step before, so the short way touches little of it.
+    """
+
+    choice: int
+    first: int
+    """Position of the choice's first token."""
+    released: list[int]
+    """The session's own list."""
+    take: TokenTaker
+
+    def offer(self, choice: int, position: int, token_id: int) -> bool:
+        """False, and nothing done: the token must go through the leg's sink."""
+        if choice != self.choice or position != self.first + len(self.released) or not self.take(token_id):
+            return False
+        self.released.append(token_id)
+        return True
+
+
+@dataclass(slots=True, eq=False)
 class Member:
     """One attached worker."""
 
@@ -69,6 +92,8 @@ class Member:
     is_lost: bool = False
     """Its stream takes nothing more; that it has ended will be noticed in a moment."""
     sinks: dict[int, LegSink] = field(default_factory=dict)
+    taps: dict[int, Tap] = field(default_factory=dict)
+    """Of some of the sinks, by the same handle."""
     fingerprint: bytes = field(init=False)
     _reserved: dict[int, tuple[float, int, int]] = field(default_factory=dict)
     """By handle: when, tokens, sequences."""
@@ -96,8 +121,17 @@ class Member:
         except TailraceError as error:
             log.debug("cancel at %s: %s", self.info.worker_id, error.message)
 
+    def tap(self, handle: int, tap: Tap) -> None:
+        """Until `untap` or `forget`; a leg that is forgotten already is left alone."""
+        if handle in self.sinks:
+            self.taps[handle] = tap
+
+    def untap(self, handle: int) -> None:
+        self.taps.pop(handle, None)
+
     def forget(self, handle: int) -> LegSink | None:
         """Who listened to it. Its sink hears nothing more."""
+        self.untap(handle)
         self._reserved.pop(handle, None)
         return self.sinks.pop(handle, None)
 
@@ -115,11 +149,12 @@ class Member:
         rows = zip(columns.handles, columns.choices, columns.positions, columns.token_ids, strict=True)
         logprobs = columns.logprobs
         for row, (handle, choice, position, token_id) in enumerate(rows):
-            if (sink := self.sinks.get(handle)) is None:
-                continue
             logprob = logprobs[row] if logprobs is not None else None
             try:
-                sink.on_tokens(choice, position, [token_id], [logprob] if logprob is not None else None)
+                if logprob is None and (tap := self.taps.get(handle)) and tap.offer(choice, position, token_id):
+                    continue
+                if (sink := self.sinks.get(handle)) is not None:
+                    sink.on_tokens(choice, position, [token_id], [logprob] if logprob is not None else None)
             except Exception:
                 self._fail_for_defect(handle)
 

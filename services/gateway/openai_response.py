@@ -37,7 +37,22 @@ class AnswerFormat(Protocol):
 
     def chunks(self, index: int, delta: Delta, reason: FinishReason | None) -> bytes: ...
 
+    def text_chunk(self, index: int) -> "TextChunk | None":
+        """Makes the chunks of a choice that have nothing but text; None when there is more to say of each token."""
+        ...
+
     def usage_chunk(self, usage: Usage) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TextChunk:
+    """What is constant in the chunks of one choice that have a text and nothing else, encoded once."""
+
+    before: bytes
+    after: bytes
+
+    def of(self, text: str) -> bytes:
+        return b"%b%b%b" % (self.before, encode_basestring_ascii(text).encode(), self.after)
 
 
 def dump(value: Any) -> str:
@@ -74,19 +89,19 @@ class _Chunks:
         self._choice_before = f'{self._before}"choices":[{{"index":'
         self._choice_after = '}],"usage":null}\n\n' if include_usage else "}]}\n\n"
         self._text_field = text_field
-        self._templates: dict[int, tuple[bytes, bytes]] = {}
-        """By index: what is before and after the text of a chunk that has nothing else to say."""
+        self._text_chunks: dict[int, TextChunk] = {}
+        """By index."""
+
+    def text_chunk(self, index: int) -> TextChunk:
+        if (chunk := self._text_chunks.get(index)) is None:
+            before, after = self._text_field.split("%")
+            rest = f'{after},"logprobs":null,"finish_reason":null{self._choice_after}'
+            chunk = TextChunk(f"{self._choice_before}{index},{before}".encode(), rest.encode())
+            self._text_chunks[index] = chunk
+        return chunk
 
     def text(self, index: int, text: str) -> bytes:
-        """The chunk that nearly every token becomes."""
-        template = self._templates.get(index) or self._template(index)
-        return b"%b%b%b" % (template[0], encode_basestring_ascii(text).encode(), template[1])
-
-    def _template(self, index: int) -> tuple[bytes, bytes]:
-        before, after = self._text_field.split("%")
-        rest = f'{after},"logprobs":null,"finish_reason":null{self._choice_after}'
-        self._templates[index] = f"{self._choice_before}{index},{before}".encode(), rest.encode()
-        return self._templates[index]
+        return self.text_chunk(index).of(text)
 
     def scored_text(self, index: int, text: str, logprobs: Any) -> bytes:
         return self.choice(index, self._text_field.replace("%", dump(text)), dump(logprobs), None)
@@ -133,6 +148,9 @@ class ChatFormat:
         elif delta:
             text = self._chunks.text(index, delta.text)
         return text + self._chunks.choice(index, '"delta":{}', "null", reason) if reason else text
+
+    def text_chunk(self, index: int) -> TextChunk | None:
+        return None if self._logprobs else self._chunks.text_chunk(index)
 
     def usage_chunk(self, usage: Usage) -> bytes:
         return self._chunks.usage(usage)
@@ -181,6 +199,9 @@ class CompletionFormat:
         elif delta:
             text = self._chunks.text(index, delta.text)
         return text + self._chunks.choice(index, '"text":""', "null", reason) if reason else text
+
+    def text_chunk(self, index: int) -> TextChunk | None:
+        return None if self._logprobs else self._chunks.text_chunk(index)
 
     def usage_chunk(self, usage: Usage) -> bytes:
         return self._chunks.usage(usage)

@@ -11,8 +11,8 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from services.gateway.generation import GenerationRequest, Listener, Usage
-from services.gateway.members import Member
+from services.gateway.generation import GenerationRequest, Listener, TokenTaker, Usage
+from services.gateway.members import Member, Tap
 from tailrace.errors import InternalError, TailraceError
 from tailrace.lifecycle import Lifecycle, RequestState
 from tailrace.messages import LegReport
@@ -77,6 +77,8 @@ class _Choice:
 
     tokens: list[int] = field(default_factory=list)
     reason: FinishReason | None = None
+    take: TokenTaker | None = None
+    """The short way for its tokens, if they have one."""
     num_losses: int = 0
     num_refusals: int = 0
 
@@ -150,6 +152,19 @@ class RequestSession:
             listener.on_failed(self.error)
         elif self.usage is not None and self.life.state is RequestState.FINISHED:
             listener.on_finished(self.usage)
+
+    def divert(self, choice: int, take: TokenTaker) -> None:
+        self._choices[choice].take = take
+        self._tap_legs()
+
+    def _tap_legs(self) -> None:
+        """The short way is open to a decode leg that has spoken, if one choice is all that it has."""
+        for attempt in self._attempts:
+            if (leg := attempt.decode) is None or not attempt.has_joined or len(attempt.choices) != 1:
+                continue
+            state = self._choices[attempt.choices[0]]
+            if state.take is not None and not state.is_over:
+                leg.member.tap(leg.handle, Tap(attempt.choices[0], self._num_prompt_tokens, state.tokens, state.take))
 
     def finish_choice(self, choice: int) -> None:
         self._withdraw(choice)
@@ -275,6 +290,7 @@ class RequestSession:
                 self.move(RequestState.PREFILLING, now)
             self.move(RequestState.DECODING, now)
         self._last_role = role
+        self._tap_legs()
 
     def take_report(self, leg: Leg, report: LegReport) -> None:
         if leg.role is Role.DECODE:
@@ -310,6 +326,9 @@ class RequestSession:
 
     def _close_choice(self, choice: int, reason: FinishReason) -> None:
         self._choices[choice].reason = reason
+        for attempt in self._attempts:
+            if choice in attempt.choices and attempt.decode is not None:
+                attempt.decode.member.untap(attempt.decode.handle)
         if all(state.is_over for state in self._choices):
             self._end(RequestState.FINISHED)
 

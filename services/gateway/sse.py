@@ -9,12 +9,12 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.answer import Answer
-from services.gateway.choice import Delta
+from services.gateway.choice import ChoiceText, Delta
 from services.gateway.direct import DirectBody, direct_body
 from services.gateway.disconnect import cancel_all, client_left
 from services.gateway.http_errors import ErrorReply
-from services.gateway.http_metrics import HttpMetrics
-from services.gateway.openai_response import DONE, AnswerFormat
+from services.gateway.http_metrics import ChoiceClock, HttpMetrics
+from services.gateway.openai_response import DONE, AnswerFormat, TextChunk
 from tailrace.errors import TailraceError
 from tailrace.types import FinishReason
 
@@ -45,6 +45,8 @@ class Batch:
 
 class Outbox:
     """Between an answer and its client: what a slow client has not taken yet is joined into one piece a choice."""
+
+    __slots__ = ("_changed", "_error", "_is_last", "_pieces", "is_awaited")
 
     def __init__(self) -> None:
         self._pieces: dict[int, _Piece] = {}
@@ -84,6 +86,29 @@ class Outbox:
         return Batch(pieces, self._is_last, self._error)
 
 
+@dataclass(slots=True, eq=False)
+class Spout:
+    """The short way from one choice's tokens to its client, open while the client keeps pace.
+
+    A token that is whole text is written at once; any other is left to the whole way.
+    """
+
+    choice: ChoiceText
+    clock: ChoiceClock
+    outbox: Outbox
+    body: DirectBody
+    chunk: TextChunk
+
+    def take(self, token_id: int) -> bool:
+        if not self.outbox.is_awaited or not (text := self.choice.whole(token_id)):
+            return False
+        if not self.body.write(self.chunk.of(text)):
+            return False
+        self.choice.num_tokens += 1
+        self.clock.content(self.body.wrote_at)
+        return True
+
+
 class EventStream(Response):
     """Follows an answer, which it owns, to its end or to the client's. Is the answer's Reader.
 
@@ -112,7 +137,7 @@ class EventStream(Response):
         self._request_id = request_id
         self._outbox = Outbox()
         self._direct: DirectBody | None = None
-        self._wrote_at = 0.0
+        self._diverted: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.create_task(self._write(scope, receive, send))
@@ -134,12 +159,18 @@ class EventStream(Response):
     # -- Reader -------------------------------------------------------------------------------------------------------
 
     def take(self, index: int, delta: Delta, reason: FinishReason | None) -> None:
-        if self._direct is None or not self._outbox.is_awaited:
+        body = self._direct
+        if body is None or not self._outbox.is_awaited or not body.write(self._format.chunks(index, delta, reason)):
             self._outbox.put(index, delta, reason)
-        elif self._direct.write(self._format.chunks(index, delta, reason)):
-            self._wrote_at = time.monotonic()
-        else:
-            self._outbox.put(index, delta, reason)
+        elif index not in self._diverted:
+            self._divert(index, body)
+
+    def _divert(self, index: int, body: DirectBody) -> None:
+        self._diverted.add(index)
+        if (chunk := self._format.text_chunk(index)) is not None:
+            answer = self._answer
+            spout = Spout(answer.choice(index), answer.clock(index), self._outbox, body, chunk)
+            answer.divert(index, spout.take)
 
     def close(self, error: Exception | None) -> None:
         if error is not None and not isinstance(error, TailraceError):
@@ -171,7 +202,8 @@ class EventStream(Response):
         silence_s = self._options.keepalive_s
         while True:
             batch = await self._outbox.take(silence_s)
-            silence_s = self._wrote_at + self._options.keepalive_s - time.monotonic()
+            wrote_at = self._direct.wrote_at if self._direct is not None else 0.0
+            silence_s = wrote_at + self._options.keepalive_s - time.monotonic()
             if batch.pieces or batch.is_last or silence_s <= 0:
                 return batch
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from services.gateway.generation import GenerationRequest, Listener, Usage
+from services.gateway.generation import GenerationRequest, Listener, TokenTaker, Usage
 from tailrace.errors import TailraceError
 from tailrace.types import FinishReason, TokenLogprob
 
@@ -33,6 +33,7 @@ class FakeGeneration:
     def __init__(self, request: GenerationRequest, script: Script) -> None:
         self.request = request
         self.finished: list[int] = []
+        self.takers: dict[int, TokenTaker] = {}
         self.num_events = 0
         self.closed = asyncio.Event()
         self._script = script
@@ -62,7 +63,7 @@ class FakeGeneration:
         for at in range(0, max(map(len, ids)), step):
             for choice, tokens in enumerate(ids):
                 if part := tokens[at : at + step]:
-                    tellings.append((choice, partial(_tokens, choice, start + at, part, self._logprobs(part))))
+                    tellings.append((choice, partial(self._tokens, choice, start + at, part, self._logprobs(part))))
         for choice in range(self.request.num_choices):
             tellings.append((choice, partial(_end, choice, self._script.reason)))
         return [*tellings, (None, lambda listener: listener.on_finished(self._script.usage))]
@@ -77,6 +78,16 @@ class FakeGeneration:
             return None
         return [TokenLogprob(-0.5, tuple((token + i, -0.5 - i) for i in range(count))) for token in tokens]
 
+    def divert(self, choice: int, take: TokenTaker) -> None:
+        self.takers[choice] = take
+
+    def _tokens(
+        self, choice: int, position: int, ids: list[int], logprobs: list[TokenLogprob] | None, listener: Listener
+    ) -> None:
+        take = self.takers.get(choice)
+        if take is None or len(ids) > 1 or logprobs is not None or not take(ids[0]):
+            listener.on_tokens(choice, position, ids, logprobs)
+
     def finish_choice(self, choice: int) -> None:
         self.finished.append(choice)
 
@@ -84,12 +95,6 @@ class FakeGeneration:
         self.closed.set()
         if self._speaker is not None:
             self._speaker.cancel()
-
-
-def _tokens(
-    choice: int, position: int, ids: list[int], logprobs: list[TokenLogprob] | None, listener: Listener
-) -> None:
-    listener.on_tokens(choice, position, ids, logprobs)
 
 
 def _end(choice: int, reason: FinishReason, listener: Listener) -> None:

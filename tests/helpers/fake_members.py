@@ -270,6 +270,7 @@ class FakeCluster:
         assert self.dispatcher.num_running == 0
         for member in self.members.all():
             assert member.sinks == {}, member.info.worker_id
+            assert member.taps == {}, member.info.worker_id
             assert member._reserved == {}, member.info.worker_id
 
 
