@@ -11,13 +11,14 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 from services.gateway.generation import TokenTaker
 from services.gateway.index_feed import IndexFeed
+from services.gateway.watch import Silence, WorkWatch
 from tailrace.errors import InternalError, LayoutMismatchError, TailraceError, WorkerLostError
 from tailrace.index.memory import MemoryIndex
 from tailrace.messages import (
@@ -40,10 +41,6 @@ log = logging.getLogger(__name__)
 REATTACH_S = 0.3
 RESERVATION_S = 0.25
 """How long a submission counts beside a worker's load report, until a report that surely knows it has come."""
-HUNG_S = 60.0
-"""A worker with work to do whose step counter stands still for this long is hung, however lively its answers are."""
-NUDGE_S = 30.0
-"""After so long it is asked for its ledger: an engine that only waits for others makes a step to answer."""
 
 
 class LegSink(Protocol):
@@ -212,6 +209,8 @@ class Members:
         self._members: dict[str, Member] = {}
         self._known: dict[str, WorkerInfo] = {}
         """By address: who was last found there."""
+        self._without_line: set[str] = set()
+        """Addresses whose step line was opened, and let nothing through."""
         self._nudges: set[asyncio.Task[LedgerReport]] = set()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._interest: Counter[str] = Counter()
@@ -255,6 +254,7 @@ class Members:
         if self._interest[address] <= 0:
             del self._interest[address]
             self._known.pop(address, None)
+            self._without_line.discard(address)
             if (task := self._tasks.pop(address, None)) is not None:
                 task.cancel()
 
@@ -294,19 +294,34 @@ class Members:
     async def _attach(self, peer: Peer) -> None:
         """Listen to one worker until its stream ends."""
         call = peer.attach(self.gateway_id, self._epoch)
+        silence = Silence(PEER_LOSS_S, call.close)
+        watch = WorkWatch()
         member: Member | None = None
-        watch = _Watch()
+
+        def take(event: StepEvents) -> None:
+            nonlocal member
+            silence.heard()
+            if event.info is not None:
+                member = self._welcome(event.info, call, peer)
+            if member is None:
+                raise WorkerLostError(f"{peer.address}: the first event does not say who the worker is")
+            if watch.needs_nudge(event.step, member.load, member.info.worker_id):
+                self._nudge(member)
+            self._spread(member, event)
+
         try:
-            async with contextlib.aclosing(call.events()) as events:
-                while (event := await _next_event(events, peer.address)) is not None:
-                    if event.info is not None:
-                        member = self._welcome(event.info, call, peer)
-                    if member is None:
-                        raise WorkerLostError(f"{peer.address}: the first event does not say who the worker is")
-                    if watch.needs_nudge(event, member):
-                        self._nudge(member)
-                    self._spread(member, event)
+            direct = None if peer.address in self._without_line else take
+            async with contextlib.aclosing(call.events(direct)) as events:
+                async for event in events:
+                    take(event)
+        except WorkerLostError:
+            if not silence.is_over:
+                raise
+            if call.has_dumb_line:
+                self._without_line.add(peer.address)
+            raise WorkerLostError(f"{peer.address}: silent for {PEER_LOSS_S:g} s") from None
         finally:
+            silence.stop()
             call.close()
             if member is not None:
                 self._farewell(member)
@@ -385,37 +400,3 @@ def _tell_report(report: LegReport, sink: LegSink) -> None:
 
 def _tell_finish(finish: ChoiceFinished, sink: LegSink) -> None:
     sink.on_finished(finish.choice, finish.reason)
-
-
-class _Watch:
-    """Finds the worker that answers but does not work."""
-
-    def __init__(self) -> None:
-        self._step = -1
-        self._moved_at = time.monotonic()
-        self._has_nudged = False
-
-    def needs_nudge(self, event: StepEvents, member: Member) -> bool:
-        """True once, when the step counter has stood still for long with work to do.
-
-        Raises WorkerLostError when not even that has moved it.
-        """
-        now, load = time.monotonic(), member.load
-        if event.step != self._step or not (load.num_running or load.num_waiting):
-            self._step, self._moved_at, self._has_nudged = event.step, now, False
-        stood_s = now - self._moved_at
-        if stood_s > HUNG_S:
-            raise WorkerLostError(f"{member.info.worker_id} hangs: no step in {HUNG_S:g} s with work to do")
-        if stood_s <= NUDGE_S or self._has_nudged:
-            return False
-        self._has_nudged = True
-        return True
-
-
-async def _next_event(events: AsyncIterator[StepEvents], address: str) -> StepEvents | None:
-    """None when the stream has ended. Raises WorkerLostError when it is silent for too long."""
-    try:
-        async with asyncio.timeout(PEER_LOSS_S):
-            return await anext(events, None)
-    except TimeoutError:
-        raise WorkerLostError(f"{address}: silent for {PEER_LOSS_S:g} s") from None

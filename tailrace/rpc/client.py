@@ -35,6 +35,7 @@ from tailrace.rpc import convert
 from tailrace.rpc.auth import AUTH_HEADER, control_token
 from tailrace.rpc.gen import control_pb2, control_pb2_grpc, kv_pb2, kv_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tailrace.rpc.options import CHANNEL_OPTIONS, PEER_LOSS_S
+from tailrace.rpc.step_line import LineReader
 from tailrace.transfer.endpoints import PeerEndpoints
 
 M = TypeVar("M")
@@ -162,6 +163,10 @@ class Peer:
         return WorkerLostError(f"{self.address}: {await call.details() or 'the stream is closed'}")
 
 
+def _itself(message: worker_pb2.AttachResponse) -> worker_pb2.AttachResponse:
+    return message
+
+
 class AttachCall:
     """One `Attach` stream.
 
@@ -179,20 +184,48 @@ class AttachCall:
         self._peer = peer
         self._call = call
         self._commands: asyncio.Queue[worker_pb2.AttachRequest] = asyncio.Queue(MAX_UNSENT)
+        self._line: LineReader | None = None
         self._is_open = True
         self._send(
             worker_pb2.AttachRequest(greeting=worker_pb2.Greeting(gateway_id=gateway_id, gateway_epoch=gateway_epoch))
         )
 
-    async def events(self) -> AsyncGenerator[StepEvents, None]:
-        """Yields what the worker says until the stream ends. Raises TailraceError when it breaks."""
+    async def events(self, direct: Callable[[StepEvents], None] | None = None) -> AsyncGenerator[StepEvents, None]:
+        """Yields what the worker says until the stream ends. Raises TailraceError when it breaks.
+
+        `direct`: what the worker offers to say over a line of its own is taken from there, and given to `direct` as it
+        comes, in its place among the rest. What `direct` raises is raised here.
+        """
         writer = asyncio.create_task(self._write_all(), name=f"commands to {self._peer.address}")
+        num_taken = 0
         try:
-            async for event in self._peer._read(self._call, convert.step_events_from_proto):
-                yield event
+            async for message in self._peer._read(self._call, _itself):
+                if direct is not None and message.HasField("line"):
+                    self._line = self._open_line(message.line, direct)
+                yield convert.step_events_from_proto(message)
+                num_taken += 1
+                if self._line is not None:
+                    self._line.release(num_taken)
+        except TailraceError:
+            if self._line is not None and self._line.failure is not None:
+                raise self._line.failure from None
+            raise
         finally:
             self._is_open = False
             writer.cancel()
+            if self._line is not None:
+                self._line.close()
+
+    def _open_line(self, line: worker_pb2.StepLine, direct: Callable[[StepEvents], None]) -> LineReader:
+        def take(message: worker_pb2.AttachResponse) -> None:
+            direct(convert.step_events_from_proto(message))
+
+        return LineReader(self._peer.address, line, take, self.close)
+
+    @property
+    def has_dumb_line(self) -> bool:
+        """A line was opened, and nothing came over it: whatever is in between does not let it through."""
+        return self._line is not None and self._line.is_dumb
 
     def submit(self, submission: Submission) -> None:
         """Raises WorkerLostError when the stream is gone, or the worker does not read."""

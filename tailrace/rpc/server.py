@@ -19,6 +19,7 @@ from tailrace.rpc import convert
 from tailrace.rpc.auth import AUTH_HEADER, is_control_token
 from tailrace.rpc.gen import control_pb2, control_pb2_grpc, kv_pb2, kv_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tailrace.rpc.options import PEER_LOSS_S, SERVER_OPTIONS
+from tailrace.rpc.step_line import LineWriter, StepLines
 from tailrace.transfer.endpoints import PeerEndpoints
 from tailrace.worker.attach import Attachments, Session
 
@@ -90,10 +91,13 @@ class Server:
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS, interceptors=[ControlAuth(secret, public=public)])
         self.health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)
+        self.lines = StepLines()
         self.port = 0
+        self._host = ""
 
     def bind(self, host: str, port: int) -> int:
         """Raises ConfigError when the port is in use."""
+        self._host = host
         name = f"[{host}]" if ":" in host and not host.startswith("[") else host
         try:
             self.port = self.grpc.add_insecure_port(f"{name}:{port}")
@@ -103,11 +107,14 @@ class Server:
 
     async def start(self) -> None:
         await self.grpc.start()
+        if self.lines.are_wanted:
+            await self.lines.start(self._host)
         await self.health.set("", health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace_s: float = 0.0) -> None:
         await self.health.enter_graceful_shutdown()
         await self.grpc.stop(grace_s)
+        self.lines.stop()
 
 
 # -- servicers that prefill and decode share --------------------------------------------------------------------------
@@ -116,8 +123,10 @@ class Server:
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     """`Attach`: commands of one gateway in, one message a step out."""
 
-    def __init__(self, attachments: Attachments) -> None:
+    def __init__(self, attachments: Attachments, lines: StepLines | None = None) -> None:
+        """Without `lines` everything is said over gRPC."""
         self._attachments = attachments
+        self._lines = lines or StepLines()
 
     # A coroutine that writes, which the stubs do not know: a write that is cut still ends with everything closed.
     async def Attach(  # type: ignore[override]
@@ -126,18 +135,26 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         session = await self._greet(request_iterator, context)
         reader = asyncio.create_task(self._read(session, request_iterator))
         try:
-            async with contextlib.aclosing(session.events()) as events:
-                async for event in events:
-                    await self._write(session, convert.step_events_to_proto(event), context)
+            with self._lines.offer() as line:
+                async with contextlib.aclosing(session.events()) as events:
+                    async for event in events:
+                        await self._write(session, convert.step_events_to_proto(event), context, line)
         finally:
             reader.cancel()
             self._attachments.close(session)
 
-    async def _write(self, session: Session, message: worker_pb2.AttachResponse, context: Context) -> None:
+    async def _write(
+        self, session: Session, message: worker_pb2.AttachResponse, context: Context, line: LineWriter
+    ) -> None:
         """A gateway that does not read loses its session: what it submitted is cancelled.
 
-        The write itself is left alone: gRPC cannot end a call whose write was cancelled. It ends with the connection.
+        A write over gRPC is left alone: it cannot end a call whose write was cancelled. It ends with the connection.
         """
+        if line.is_open:
+            if not await line.send(message, PEER_LOSS_S):
+                self._attachments.close(session)
+            return
+        line.announce(message)
         write = asyncio.ensure_future(context.write(message))
         done, _ = await asyncio.wait({write}, timeout=PEER_LOSS_S)
         if not done:
@@ -243,5 +260,6 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
 
 def add_worker(server: Server, attachments: Attachments, worker: Controlled) -> None:
     """What every worker answers, whether it lends KV or not."""
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(attachments), server.grpc)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(attachments, server.lines), server.grpc)
+    server.lines.are_wanted = True
     control_pb2_grpc.add_ControlServiceServicer_to_server(ControlServicer(worker), server.grpc)

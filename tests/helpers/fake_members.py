@@ -68,10 +68,11 @@ class FakeCall:
         self.submissions: list[Submission] = []
         self.cancels: list[tuple[int, tuple[int, ...]]] = []
         self.is_open = True
+        self.has_dumb_line = False
         self.ended = asyncio.Event()
         self.inbox: asyncio.Queue[StepEvents | TailraceError | None] = asyncio.Queue()
 
-    async def events(self) -> AsyncIterator[StepEvents]:
+    async def events(self, direct: Callable[[StepEvents], None] | None) -> AsyncIterator[StepEvents]:
         try:
             yield StepEvents(info=self.worker.info, load=self.worker.load)
             while (event := await self.inbox.get()) is not None:

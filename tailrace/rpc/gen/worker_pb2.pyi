@@ -234,9 +234,13 @@ class AttachResponse(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     REPORTS_FIELD_NUMBER: _builtins.int
     KV_EVENTS_FIELD_NUMBER: _builtins.int
+    LINE_FIELD_NUMBER: _builtins.int
+    NUM_BEFORE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     step: _builtins.int
     """Engine steps so far. A live stream with a frozen counter and work to do is a hung worker."""
+    num_before: _builtins.int
+    """First message of a step line only: how many messages of this stream came before it, over gRPC."""
     @_builtins.property
     def info(self) -> Global___WorkerInfo:
         """First message only."""
@@ -255,6 +259,10 @@ class AttachResponse(_message.Message):
     def reports(self) -> _containers.RepeatedCompositeFieldContainer[Global___LegReport]: ...
     @_builtins.property
     def kv_events(self) -> _kv_pb2.KvEvents: ...
+    @_builtins.property
+    def line(self) -> Global___StepLine:
+        """First message only, and only over gRPC: where the rest may be had."""
+
     def __init__(
         self,
         *,
@@ -267,14 +275,43 @@ class AttachResponse(_message.Message):
         failed: _abc.Iterable[Global___LegFailed] | None = ...,
         reports: _abc.Iterable[Global___LegReport] | None = ...,
         kv_events: _kv_pb2.KvEvents | None = ...,
+        line: Global___StepLine | None = ...,
+        num_before: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "kv_events", b"kv_events", "load", b"load", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info", "kv_events", b"kv_events", "line", b"line", "load", b"load", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failed", b"failed", "finished", b"finished", "info", b"info", "kv_events", b"kv_events", "load", b"load", "reports", b"reports", "step", b"step", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failed", b"failed", "finished", b"finished", "info", b"info", "kv_events", b"kv_events", "line", b"line", "load", b"load", "num_before", b"num_before", "reports", b"reports", "step", b"step", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttachResponse: _TypeAlias = AttachResponse  # noqa: Y015
+
+@_typing.final
+class StepLine(_message.Message):
+    """A plain TCP connection on the host of the worker's gRPC server, for what would follow on this stream. The gateway
+    opens it and sends the key; from then on each message comes there, after its length in four bytes, least first.
+    The end of either ends both. A gateway that does not open it goes on as if it had not been named.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    port: _builtins.int
+    key: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        port: _builtins.int = ...,
+        key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "port", b"port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepLine: _TypeAlias = StepLine  # noqa: Y015
 
 @_typing.final
 class TokenColumns(_message.Message):

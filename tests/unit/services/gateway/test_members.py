@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from services.gateway import members as members_module
+from services.gateway import watch as watch_module
 from services.gateway.members import Members
 from tailrace.errors import ErrorCode, InternalError, WorkerLostError
 from tailrace.index.memory import MemoryIndex
@@ -225,7 +226,7 @@ async def test_a_silent_worker_is_cut(monkeypatch):
 
 
 class Clock:
-    """Stands in for members.time."""
+    """Stands in for the time of both modules."""
 
     def __init__(self):
         self.now = 1000.0
@@ -238,6 +239,7 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(members_module, "time", clock)
+    monkeypatch.setattr(watch_module, "time", clock)
     return clock
 
 
@@ -248,7 +250,7 @@ async def test_a_worker_with_work_to_do_whose_counter_stands_still_is_nudged_and
         await until(lambda: names(members) == ["d0"])
         first = worker.call
         await worker.say(StepEvents(step=7, load=BUSY))
-        clock.now += members_module.NUDGE_S - 1
+        clock.now += watch_module.NUDGE_S - 1
         await worker.say(StepEvents(step=7))
         await settle()
         assert worker.num_ledgers == 0
@@ -257,7 +259,7 @@ async def test_a_worker_with_work_to_do_whose_counter_stands_still_is_nudged_and
             await worker.say(StepEvents(step=7))
             await settle()
         assert (worker.num_ledgers, first.is_open) == (1, True), "asked once"
-        clock.now += members_module.HUNG_S
+        clock.now += watch_module.HUNG_S
         await worker.say(StepEvents(step=7))
         assert not first.is_open
 
@@ -269,7 +271,7 @@ async def test_a_worker_that_steps_when_it_is_nudged_only_waits_for_others(clock
         await until(lambda: names(members) == ["d0"])
         await worker.say(StepEvents(step=7, load=Load(num_waiting=3, total_blocks=100)))
         for step in range(8, 12):
-            clock.now += members_module.NUDGE_S + 1
+            clock.now += watch_module.NUDGE_S + 1
             await worker.say(StepEvents(step=step - 1))
             await worker.say(StepEvents(step=step))
         await settle()
@@ -282,7 +284,7 @@ async def test_an_idle_worker_may_stand_still_for_ever(clock):
         members.add("d0:1")
         await until(lambda: names(members) == ["d0"])
         for _ in range(3):
-            clock.now += 10 * members_module.HUNG_S
+            clock.now += 10 * watch_module.HUNG_S
             await worker.say(StepEvents(step=7, load=IDLE))
         await worker.say(StepEvents(step=7, load=BUSY))
         assert (worker.num_ledgers, len(worker.calls)) == (0, 1), "work has only just come"
