@@ -11,6 +11,7 @@ import logging
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from tailrace.errors import TailraceError, WorkerLostError
 from tailrace.rpc.gen import worker_pb2
@@ -188,9 +189,8 @@ class LineReader(asyncio.Protocol):
     # -- Protocol -----------------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.write(self._key)
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not one by its class
+        self._transport.write(self._key)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
