@@ -58,15 +58,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """A plain prompt, with the tokens that the tokenizer puts around one (BOS)."""
-        return self._raw.encode(text).ids
+        return self._ids(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None) -> list[int]:
         """A conversation, through the chat template. Raises InvalidRequestError when that refuses, or there is none."""
         if not self._template:
             raise InvalidRequestError("this model has no chat template; use /v1/completions", param="messages")
         text = self._template.render(messages, options)
-        ids = self._raw.encode(text, add_special_tokens=False).ids
+        ids = self._ids(text, add_special_tokens=False)
         return [self._alias_ids.get(i, i) for i in ids]
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # The library's `encode` holds the interpreter's lock to its end; this lets the event loop go on meanwhile.
+        return self._raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
 
 def _add_aliases(raw: RawTokenizer) -> tuple[dict[str, str], dict[int, int]]:

@@ -1,6 +1,8 @@
 import asyncio
 import json
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from services.gateway.chat_template import ChatTemplate
 from services.gateway.detokenizer import decode
 from services.gateway.tokenizer import Tokenizer, TokenizerPool
 from tailrace.errors import CheckpointError, InvalidRequestError, OverloadedError
+from tests.helpers.gateway_app import MODEL, client_of, make_app, saying, served_model
 from tests.helpers.tiny_tokenizers import CHATML, CHATML_CONFIG, INST, INST_CONFIG, byte_level, sentence_piece
 
 CHAT = Tokenizer(byte_level(), CHATML_CONFIG)
@@ -194,3 +197,29 @@ async def test_the_pool_leaves_the_loop_alone_and_bounds_who_waits() -> None:
 def test_golden_chat_ids_of_a_rendered_prompt() -> None:
     text = decode(CHAT.vocabulary, CHAT.encode_chat(user(" hi ")), skip_special=False)
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+async def test_the_event_loop_goes_on_while_a_prompt_of_a_megabyte_is_tokenized():
+    model = replace(served_model(), max_model_len=1 << 21)
+    prompt = "the cat sat on the mat " * 50_000
+    began = time.perf_counter()
+    tokens = model.tokenizer.encode(prompt)
+    alone_s = time.perf_counter() - began
+    gaps, dispatcher = [], saying("a")
+
+    async def tick():
+        last = time.perf_counter()
+        while True:
+            await asyncio.sleep(0.001)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    async with client_of(make_app(dispatcher, model=model)) as client:
+        ticking = asyncio.create_task(tick())
+        response = await client.post("/v1/completions", json={"model": MODEL, "prompt": prompt, "max_tokens": 2})
+        ticking.cancel()
+    assert len(prompt) > 1 << 20
+    assert (response.status_code, dispatcher.requests[0].prompt_tokens) == (200, tokens)
+    assert len(gaps) > 10
+    assert max(gaps) < alone_s / 2, "the loop stood still for about as long as tokenizing takes"
