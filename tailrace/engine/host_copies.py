@@ -21,7 +21,8 @@ class HostCopy:
         if words.is_cuda:
             self._words = torch.empty(words.shape, dtype=words.dtype, pin_memory=True)
             self._words.copy_(words, non_blocking=True)
-            self._over = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            # Blocking: the thread that waits sleeps instead of spinning.
+            self._over = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._over.record(torch.cuda.current_stream(words.device))
 
     def wait(self) -> Tensor:

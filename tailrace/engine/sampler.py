@@ -260,7 +260,7 @@ def draw_tokens(
         given = kernel.adjust(logits, state.tensors, slots, positions, tokens) if state.adjusts else logits
         return kernel.draw(given, state.tensors, slots, choices, positions)
     adjusted = _adjust(logits, state, slots, positions, tokens)
-    largest, token_ids = adjusted.max(dim=-1)
+    largest, token_ids = naive.largest(adjusted)
     rows = state.rows_using(Feature.DRAW, slots)
     if rows is not None:
         token_ids[rows] = _draw(adjusted, rows, state, slots, choices, positions)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tailrace.engine.kernels.sampling.naive import draw, mask_top_p, probabilities
+from tailrace.engine.kernels.sampling.naive import draw, largest, mask_top_p, probabilities
 from tailrace.engine.kernels.sampling.philox import philox4x32, uniforms
 from tailrace.engine.sampler import SamplingState, sample
 from tailrace.types import SamplingParams
@@ -132,6 +132,24 @@ def test_choices_of_one_slot_are_drawn_apart() -> None:
 
 def test_greedy_takes_the_lowest_of_equal_ids() -> None:
     assert run([hot([1, 5, 2, 5, 5, 0], temperature=0.0)] * 3).token_ids == [1, 1, 1]
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 1003, 49_152])
+def test_the_largest_is_found_as_torch_finds_it(vocab: int) -> None:
+    """Many ties, rows of one value, NaN, and infinities of both signs."""
+    rng = torch.Generator().manual_seed(vocab)
+    logits = torch.randint(-3, 3, (12, vocab), generator=rng).float()
+    logits[3] = -torch.inf
+    logits[4, vocab // 2] = torch.inf
+    logits[5, vocab // 3] = torch.nan
+    logits[6] = torch.nan
+    for given in (logits, logits[::2], logits.T.contiguous().T, logits[:0]):
+        values, ids = largest(given)
+        if len(given):
+            expected = given.max(dim=-1)
+            assert ids.tolist() == expected.indices.tolist()
+            assert torch.equal(values.nan_to_num(9.0), expected.values.nan_to_num(9.0))
+        assert len(ids) == len(values) == len(given)
 
 
 def test_top_k_of_one_is_greedy_even_in_a_tie() -> None:

@@ -13,6 +13,17 @@ _LEAST_MASS = 2.0**-52
 """What a probability counts as at least, if it counts at all."""
 
 
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of `logits` [R, vocab] the largest [R] and its lowest id [R] int64; NaN and where, if there is one.
+
+    numpy's search: torch's takes ten times as long on one core (0.8 ms for 32 rows of 49,152, measured).
+    """
+    if not len(logits):
+        return logits.new_empty(0), torch.empty(0, dtype=torch.int64)
+    ids = torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.gather(1, ids[:, None])[:, 0], ids
+
+
 def penalize(
     logits: Tensor,  # [R, vocab] float32, changed in place
     history: Tensor,  # [R, length] int64: prompt and output; entries at and after `positions` mean nothing
