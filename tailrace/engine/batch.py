@@ -100,7 +100,7 @@ class BatchState:
         self._host_choices = np.zeros(max_num_seqs, dtype=np.int64)
 
     def start(self, start: SequenceStart) -> None:
-        """Raises ValueError when the tokens do not fit a row."""
+        """All but its blocks, which `append_blocks` takes. Raises ValueError when the tokens do not fit a row."""
         num_tokens = len(start.tokens)
         if not 0 < num_tokens <= self.max_model_len:
             raise ValueError(f"slot {start.slot}: {num_tokens} tokens, a row holds 1 to {self.max_model_len}")
