@@ -1,5 +1,6 @@
 """The compiled kernels: a whole decoder against the one of plain torch, over shapes and both kinds of attention."""
 
+import time
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -236,6 +237,15 @@ def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(NativeUnavailableError, match="install gcc or clang"):
         load_library("bfloat16", tmp_path)
+
+
+def test_compiling_takes_seconds_and_is_done_once(tmp_path: Path) -> None:
+    began = time.monotonic()
+    path = build_library("bfloat16", tmp_path)
+    assert time.monotonic() - began < 20
+    made = path.stat()
+    assert build_library("bfloat16", tmp_path) == path
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
 
 
 def test_a_broken_file_is_made_again(tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def bench_engine(
     max_num_batched_tokens: Annotated[int, typer.Option(min=16, max=1 << 20, help="Tokens of one step.")] = 512,
     runs: Annotated[int, typer.Option(min=1, max=100, help="Counted runs after the warm-up; the best counts.")] = 3,
     overlap: Annotated[bool, typer.Option("--overlap", help="Each run once more with overlapped steps.")] = False,
+    phases: Annotated[bool, typer.Option("--phases", help="Show where the time of a step goes.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """The engine alone, in this process, prefix cache off: tokens a second, step times, MBU and MFU."""
@@ -84,6 +85,7 @@ def bench_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         runs=runs,
         overlap=overlap,
+        phases=phases,
     )
     run_engine(options, as_json=as_json)
 

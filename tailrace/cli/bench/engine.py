@@ -37,6 +37,8 @@ class EngineBenchOptions:
     runs: int = 3
     overlap: bool = False
     """Each run once more with overlapped steps, in turn."""
+    phases: bool = False
+    """Time the phases of each step as well."""
     seed: int = 0
 
 
@@ -68,6 +70,8 @@ def measure(options: EngineBenchOptions) -> dict[str, Any]:
             max_num_batched_tokens=options.max_num_batched_tokens,
         )
     )
+    if options.phases:
+        loop.time_phases()
     prompts = random_prompts(options.batch, options.input, config.vocab_size, seed=options.seed)
     before = measure_limits()
     loop.generate(prompts, options.output)
@@ -190,6 +194,9 @@ def describe_steps(steps: Sequence[StepTimes]) -> dict[str, Any]:
         "host_overhead": round(statistics.median((s.step_s - s.model_s) / s.step_s for s in steps), 4),
         "host_overhead_ms": round(statistics.median(s.step_s - s.model_s for s in steps) * 1e3, 3),
         "scheduler_us": round(statistics.median(s.scheduler_s for s in steps) * 1e6, 1),
+        "phases_ms": {
+            phase: round(statistics.median(s.phases_s[phase] for s in steps) * 1e3, 3) for phase in steps[0].phases_s
+        },
     }
 
 
@@ -229,6 +236,8 @@ def _print(result: dict[str, Any]) -> None:
             table.add_row(f"{name} step, ms: p50 / p99", f"{step['p50_ms']:.2f} / {step['p99_ms']:.2f}")
             table.add_row(f"{name} step, host overhead", f"{step['host_overhead']:.1%}")
             table.add_row(f"{name} step, scheduler, us", f"{step['scheduler_us']:.0f}")
+            for phase, phase_ms in step["phases_ms"].items():
+                table.add_row(f"{name} step, {phase}, ms", f"{phase_ms:.2f}")
     if overlapped := result.get("overlapped_over_plain"):
         table.add_row("overlapped steps over plain ones", f"{Spread(**overlapped)}")
     table.add_row("scheduler at 256 sequences, us", f"{result['scheduler_us_256_sequences']:.0f}")

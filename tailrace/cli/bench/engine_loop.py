@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.engine.engine import Engine, EngineOptions, load_engine
+from tailrace.errors import ConfigError
 from tailrace.kv.block_pool import BlockPool
 from tailrace.kv.hashing import chain_seed, hash_blocks
 from tailrace.plan import StepPlan
@@ -53,6 +54,8 @@ class StepTimes:
     run_s: float
     model_s: float
     finish_s: float
+    phases_s: dict[str, float] = field(default_factory=dict)
+    """What of `model_s` each phase took, where phases are timed."""
 
     @property
     def step_s(self) -> float:
@@ -139,10 +142,19 @@ class EngineLoop:
             max_num_batched_tokens=options.max_num_batched_tokens,
             stop=StopRule(frozenset(self.engine.config.eos_token_ids), self.engine.max_model_len),
         )
+        self._take_phases: Callable[[], dict[str, float]] = dict
         self._hash_seed = chain_seed(self.engine.layout.fingerprint)
         self._next_id = 1
         self._ahead: _Flight | None = None
         """Of overlapped steps: launched behind the one that was finished last."""
+
+    def time_phases(self) -> None:
+        """From now on each step says where its time went. Raises ConfigError where only compiled kernels could."""
+        model: Any = self.engine.runner.model
+        if not hasattr(model, "time_phases"):
+            raise ConfigError("phases: only the compiled kernels time them, and they are off here")
+        model.time_phases()
+        self._take_phases = model.take_phase_seconds
 
     def generate(self, prompts: Sequence[Sequence[int]], output_tokens: int, *, overlap: bool = False) -> RunTimes:
         """Greedy, exactly `output_tokens` a prompt, whatever the model says.
@@ -200,6 +212,7 @@ class EngineLoop:
                 run_s=ran - begun - schedule_s,
                 model_s=model_s,
                 finish_s=finished - ran,
+                phases_s=self._take_phases(),
             )
         )
         return step

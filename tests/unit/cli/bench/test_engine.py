@@ -13,7 +13,7 @@ from tests.helpers.tiny_model import make_tiny_model
 
 
 def step(**values):
-    names = StepTimes.__dataclass_fields__
+    names = StepTimes.__dataclass_fields__.keys() - {"phases_s"}
     return StepTimes(**{name: values.get(name, 0) for name in names})
 
 
@@ -122,9 +122,20 @@ def test_the_command_prints_one_json_object(tmp_path):
         assert result[name] > 0
 
 
+def test_phases_add_up_to_the_model_and_only_where_they_are_asked_for(tmp_path):
+    loop = EngineLoop(LoopOptions(make_tiny_model(tmp_path / "m"), max_batch=2, max_tokens=30))
+    prompts = random_prompts(2, 20, loop.engine.config.vocab_size)
+    assert all(s.phases_s == {} for s in loop.generate(prompts, 4).steps)
+    loop.time_phases()
+    times = loop.generate(prompts, 4)
+    assert all(0 < sum(s.phases_s.values()) < s.model_s for s in times.steps)
+    assert set(describe_steps(times.steps)["phases_ms"]) >= {"attention", "gate_up", "head"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--dtype", "float16", "--phases"), "phases: only the compiled kernels time them"),
         (("--input", "2047", "--output", "2"), "input + output: at most 2048 tokens"),
         (("--dtype", "int3"), "dtype must be one of auto"),
         (("--load-format", "gguf"), "load_format must be one of auto, dummy"),
