@@ -26,6 +26,9 @@ class Script:
     error: Exception = field(default_factory=lambda: TailraceError("secret detail"))
     hang_at: int | None = None
     """Wait for ever instead of the event of this number."""
+    hold_at: int | None = None
+    """Wait for `go_on` before the event of this number."""
+    go_on: asyncio.Event = field(default_factory=asyncio.Event)
     usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
 
 
@@ -52,6 +55,8 @@ class FakeGeneration:
                 return listener.on_failed(self._script.error)
             if number == self._script.hang_at:
                 await asyncio.Event().wait()
+            if number == self._script.hold_at:
+                await self._script.go_on.wait()
             assert not self.closed.is_set()
             self.num_events += 1
             tell(listener)

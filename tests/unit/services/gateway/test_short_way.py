@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -177,8 +177,13 @@ def spouts() -> Iterator[list[bool]]:
         yield answers
 
 
-async def ask(dispatcher: FakeDispatcher, *, pause_s: float = 0.0, **fields: Any) -> list[dict[str, Any]]:
-    """The events of one answer, whose client reads nothing for `pause_s`, and keeps pace from then on."""
+async def ask(
+    dispatcher: FakeDispatcher, *, pause_s: float = 0.0, then: Callable[[], None] = lambda: None, **fields: Any
+) -> list[dict[str, Any]]:
+    """The events of one answer, whose client reads nothing for `pause_s`, and everything from then on.
+
+    `then` is called after as long again: what lay in the buffers has been read.
+    """
     async with served(make_app(dispatcher), send_buffer=16384) as url:
         host, port = url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port), limit=4096)
@@ -188,7 +193,10 @@ async def ask(dispatcher: FakeDispatcher, *, pause_s: float = 0.0, **fields: Any
         )
         writer.write(head.encode() + content)
         await asyncio.sleep(pause_s)
-        data = await reader.read()
+        reading = asyncio.create_task(reader.read())
+        await asyncio.sleep(pause_s)
+        then()
+        data = await reading
         writer.close()
     assert dispatcher.all_closed()
     return [json.loads(event) for event in events_of(data)]
@@ -232,8 +240,9 @@ async def test_what_needs_a_look_at_each_token_goes_the_whole_way(fields: dict[s
 async def test_a_slow_client_gets_its_pieces_joined_and_single_ones_again_when_it_keeps_pace() -> None:
     """Back-pressure closes the short way, and its end opens it again."""
     text = " the cat sat on the mat" * 4000
+    script = Script([[*ids(text), EOS]], hold_at=len(ids(text)) - 100)
     with spouts() as answers:
-        events = await ask(FakeDispatcher(Script([[*ids(text), EOS]])), pause_s=0.3)
+        events = await ask(FakeDispatcher(script), pause_s=1.0, then=script.go_on.set)
     assert text_of(events) == text
     first_refusal = answers.index(False)
     assert True in answers[:first_refusal], "until the buffers were full"
