@@ -275,7 +275,7 @@ async def knock(worker: Worker, key: bytes) -> AsyncIterator[asyncio.StreamReade
 
 
 async def test_a_wrong_key_a_used_one_and_none_at_all_get_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_line, "CONNECT_S", 0.1)
+    monkeypatch.setattr(step_line, "CONNECT_S", 0.5)
     async with working() as (worker, address), attached(address):
         await until(lambda: worker.num_lines == 1)
         (used,) = worker.server.lines._offered
@@ -287,9 +287,10 @@ async def test_a_wrong_key_a_used_one_and_none_at_all_get_nothing(monkeypatch: p
 
 async def test_strangers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_line, "MAX_STRANGERS", 1)
+    monkeypatch.setattr(step_line, "CONNECT_S", 30)  # who is let in is not put out before the test is over
     async with working() as (worker, _), knock(worker, b"half a key") as waiting:
         await until(lambda: worker.server.lines._num_strangers == 1)
-        async with asyncio.timeout(0.5), knock(worker, b"") as answer:
+        async with asyncio.timeout(5), knock(worker, b"") as answer:
             assert await answer.read() == b""
         assert not waiting.at_eof()
 

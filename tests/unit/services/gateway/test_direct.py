@@ -124,9 +124,9 @@ async def test_under_another_server_the_answer_goes_through_send() -> None:
 
 
 async def test_silence_is_counted_from_the_last_direct_write() -> None:
-    options = HttpOptions(stream=StreamOptions(opening_wait_s=0.01, keepalive_s=0.1))
+    options = HttpOptions(stream=StreamOptions(opening_wait_s=0.01, keepalive_s=0.35))
     async with (
-        served(make_app(saying("abcdefghij", delay_s=0.03), options)) as url,
+        served(make_app(saying("abcdefghij", delay_s=0.1), options)) as url,
         httpx.AsyncClient(base_url=url) as client,
     ):
         response = await client.post(COMPLETIONS, json=BODY | {"n": 1})

@@ -202,9 +202,11 @@ def test_golden_chat_ids_of_a_rendered_prompt() -> None:
 async def test_the_event_loop_goes_on_while_a_prompt_of_a_megabyte_is_tokenized():
     model = replace(served_model(), max_model_len=1 << 21)
     prompt = "the cat sat on the mat " * 50_000
-    began = time.perf_counter()
-    tokens = model.tokenizer.encode(prompt)
-    alone_s = time.perf_counter() - began
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        tokens = model.tokenizer.encode(prompt)
+        times.append(time.perf_counter() - began)
     gaps, dispatcher = [], saying("a")
 
     async def tick():
@@ -222,4 +224,4 @@ async def test_the_event_loop_goes_on_while_a_prompt_of_a_megabyte_is_tokenized(
     assert len(prompt) > 1 << 20
     assert (response.status_code, dispatcher.requests[0].prompt_tokens) == (200, tokens)
     assert len(gaps) > 10
-    assert max(gaps) < alone_s / 2, "the loop stood still for about as long as tokenizing takes"
+    assert max(gaps) < 0.75 * min(times), "the loop stood still for about as long as tokenizing takes"
