@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from services.gateway.choice import ChoiceText, Delta
-from services.gateway.generation import Dispatcher, Generation, GenerationRequest, TokenTaker, Usage
-from services.gateway.http_metrics import AnswerTimer, ChoiceClock
+from services.gateway.generation import Dispatcher, Generation, GenerationRequest, Usage
+from services.gateway.http_metrics import AnswerTimer
+from services.gateway.outlet import Outlet
 from services.gateway.prepare import Job, Prompt
 from services.gateway.vocabulary import Vocabulary
 from tailrace.errors import InternalError
@@ -48,6 +49,7 @@ class Answer:
         self._echoes = {i: echo for i, echo in enumerate(echoes) if echo}
         self._usages: list[Usage] = []
         self._reader: Reader | None = None
+        self._outlet: Outlet | None = None
         self.is_closed = False
 
     @property
@@ -73,15 +75,19 @@ class Answer:
             tracestate=origin.tracestate,
         )
 
-    def divert(self, index: int, take: TokenTaker) -> None:
-        """The short way for tokens of a choice that has had content; see `Generation.divert`."""
-        self._generations[index // self.job.num_choices].divert(index % self.job.num_choices, take)
+    def divert(self, outlet: Outlet) -> None:
+        """The short way of an answer of one choice; see `Generation.divert`."""
+        self._outlet = outlet
+        self._generations[0].divert(0, outlet)
+
+    def settle(self) -> None:
+        """Counts what went the short way."""
+        if self._outlet is not None and (num_tokens := self._outlet.num_new()):
+            self._choices[0].num_tokens += num_tokens
+            self._timer.clock(0).last = self._outlet.wrote_at
 
     def choice(self, index: int) -> ChoiceText:
         return self._choices[index]
-
-    def clock(self, index: int) -> ChoiceClock:
-        return self._timer.clock(index)
 
     def follow(self, reader: Reader) -> None:
         """The reader gets what has come so far before this returns, the rest as it comes. Called once."""
@@ -148,6 +154,7 @@ class _Part:
         text = self._choices[choice]
         if text.reason is not None or self._answer.is_closed:
             return
+        self._answer.settle()
         self._answer.emit(self._first + choice, text, text.feed(token_ids, logprobs))
         if text.reason is not None:
             self._generation.finish_choice(choice)
@@ -155,6 +162,7 @@ class _Part:
     def on_choice_ended(self, choice: int, reason: FinishReason) -> None:
         text = self._choices[choice]
         if text.reason is None and not self._answer.is_closed:
+            self._answer.settle()
             self._answer.emit(self._first + choice, text, text.finish(reason))
 
     def on_finished(self, usage: Usage) -> None:

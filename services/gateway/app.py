@@ -15,6 +15,7 @@ from services.gateway.generate import Endpoints, HttpOptions, no_such_model
 from services.gateway.generation import Dispatcher
 from services.gateway.http_errors import answer_error, answer_http_exception
 from services.gateway.http_metrics import HttpMetrics
+from services.gateway.outlet import Desk, StepWriter
 from services.gateway.prepare import ServedModel
 from tailrace import __version__
 from tailrace.errors import TailraceError
@@ -41,14 +42,25 @@ class Views:
     """Of the decode workers that are attached."""
 
 
-def create_app(*, dispatcher: Dispatcher, model: ServedModel, options: HttpOptions, views: Views) -> FastAPI:
-    """Raises nothing; opens nothing. Whoever runs the app closes what is behind the dispatcher."""
+def create_app(
+    *,
+    dispatcher: Dispatcher,
+    model: ServedModel,
+    options: HttpOptions,
+    views: Views,
+    step_writer: StepWriter | None = None,
+) -> FastAPI:
+    """Raises nothing; opens nothing. Whoever runs the app closes what is behind the dispatcher.
+
+    step_writer: None: streams have no short way.
+    """
     metrics = HttpMetrics()
+    desk = Desk(step_writer, model.tokenizer.vocabulary, metrics.icl) if step_writer is not None else None
     app = FastAPI(title="Tailrace", version=__version__, openapi_url=None, redirect_slashes=False)
     app.add_middleware(Edge, api_keys=options.api_keys, metrics=metrics)
     app.add_exception_handler(TailraceError, answer_error)
     app.add_exception_handler(HTTPException, answer_http_exception)
-    app.include_router(_openai_routes(Endpoints(dispatcher, model, options, metrics), model, views))
+    app.include_router(_openai_routes(Endpoints(dispatcher, model, options, metrics, desk), model, views))
     app.include_router(_operator_routes(views, metrics))
     return app
 

@@ -35,6 +35,7 @@ class ChoiceText:
     __slots__ = (
         "_detokenizer",
         "_end_ids",
+        "_ends_are_special",
         "_has_stops",
         "_length",
         "_shown",
@@ -50,6 +51,7 @@ class ChoiceText:
         self._stops = StopFinder(job.stops, include=job.include_stop)
         self._has_stops = bool(job.stops)
         self._end_ids = job.end_ids
+        self._ends_are_special = job.end_ids <= vocabulary.special_ids
         self._waiting: list[ScoredToken] = []
         self._length = 0
         self._shown = 0
@@ -82,12 +84,10 @@ class ChoiceText:
                 text += feed(token_id)
         return Delta(text)
 
-    def whole(self, token_id: int) -> str | None:
-        """What `feed` would show for a token without log-probabilities, which is then only to be counted.
-
-        None or empty: it must be fed.
-        """
-        return None if self._has_stops or token_id in self._end_ids else self._detokenizer.whole(token_id)
+    @property
+    def is_plain(self) -> bool:
+        """A token that is not special and whole text would be shown as it is, and is only to be counted."""
+        return not self._has_stops and self._ends_are_special and self._detokenizer.is_plain
 
     def finish(self, reason: FinishReason) -> Delta:
         """The choice ended by itself: what was held back is shown, unless that completes a stop string."""

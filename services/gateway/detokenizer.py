@@ -37,11 +37,10 @@ class Detokenizer:
             return ""
         return self._printable(text) if self._strips_space else text
 
-    def whole(self, token_id: int) -> str | None:
-        """What `feed` would return where that changes nothing here; None: it must be fed."""
-        if self._is_mid_character or self._strips_space or token_id in self._hidden:
-            return None
-        return self._texts[token_id]
+    @property
+    def is_plain(self) -> bool:
+        """A token that is not special and whole text is returned as it is, and changes nothing here."""
+        return not (self._is_mid_character or self._strips_space)
 
     def flush(self) -> str:
         """At the end of the choice: what is left of a character that never became whole."""

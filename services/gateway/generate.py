@@ -17,6 +17,7 @@ from services.gateway.generation import Dispatcher
 from services.gateway.http_errors import BodyTimeoutError, BodyTooLargeError, ModelNotFoundError
 from services.gateway.http_metrics import AnswerTimer, HttpMetrics
 from services.gateway.openai_response import AnswerFormat, ChatFormat, CompletionFormat, Envelope
+from services.gateway.outlet import Desk
 from services.gateway.prepare import Job, RequestLimits, ServedModel, prepare_chat, prepare_completion
 from services.gateway.schemas import ChatBody, CommonBody, CompletionBody, parse_body
 from services.gateway.sse import EventStream, StreamOptions
@@ -38,11 +39,14 @@ class HttpOptions:
 
 
 class Endpoints:
-    def __init__(self, dispatcher: Dispatcher, model: ServedModel, options: HttpOptions, metrics: HttpMetrics) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, model: ServedModel, options: HttpOptions, metrics: HttpMetrics, desk: Desk | None
+    ) -> None:
         self._dispatcher = dispatcher
         self._model = model
         self._options = options
         self._metrics = metrics
+        self._desk = desk
         self._tokenizers = TokenizerPool(num_threads=options.num_tokenizer_threads)
 
     async def completions(self, request: Request) -> Response:
@@ -87,6 +91,7 @@ class Endpoints:
             self._format(body, envelope),
             self._metrics,
             self._options.stream,
+            self._desk,
             include_usage=body.includes_usage,
             request_id=request.state.request_id,
         )

@@ -1,9 +1,10 @@
 """What the edges ask of the rest of the gateway, and how they are told what comes of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from services.gateway.outlet import Outlet
 from tailrace.types import FinishReason, SamplingParams, TokenLogprob
 
 
@@ -65,10 +66,6 @@ class Listener(Protocol):
         ...
 
 
-TokenTaker = Callable[[int], bool]
-"""Takes the next token of a choice; False, and nothing done: it must go the whole way."""
-
-
 class Generation(Protocol):
     """One request being answered."""
 
@@ -76,9 +73,11 @@ class Generation(Protocol):
         """What has come so far is told before this returns, the rest as it comes. Called once."""
         ...
 
-    def divert(self, choice: int, take: TokenTaker) -> None:
-        """The short way: `take` may be asked first for any token of this choice that comes alone, in order and without
-        log-probabilities. The listener is told of those that it does not take, and of everything else, as before."""
+    def divert(self, choice: int, outlet: Outlet) -> None:
+        """The short way: the outlet is asked first for the tokens of this choice, each in its place.
+
+        The listener is told of those that it does not take, and of everything else, as before.
+        """
         ...
 
     def finish_choice(self, choice: int) -> None:

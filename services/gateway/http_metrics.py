@@ -1,6 +1,7 @@
 """What the edge measures, with the standard definitions: TTFT, TPOT and ICL as clients see them."""
 
 import time
+from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -19,18 +20,19 @@ class TokenHistogram(Collector):
     def __init__(self, name: str, documentation: str, bounds: Sequence[float]) -> None:
         """`bounds`: upper ones, ascending; the last bucket, without a bound, is added."""
         self._name, self._documentation = name, documentation
-        self._bounds = list(bounds)
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
+        self.bounds = array("d", bounds)
+        self.counts = array("Q", bytes(8 * (len(bounds) + 1)))
+        """One for each bound, of the values up to it, and one for all beyond. Compiled code may count too."""
+        self.sum = array("d", (0.0,))
 
     def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum[0] += value
 
     def collect(self) -> Iterator[Metric]:
-        names = [*map(str, map(float, self._bounds)), "+Inf"]
-        buckets = [(name, float(count)) for name, count in zip(names, accumulate(self._counts), strict=True)]
-        yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=self._sum)
+        names = [*map(str, self.bounds), "+Inf"]
+        buckets = [(name, float(count)) for name, count in zip(names, accumulate(self.counts), strict=True)]
+        yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=self.sum[0])
 
 
 class HttpMetrics:

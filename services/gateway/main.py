@@ -20,9 +20,11 @@ from services.gateway.http_server import HttpServer
 from services.gateway.inference import Inference, InferenceOptions
 from services.gateway.members import Members
 from services.gateway.observer import Observer, open_tracer
+from services.gateway.outlet import load_step_writer
 from services.gateway.prepare import RequestLimits, ServedModel
 from services.gateway.servicer import PUBLIC_SERVICES, add_to
 from services.gateway.tokenizer import Tokenizer
+from tailrace.checkpoint.cache_dir import default_cache_dir
 from tailrace.checkpoint.model_config import ModelConfig, load_model_config
 from tailrace.checkpoint.resolve import resolve_model
 from tailrace.config import GatewayConfig
@@ -80,8 +82,14 @@ class Gateway:
         epoch = secrets.randbits(32)
         index = MemoryIndex()
         gateway_id = f"gateway-{socket.gethostname()}-{os.getpid()}"
+        self.step_writer = load_step_writer(config.cache_dir or default_cache_dir())
         self.members = Members(
-            gateway_id=gateway_id, epoch=epoch, secret=self.secret, index=index, model_digest=model_digest
+            gateway_id=gateway_id,
+            epoch=epoch,
+            secret=self.secret,
+            index=index,
+            model_digest=model_digest,
+            step_writer=self.step_writer,
         )
         self.dispatcher = PairDispatcher(
             self.members, index, secret=self.secret, max_concurrent=config.max_concurrent_requests
@@ -139,6 +147,7 @@ class Gateway:
                 limits=RequestLimits(max_choices_per_prompt=config.max_choices),
             ),
             views=Views(ready=self.readiness, metrics=self.metrics_text, debug_kv=self.debug_kv, layouts=self.layouts),
+            step_writer=self.step_writer,
         )
         return uvicorn.Config(
             app,

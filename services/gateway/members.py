@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from services.gateway.generation import TokenTaker
 from services.gateway.index_feed import IndexFeed
+from services.gateway.outlet import Board, Outlet, StepWriter
 from services.gateway.watch import Silence, WorkWatch
 from tailrace.errors import InternalError, LayoutMismatchError, TailraceError, WorkerLostError
 from tailrace.index.memory import MemoryIndex
@@ -56,28 +56,6 @@ class LegSink(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Tap:
-    """The short way of a leg with one choice, which nearly every token takes.
-
-    Most of a token's cost is memory that has gone cold since the step before, so the short way touches little of it.
-    """
-
-    choice: int
-    first: int
-    """Position of the choice's first token."""
-    released: list[int]
-    """The session's own list."""
-    take: TokenTaker
-
-    def offer(self, choice: int, position: int, token_id: int) -> bool:
-        """False, and nothing done: the token must go through the leg's sink."""
-        if choice != self.choice or position != self.first + len(self.released) or not self.take(token_id):
-            return False
-        self.released.append(token_id)
-        return True
-
-
-@dataclass(slots=True, eq=False)
 class Member:
     """One attached worker."""
 
@@ -89,8 +67,8 @@ class Member:
     is_lost: bool = False
     """Its stream takes nothing more; that it has ended will be noticed in a moment."""
     sinks: dict[int, LegSink] = field(default_factory=dict)
-    taps: dict[int, Tap] = field(default_factory=dict)
-    """Of some of the sinks, by the same handle."""
+    board: Board | None = None
+    """The short way of some of the sinks, by the same handle."""
     fingerprint: bytes = field(init=False)
     _reserved: dict[int, tuple[float, int, int]] = field(default_factory=dict)
     """By handle: when, tokens, sequences."""
@@ -118,17 +96,18 @@ class Member:
         except TailraceError as error:
             log.debug("cancel at %s: %s", self.info.worker_id, error.message)
 
-    def tap(self, handle: int, tap: Tap) -> None:
-        """Until `untap` or `forget`; a leg that is forgotten already is left alone."""
-        if handle in self.sinks:
-            self.taps[handle] = tap
+    def connect(self, handle: int, outlet: Outlet) -> None:
+        """Until `disconnect` or `forget`; a leg that is forgotten already is left alone."""
+        if handle in self.sinks and self.board is not None:
+            self.board.connect(handle, outlet)
 
-    def untap(self, handle: int) -> None:
-        self.taps.pop(handle, None)
+    def disconnect(self, handle: int) -> None:
+        if self.board is not None:
+            self.board.disconnect(handle)
 
     def forget(self, handle: int) -> LegSink | None:
         """Who listened to it. Its sink hears nothing more."""
-        self.untap(handle)
+        self.disconnect(handle)
         self._reserved.pop(handle, None)
         return self.sinks.pop(handle, None)
 
@@ -143,15 +122,16 @@ class Member:
 
     def tell_tokens(self, columns: TokenColumns) -> None:
         """As `tell` for each row; this is where every token of the gateway comes through."""
-        rows = zip(columns.handles, columns.choices, columns.positions, columns.token_ids, strict=True)
-        logprobs = columns.logprobs
-        for row, (handle, choice, position, token_id) in enumerate(rows):
-            logprob = logprobs[row] if logprobs is not None else None
+        board = self.board
+        for row in board.write(columns) if board is not None else range(len(columns.handles)):
+            handle, token_id = columns.handles[row], columns.token_ids[row]
+            logprob = columns.logprobs[row] if columns.logprobs is not None else None
             try:
-                if logprob is None and (tap := self.taps.get(handle)) and tap.offer(choice, position, token_id):
+                if board is not None and board.is_settled(row, handle, token_id):
                     continue
                 if (sink := self.sinks.get(handle)) is not None:
-                    sink.on_tokens(choice, position, [token_id], [logprob] if logprob is not None else None)
+                    scores = [logprob] if logprob is not None else None
+                    sink.on_tokens(columns.choices[row], columns.positions[row], [token_id], scores)
             except Exception:
                 self._fail_for_defect(handle)
 
@@ -198,9 +178,17 @@ class Members:
     """All workers, by worker id. Event loop only."""
 
     def __init__(
-        self, *, gateway_id: str, epoch: int, secret: bytes, index: MemoryIndex, model_digest: str = ""
+        self,
+        *,
+        gateway_id: str,
+        epoch: int,
+        secret: bytes,
+        index: MemoryIndex,
+        model_digest: str = "",
+        step_writer: StepWriter | None = None,
     ) -> None:
         """`model_digest`: workers of another model are refused; empty: any will do."""
+        self._step_writer = step_writer
         self.gateway_id = gateway_id
         self._model_digest = model_digest
         self._epoch = epoch
@@ -334,7 +322,8 @@ class Members:
             self._farewell(old)
             old.call.close()
         self._known[peer.address] = info
-        member = Member(info, call, peer, IndexFeed(info, self._index, peer.snapshot))
+        board = Board(self._step_writer) if self._step_writer is not None else None
+        member = Member(info, call, peer, IndexFeed(info, self._index, peer.snapshot), board=board)
         self._members[info.worker_id] = member
         who, what = f"{info.role} worker {info.worker_id}", info.layout.arithmetic
         log.info("%s attached: %s; %d blocks at %s", who, what, info.num_blocks, info.address)

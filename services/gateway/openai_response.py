@@ -3,11 +3,11 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from json.encoder import encode_basestring_ascii
 from typing import Any, Protocol
 
 from services.gateway.choice import Delta, ScoredToken
 from services.gateway.generation import Usage
+from services.gateway.outlet import TextChunk
 from services.gateway.vocabulary import Vocabulary
 from tailrace.types import FinishReason
 
@@ -37,22 +37,11 @@ class AnswerFormat(Protocol):
 
     def chunks(self, index: int, delta: Delta, reason: FinishReason | None) -> bytes: ...
 
-    def text_chunk(self, index: int) -> "TextChunk | None":
+    def text_chunk(self, index: int) -> TextChunk | None:
         """Makes the chunks of a choice that have nothing but text; None when there is more to say of each token."""
         ...
 
     def usage_chunk(self, usage: Usage) -> bytes: ...
-
-
-@dataclass(frozen=True, slots=True)
-class TextChunk:
-    """What is constant in the chunks of one choice that have a text and nothing else, encoded once."""
-
-    before: bytes
-    after: bytes
-
-    def of(self, text: str) -> bytes:
-        return b"%b%b%b" % (self.before, encode_basestring_ascii(text).encode(), self.after)
 
 
 def dump(value: Any) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from services.gateway.generation import GenerationRequest, Listener, TokenTaker, Usage
-from services.gateway.members import Member, Tap
+from services.gateway.generation import GenerationRequest, Listener, Usage
+from services.gateway.members import Member
+from services.gateway.outlet import Outlet
 from tailrace.errors import InternalError, TailraceError
 from tailrace.lifecycle import Lifecycle, RequestState
 from tailrace.messages import LegReport
@@ -75,12 +76,24 @@ class Attempt:
 class _Choice:
     """What has been released of a choice."""
 
-    tokens: list[int] = field(default_factory=list)
     reason: FinishReason | None = None
-    take: TokenTaker | None = None
-    """The short way for its tokens, if they have one."""
+    outlet: Outlet | None = None
+    """The short way of its tokens, if they have one."""
     num_losses: int = 0
     num_refusals: int = 0
+    _tokens: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        if self.outlet is not None:
+            self._tokens += self.outlet.collect()
+        return self._tokens
+
+    def release(self, ids: list[int], position: int) -> None:
+        """`position` is that of the first of them."""
+        self._tokens += ids
+        if self.outlet is not None:
+            self.outlet.expect(position + len(ids))
 
     @property
     def is_over(self) -> bool:
@@ -153,18 +166,20 @@ class RequestSession:
         elif self.usage is not None and self.life.state is RequestState.FINISHED:
             listener.on_finished(self.usage)
 
-    def divert(self, choice: int, take: TokenTaker) -> None:
-        self._choices[choice].take = take
-        self._tap_legs()
+    def divert(self, choice: int, outlet: Outlet) -> None:
+        state = self._choices[choice]
+        outlet.expect(self._num_prompt_tokens + len(state.tokens))
+        state.outlet = outlet
+        self._connect_legs()
 
-    def _tap_legs(self) -> None:
-        """The short way is open to a decode leg that has spoken, if one choice is all that it has."""
+    def _connect_legs(self) -> None:
+        """The short way is open to a decode leg that has spoken, of a request of one choice."""
         for attempt in self._attempts:
-            if (leg := attempt.decode) is None or not attempt.has_joined or len(attempt.choices) != 1:
+            if (leg := attempt.decode) is None or not attempt.has_joined or len(self._choices) != 1:
                 continue
-            state = self._choices[attempt.choices[0]]
-            if state.take is not None and not state.is_over:
-                leg.member.tap(leg.handle, Tap(attempt.choices[0], self._num_prompt_tokens, state.tokens, state.take))
+            state = self._choices[0]
+            if state.outlet is not None and not state.is_over:
+                leg.member.connect(leg.handle, state.outlet)
 
     def finish_choice(self, choice: int) -> None:
         self._withdraw(choice)
@@ -276,7 +291,7 @@ class RequestSession:
             logprobs = logprobs[skip:] if self.request.sampling.logprobs is not None else None
         if skip:
             ids = ids[skip:]
-        state.tokens += ids
+        state.release(ids, expected)
         if self._listener is not None:
             self._listener.on_tokens(choice, expected, ids, logprobs)
         else:
@@ -290,7 +305,7 @@ class RequestSession:
                 self.move(RequestState.PREFILLING, now)
             self.move(RequestState.DECODING, now)
         self._last_role = role
-        self._tap_legs()
+        self._connect_legs()
 
     def take_report(self, leg: Leg, report: LegReport) -> None:
         if leg.role is Role.DECODE:
@@ -328,7 +343,7 @@ class RequestSession:
         self._choices[choice].reason = reason
         for attempt in self._attempts:
             if choice in attempt.choices and attempt.decode is not None:
-                attempt.decode.member.untap(attempt.decode.handle)
+                attempt.decode.member.disconnect(attempt.decode.handle)
         if all(state.is_over for state in self._choices):
             self._end(RequestState.FINISHED)
 

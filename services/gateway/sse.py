@@ -9,12 +9,13 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.answer import Answer
-from services.gateway.choice import ChoiceText, Delta
+from services.gateway.choice import Delta
 from services.gateway.direct import DirectBody, direct_body
 from services.gateway.disconnect import cancel_all, client_left
 from services.gateway.http_errors import ErrorReply
-from services.gateway.http_metrics import ChoiceClock, HttpMetrics
-from services.gateway.openai_response import DONE, AnswerFormat, TextChunk
+from services.gateway.http_metrics import HttpMetrics
+from services.gateway.openai_response import DONE, AnswerFormat
+from services.gateway.outlet import Desk, Outlet
 from tailrace.errors import TailraceError
 from tailrace.types import FinishReason
 
@@ -86,34 +87,12 @@ class Outbox:
         return Batch(pieces, self._is_last, self._error)
 
 
-@dataclass(slots=True, eq=False)
-class Spout:
-    """The short way from one choice's tokens to its client, open while the client keeps pace.
-
-    A token that is whole text is written at once; any other is left to the whole way.
-    """
-
-    choice: ChoiceText
-    clock: ChoiceClock
-    outbox: Outbox
-    body: DirectBody
-    chunk: TextChunk
-
-    def take(self, token_id: int) -> bool:
-        if not self.outbox.is_awaited or not (text := self.choice.whole(token_id)):
-            return False
-        if not self.body.write(self.chunk.of(text)):
-            return False
-        self.choice.num_tokens += 1
-        self.clock.content(self.body.wrote_at)
-        return True
-
-
 class EventStream(Response):
     """Follows an answer, which it owns, to its end or to the client's. Is the answer's Reader.
 
-    While the client keeps pace a piece is written as it comes, within the worker's message that brought it. The rest
-    goes through the outbox and its writer: the head, what a slow client lets wait, silence, and the end.
+    While the client keeps pace a piece is written as it comes, within the worker's message that brought it; the
+    plain ones by the outlet. The rest goes through the outbox and its writer: the head, what a slow client lets wait,
+    silence, and the end.
     """
 
     def __init__(
@@ -122,6 +101,7 @@ class EventStream(Response):
         answer_format: AnswerFormat,
         metrics: HttpMetrics,
         options: StreamOptions,
+        desk: Desk | None,
         *,
         include_usage: bool,
         request_id: str,
@@ -136,8 +116,9 @@ class EventStream(Response):
         self._include_usage = include_usage
         self._request_id = request_id
         self._outbox = Outbox()
+        self._desk = desk
         self._direct: DirectBody | None = None
-        self._diverted: set[int] = set()
+        self._outlet: Outlet | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.create_task(self._write(scope, receive, send))
@@ -150,7 +131,7 @@ class EventStream(Response):
             else:
                 self._metrics.disconnects.labels("left").inc()
         finally:
-            self._direct = None
+            self._let_go()
             for task in (writer, left):
                 task.cancel()
             await self._answer.aclose()
@@ -162,15 +143,24 @@ class EventStream(Response):
         body = self._direct
         if body is None or not self._outbox.is_awaited or not body.write(self._format.chunks(index, delta, reason)):
             self._outbox.put(index, delta, reason)
-        elif index not in self._diverted:
-            self._divert(index, body)
+        elif self._outlet is not None and reason is None and body.is_flushed and self._answer.choice(0).is_plain:
+            self._outlet.open(body.wrote_at)
 
-    def _divert(self, index: int, body: DirectBody) -> None:
-        self._diverted.add(index)
-        if (chunk := self._format.text_chunk(index)) is not None:
-            answer = self._answer
-            spout = Spout(answer.choice(index), answer.clock(index), self._outbox, body, chunk)
-            answer.divert(index, spout.take)
+    def _connect(self, body: DirectBody) -> None:
+        """An answer of one choice gets its short way, closed until a piece has been written directly."""
+        self._direct = body
+        chunk = self._format.text_chunk(0)
+        if self._desk is not None and chunk is not None and self._answer.num_choices == 1:
+            self._outlet = self._desk.outlet(body, chunk)
+            if self._outlet is not None:
+                self._answer.divert(self._outlet)
+
+    def _let_go(self) -> None:
+        if self._outlet is not None:
+            self._outlet.close()
+        if self._direct is not None:
+            self._direct.close()
+            self._direct = None
 
     def close(self, error: Exception | None) -> None:
         if error is not None and not isinstance(error, TailraceError):
@@ -190,7 +180,8 @@ class EventStream(Response):
             while not batch.is_last:
                 await self._send(send, (opening + self._chunks(batch)) or _KEEPALIVE, more=True)
                 opening = b""
-                self._direct = self._direct or direct_body(receive)
+                if self._direct is None and (body := direct_body(receive)) is not None:
+                    self._connect(body)
                 batch = await self._next_batch()
             await self._send(send, opening + self._chunks(batch) + self._ending(batch.error), more=False)
         except TimeoutError:
@@ -202,10 +193,14 @@ class EventStream(Response):
         silence_s = self._options.keepalive_s
         while True:
             batch = await self._outbox.take(silence_s)
-            wrote_at = self._direct.wrote_at if self._direct is not None else 0.0
-            silence_s = wrote_at + self._options.keepalive_s - time.monotonic()
+            silence_s = self._wrote_at() + self._options.keepalive_s - time.monotonic()
             if batch.pieces or batch.is_last or silence_s <= 0:
                 return batch
+
+    def _wrote_at(self) -> float:
+        """When something was last written directly, in monotonic seconds."""
+        times = [way.wrote_at for way in (self._direct, self._outlet) if way is not None]
+        return max(times, default=0.0)
 
     def _chunks(self, batch: Batch) -> bytes:
         return b"".join(self._format.chunks(index, *piece) for index, piece in batch.pieces.items())
@@ -217,6 +212,8 @@ class EventStream(Response):
 
     async def _send(self, send: Send, body: bytes, *, more: bool) -> None:
         """In pieces, before each of which the server waits for a client that is behind. Raises TimeoutError."""
+        if self._outlet is not None:
+            self._outlet.close()
         while body:
             piece, body = body[:_PIECE_BYTES], body[_PIECE_BYTES:]
             async with asyncio.timeout(self._options.slow_client_s):

@@ -76,6 +76,8 @@ class Vocabulary(dict[int, bytes]):
         self.decoding = decoding
         self._tokens = {i: token for token, i in raw.get_vocab(with_added_tokens=True).items()}
         self._table = _byte_level_table()
+        self.num_tokens = max(self._tokens, default=-1) + 1
+        """Ids are below it."""
         self.texts = Texts(self)
         self.special_ids = frozenset(i for i, token in raw.get_added_tokens_decoder().items() if token.special)
 
@@ -84,6 +86,11 @@ class Vocabulary(dict[int, bytes]):
         value = b"" if token is None else self._bytes(token)
         self[token_id] = value
         return value
+
+    def text(self, token_id: int) -> str | None:
+        """As `texts`, but nothing is kept."""
+        token = self._tokens.get(token_id)
+        return _text(b"" if token is None else self._bytes(token))
 
     def _bytes(self, token: str) -> bytes:
         if self.decoding.byte_level:
@@ -103,9 +110,13 @@ class Texts(dict[int, str | None]):
         self._vocabulary = vocabulary
 
     def __missing__(self, token_id: int) -> str | None:
-        try:
-            text = self._vocabulary[token_id].decode()
-        except UnicodeDecodeError:
-            text = None
+        text = _text(self._vocabulary[token_id])
         self[token_id] = text
         return text
+
+
+def _text(token: bytes) -> str | None:
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return None

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from tailrace.checkpoint.model_config import ModelConfig
+from tailrace.compiler import NativeUnavailableError
 from tailrace.engine.models.loading import LinearMakers, load_decoder, load_weights
 from tailrace.engine.models.rotary import rotary_table
-from tailrace.engine.native.build import NativeUnavailableError
 from tailrace.engine.native.decoder import NativeDecoder, why_not_native
 from tailrace.engine.native.library import NativeLibrary, load_library
 from tailrace.engine.native.packing import WeightArena

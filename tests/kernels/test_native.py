@@ -17,9 +17,9 @@ from tailrace.engine.models.decoder import Decoder
 from tailrace.engine.models.linear import PlainLinear
 from tailrace.engine.models.loading import LinearMakers, load_weights, tensor_shapes
 from tailrace.engine.models.rotary import rotary_table
-from tailrace.engine.native.build import NativeUnavailableError, build_library
+from tailrace.compiler import NativeUnavailableError
 from tailrace.engine.native.decoder import NativeDecoder
-from tailrace.engine.native.library import load_library
+from tailrace.engine.native.library import load_library, source_for
 from tailrace.engine.native.packing import WeightArena
 from tailrace.engine.weights import DummySource
 from tailrace.plan import BlockAppend, Chunk, StepPlan
@@ -241,17 +241,17 @@ def test_no_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_compiling_takes_seconds_and_is_done_once(tmp_path: Path) -> None:
     began = time.monotonic()
-    path = build_library("bfloat16", tmp_path)
+    path = source_for("bfloat16").build(tmp_path)
     assert time.monotonic() - began < 20
     made = path.stat()
-    assert build_library("bfloat16", tmp_path) == path
+    assert source_for("bfloat16").build(tmp_path) == path
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
 
 
 def test_a_broken_file_is_made_again(tmp_path: Path) -> None:
-    path = build_library("float32", tmp_path)
+    path = source_for("float32").build(tmp_path)
     path.write_bytes(b"short")
     load_library("float32", tmp_path)
     assert path.stat().st_size > 1000
-    assert build_library("float32", tmp_path) == path
+    assert source_for("float32").build(tmp_path) == path
     assert list(path.parent.iterdir()) == [path]

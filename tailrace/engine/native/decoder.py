@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from tailrace.checkpoint.model_config import ModelConfig
+from tailrace.compiler import NativeUnavailableError
 from tailrace.engine.batch import BatchState
 from tailrace.engine.models.decoder import DecoderWeights, LayerWeights
 from tailrace.engine.models.quantization import HEAD_SHARE
 from tailrace.engine.models.rotary import RotaryTable
-from tailrace.engine.native.build import NativeUnavailableError
 from tailrace.engine.native.library import (
     PHASES,
     ChunkStruct,

@@ -1,11 +1,24 @@
 """The compiled kernels as Python sees them. Mirrors the structs of source/model.h and decoder.c."""
 
 import ctypes
+import platform
 from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
-from tailrace.engine.native.build import NativeUnavailableError, build_library
+from tailrace.compiler import Source
 
+_MAIN = Path(__file__).parent / "source" / "decoder.c"
+_FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-march=native",
+    # NaN and infinity keep their meaning: masks and bad rows need them.
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-pthread",
+)
+_WIDE_VECTORS = ("-mprefer-vector-width=512",)
+_DTYPE_FLAGS = {"bfloat16": ("-DBFLOAT16",), "float32": ()}
 PHASES = ("embedding", "norms", "qkv", "rotary", "attention", "attention_out", "gate_up", "down", "head")
 """What a step's time goes to; enum Phase of source/clock.h."""
 
@@ -133,13 +146,10 @@ _STRUCTS = (
 
 
 class NativeLibrary:
-    """Its functions run without the interpreter's lock. Raises NativeUnavailableError when it cannot be loaded."""
+    """Its functions run without the interpreter's lock."""
 
-    def __init__(self, path: Path) -> None:
-        try:
-            self._functions = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise NativeUnavailableError(f"{path} cannot be loaded: {error}") from None
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        self._functions = functions
         self.forward = self._functions.tailrace_forward
         self.forward.argtypes, self.forward.restype = (c_void_p, c_void_p), c_int
         self.logits = self._functions.tailrace_logits
@@ -164,12 +174,12 @@ class NativeLibrary:
         assert list(sizes) == list(map(ctypes.sizeof, _STRUCTS)), "library.py and decoder.c differ"
 
 
+def source_for(dtype: str) -> Source:
+    """Of the kernels for "bfloat16" or "float32"."""
+    wide = _WIDE_VECTORS if platform.machine() in ("x86_64", "AMD64") else ()
+    return Source(dtype, _MAIN, (*_FLAGS, *wide, *_DTYPE_FLAGS[dtype]))
+
+
 def load_library(dtype: str, cache_dir: Path) -> NativeLibrary:
     """Raises NativeUnavailableError."""
-    path = build_library(dtype, cache_dir)
-    try:
-        return NativeLibrary(path)
-    except NativeUnavailableError:
-        # A file that was cut short by a full disk, say. A directory that forbids execution fails again.
-        path.unlink(missing_ok=True)
-        return NativeLibrary(build_library(dtype, cache_dir))
+    return NativeLibrary(source_for(dtype).load(ctypes.CDLL, cache_dir))
