@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from services.gateway.generation import GenerationRequest, Listener, TokenTaker, Usage
+from services.gateway.generation import GenerationRequest, Listener, Usage
+from services.gateway.outlet import Outlet
 from tailrace.errors import TailraceError
 from tailrace.types import FinishReason, TokenLogprob
 
@@ -36,7 +37,7 @@ class FakeGeneration:
     def __init__(self, request: GenerationRequest, script: Script) -> None:
         self.request = request
         self.finished: list[int] = []
-        self.takers: dict[int, TokenTaker] = {}
+        self.outlets: dict[int, Outlet] = {}
         self.num_events = 0
         self.closed = asyncio.Event()
         self._script = script
@@ -83,15 +84,19 @@ class FakeGeneration:
             return None
         return [TokenLogprob(-0.5, tuple((token + i, -0.5 - i) for i in range(count))) for token in tokens]
 
-    def divert(self, choice: int, take: TokenTaker) -> None:
-        self.takers[choice] = take
+    def divert(self, choice: int, outlet: Outlet) -> None:
+        self.outlets[choice] = outlet
 
     def _tokens(
         self, choice: int, position: int, ids: list[int], logprobs: list[TokenLogprob] | None, listener: Listener
     ) -> None:
-        take = self.takers.get(choice)
-        if take is None or len(ids) > 1 or logprobs is not None or not take(ids[0]):
-            listener.on_tokens(choice, position, ids, logprobs)
+        outlet = self.outlets.get(choice)
+        if outlet is not None and len(ids) == 1 and outlet.take(position, ids[0]):
+            return
+        if outlet is not None:
+            outlet.collect()
+            outlet.expect(position + len(ids))
+        listener.on_tokens(choice, position, ids, logprobs)
 
     def finish_choice(self, choice: int) -> None:
         self.finished.append(choice)

@@ -26,6 +26,7 @@ from tailrace.messages import (
     WorkerInfo,
 )
 from tailrace.types import FinishReason, Role, SamplingParams, TokenLogprob
+from tests.helpers.gateway_app import step_writer
 
 SECRET = b"a secret of the tests"
 DIGEST = "a model"
@@ -271,7 +272,7 @@ class FakeCluster:
         assert self.dispatcher.num_running == 0
         for member in self.members.all():
             assert member.sinks == {}, member.info.worker_id
-            assert member.taps == {}, member.info.worker_id
+            assert not member.board, member.info.worker_id
             assert member._reserved == {}, member.info.worker_id
 
 
@@ -285,7 +286,9 @@ async def fake_cluster(
     network = FakeNetwork(*prefills, *decodes)
     with network.used(reattach_s):
         index = MemoryIndex()
-        members = Members(gateway_id="g", epoch=1, secret=SECRET, index=index, model_digest=DIGEST)
+        members = Members(
+            gateway_id="g", epoch=1, secret=SECRET, index=index, model_digest=DIGEST, step_writer=step_writer()
+        )
         dispatcher = PairDispatcher(members, index, secret=SECRET, max_concurrent=max_concurrent)
         for address in network.workers:
             members.add(address)

@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Any
 
 import httpx
@@ -12,8 +13,10 @@ from fastapi import FastAPI
 
 from services.gateway.app import Readiness, Views, create_app
 from services.gateway.generate import HttpOptions
+from services.gateway.outlet import StepWriter, load_step_writer
 from services.gateway.prepare import ServedModel
 from services.gateway.tokenizer import Tokenizer
+from tailrace.checkpoint.cache_dir import default_cache_dir
 from tailrace.kv.layout import KVLayout
 from tests.helpers.fake_dispatcher import FakeDispatcher, Script
 from tests.helpers.tiny_tokenizers import CHATML_CONFIG, byte_level
@@ -45,6 +48,13 @@ def served_model() -> ServedModel:
     )
 
 
+@cache
+def step_writer() -> StepWriter:
+    writer = load_step_writer(default_cache_dir())
+    assert writer is not None
+    return writer
+
+
 async def no_blocks() -> object:
     return {"workers": []}
 
@@ -59,7 +69,11 @@ def make_app(
 ) -> FastAPI:
     views = Views(lambda: Readiness(tuple(not_ready), 2), lambda: b"tailrace_other 1.0\n", no_blocks, lambda: layouts)
     return create_app(
-        dispatcher=dispatcher, model=model or served_model(), options=options or HttpOptions(), views=views
+        dispatcher=dispatcher,
+        model=model or served_model(),
+        options=options or HttpOptions(),
+        views=views,
+        step_writer=step_writer(),
     )
 
 

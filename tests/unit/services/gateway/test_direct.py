@@ -146,6 +146,9 @@ class _Transport:
     def is_closing(self) -> bool:
         return self.closing
 
+    def get_extra_info(self, name: str) -> None:
+        return None
+
     def write(self, data: bytes) -> None:
         self.written.append(data)
 

@@ -10,119 +10,118 @@ from unittest import mock
 import pytest
 import uvloop
 
-from services.gateway.sse import Spout
+from services.gateway.outlet import Board, Outlet
 from tailrace.errors import WorkerLostError
 from tailrace.lifecycle import RequestState
-from tailrace.messages import LegReport, StepEvents
-from tailrace.types import FinishReason, SamplingParams, TokenLogprob
+from tailrace.messages import LegReport, StepEvents, TokenColumns
+from tailrace.types import FinishReason, SamplingParams
 from tests.helpers.fake_dispatcher import FakeDispatcher, Script
 from tests.helpers.fake_members import FakeCluster, Heard, fake_cluster, make_request, settle, until
 from tests.helpers.gateway_app import EOS, MODEL, ids, make_app, served
+from tests.helpers.outlets import Client
 
 LENGTH = FinishReason.LENGTH
-
-
-class Taker:
-    """Takes all tokens but some."""
-
-    def __init__(self, *refused: int) -> None:
-        self.taken: list[int] = []
-        self._refused = refused
-
-    def __call__(self, token_id: int) -> bool:
-        if token_id in self._refused:
-            return False
-        self.taken.append(token_id)
-        return True
+PART = 239
+"""A token that is no whole character."""
 
 
 def told(heard: Heard) -> list[int]:
     return [token for event in heard.events for token in getattr(event, "token_ids", [])]
 
 
-async def diverted(cluster: FakeCluster, taker: Taker, **fields: object) -> tuple[Any, Heard]:
+async def diverted(cluster: FakeCluster, client: Client, **fields: object) -> tuple[Any, Heard]:
     """A session whose first token was told by both legs."""
     session = await cluster.submit(**fields)
     heard = Heard(session)
     await cluster.prefill.tokens([11], report=LegReport(0, prefill_s=0.1))
-    session.divert(0, taker)
+    session.divert(0, client.outlet)
     await cluster.decode.tokens([11, 12])
     return session, heard
 
 
 async def test_the_first_token_of_decode_is_told_and_the_rest_is_taken() -> None:
     async with fake_cluster() as cluster:
-        taker = Taker()
-        session, heard = await diverted(cluster, taker)
+        client = Client()
+        session, heard = await diverted(cluster, client)
         await cluster.decode.tokens([13, 14], position=7)
-        assert (told(heard), taker.taken) == ([11, 12], [13, 14])
+        assert (told(heard), client.tokens()) == ([11, 12], [13, 14])
         assert session.released(0) == [11, 12, 13, 14]
         assert session.life.state is RequestState.DECODING
         await cluster.decode.tokens([15], position=9, reason=LENGTH)
-        assert taker.taken == [13, 14, 15]
+        assert client.tokens() == [13, 14, 15]
         assert session.usage.completion_tokens == 5
 
 
 async def test_what_is_not_taken_is_told_in_its_place() -> None:
     async with fake_cluster() as cluster:
-        taker = Taker(14)
-        session, heard = await diverted(cluster, taker)
-        await cluster.decode.tokens([13, 14, 15], position=7, reason=LENGTH)
-        assert (told(heard), taker.taken) == ([11, 12, 14], [13, 15])
-        assert session.released(0) == [11, 12, 13, 14, 15]
+        client = Client()
+        session, heard = await diverted(cluster, client)
+        await cluster.decode.tokens([13], position=7)
+        await cluster.decode.tokens([PART, 15], position=8)
+        await cluster.decode.tokens([16], position=10, reason=LENGTH)
+        assert (told(heard), client.tokens()) == ([11, 12, PART, 15], [13, 16])
+        assert session.released(0) == [11, 12, 13, PART, 15, 16]
 
 
 async def test_old_tokens_are_taken_once_and_a_gap_is_an_error() -> None:
     async with fake_cluster() as cluster:
-        taker = Taker()
-        _, heard = await diverted(cluster, taker)
+        client = Client()
+        _, heard = await diverted(cluster, client)
         await cluster.decode.tokens([12, 13], position=6)
-        assert (told(heard), taker.taken) == ([11, 12], [13])
+        assert (told(heard), client.tokens()) == ([11, 12], [13])
         await cluster.decode.tokens([99], position=42)
         assert "token 42 came before token 8" in str(heard.error)
-        assert taker.taken == [13]
+        assert client.tokens() == [13]
 
 
-async def test_tokens_with_logprobs_are_told() -> None:
+async def test_more_tokens_are_released_than_an_outlet_remembers() -> None:
     async with fake_cluster() as cluster:
-        taker = Taker()
-        _, heard = await diverted(cluster, taker, sampling=SamplingParams(max_tokens=8, seed=7, logprobs=0))
-        await cluster.decode.tokens([13], position=7, logprobs=[TokenLogprob(-1.0)], reason=LENGTH)
-        assert (told(heard), taker.taken) == ([11, 12, 13], [])
+        client = Client()
+        session, heard = await diverted(cluster, client, sampling=SamplingParams(max_tokens=400, seed=7))
+        tokens = [3 + i % 90 for i in range(300)]
+        for i, token in enumerate(tokens):
+            await cluster.decode.tokens([token], position=7 + i)
+            client.read()
+        assert session.released(0) == [11, 12, *tokens]
+        assert told(heard) == [11, 12, tokens[128], tokens[257]], "a full one leaves the next token to the whole way"
+        assert len(client.tokens()) == 298
+        await session.aclose()
 
 
 async def test_a_leg_of_several_choices_has_no_short_way() -> None:
     async with fake_cluster() as cluster:
-        taker = Taker()
-        session, heard = await diverted(cluster, taker, num_choices=2)
+        client = Client()
+        session, heard = await diverted(cluster, client, num_choices=2)
         await cluster.decode.tokens([13], position=7)
-        assert (told(heard), taker.taken) == ([11, 12, 13], [])
+        assert (told(heard), client.tokens()) == ([11, 12, 13], [])
         await session.aclose()
 
 
 async def test_another_worker_replays_what_was_taken_and_goes_on_the_short_way() -> None:
     async with fake_cluster(decode=2) as cluster:
-        taker = Taker()
+        client = Client()
         session = await cluster.submit()
         heard = Heard(session)
-        session.divert(0, taker)
+        session.divert(0, client.outlet)
         _, first = cluster.pair_of(session)
-        await first.tokens([11, 12, 13])
-        assert (told(heard), taker.taken) == ([11], [12, 13]), "the first token of a leg is told"
+        await first.tokens([11])
+        await first.tokens([12, 13], position=6)
+        assert (told(heard), client.tokens()) == ([11], [12, 13]), "the first token of a leg is told"
         await cluster.leave(first)
         await until(lambda: cluster.pair_of(session)[1] is not first)
         _, second = cluster.pair_of(session)
         assert second.last.tokens == [1, 2, 3, 4, 5, 11, 12, 13]
-        await second.tokens([14, 15, 16], position=8, reason=LENGTH)
-        assert (told(heard), taker.taken) == ([11, 14], [12, 13, 15, 16])
+        await second.tokens([14], position=8)
+        await second.tokens([15, 16], position=9, reason=LENGTH)
+        assert (told(heard), client.tokens()) == ([11, 14], [12, 13, 15, 16])
         assert session.released(0) == [11, 12, 13, 14, 15, 16]
 
 
 @pytest.mark.parametrize("how", ["close", "finish", "fail"])
 async def test_nothing_is_taken_after_the_end(how: str) -> None:
     async with fake_cluster() as cluster:
-        taker = Taker()
-        session, _ = await diverted(cluster, taker)
+        client = Client()
+        session, _ = await diverted(cluster, client)
         handle = cluster.decode.last.handle
         if how == "close":
             await session.aclose()
@@ -130,32 +129,44 @@ async def test_nothing_is_taken_after_the_end(how: str) -> None:
             session.finish_choice(0)
         else:
             session.fail(WorkerLostError("lost"))
-        assert cluster.members.get("d0").taps == {}
+        assert len(cluster.members.get("d0").board) == 0
         await cluster.decode.tokens([13], position=7, handle=handle)
-        assert taker.taken == []
+        assert client.tokens() == []
 
 
 async def test_a_defect_in_one_short_way_fails_its_own_request_only() -> None:
-    def broken(token_id: int) -> bool:
-        raise ValueError(token_id)
-
     async with fake_cluster() as cluster:
-        session = await cluster.submit()
-        heard = Heard(session)
-        await cluster.decode.tokens([11])
-        session.divert(0, broken)
+        client = Client()
+        session, heard = await diverted(cluster, client)
         other = await cluster.dispatcher.submit(make_request())
-        await cluster.decode.say(two_rows(cluster))
+        broken = mock.Mock(side_effect=ValueError)
+        with mock.patch.object(session._choices[0].outlet, "settle", broken), half_sent():
+            await cluster.decode.say(two_rows(cluster))
         await settle()
+        assert broken.called
         assert "its log says why" in str(heard.error)
         assert other.released(0) == [21]
         await other.aclose()
 
 
+@contextmanager
+def half_sent() -> Iterator[None]:
+    """Sockets that take one byte of each chunk."""
+    write = Board.write
+
+    def halved(self: Board, columns: TokenColumns) -> list[int]:
+        rows = write(self, columns)
+        self._outcomes[0] = 1
+        return [0, *rows]
+
+    with mock.patch.object(Board, "write", halved):
+        yield
+
+
 def two_rows(cluster: FakeCluster) -> StepEvents:
     event = StepEvents()
     first, second = (submission.handle for submission in cluster.decode.submissions)
-    event.tokens.add(first, 0, 6, 12, None)
+    event.tokens.add(first, 0, 7, 13, None)
     event.tokens.add(second, 0, 5, 21, None)
     return event
 
@@ -164,16 +175,16 @@ def two_rows(cluster: FakeCluster) -> StepEvents:
 
 
 @contextmanager
-def spouts() -> Iterator[list[bool]]:
-    """What spouts answered, token by token."""
+def outlets() -> Iterator[list[bool]]:
+    """What outlets answered, token by token."""
     answers: list[bool] = []
-    take = Spout.take
+    take = Outlet.take
 
-    def spy(self: Spout, token_id: int) -> bool:
-        answers.append(take(self, token_id))
+    def spy(self: Outlet, position: int, token_id: int) -> bool:
+        answers.append(take(self, position, token_id))
         return answers[-1]
 
-    with mock.patch.object(Spout, "take", spy):
+    with mock.patch.object(Outlet, "take", spy):
         yield answers
 
 
@@ -221,7 +232,7 @@ def text_of(events: list[dict[str, Any]]) -> str:
 def test_plain_text_is_taken_and_parts_of_characters_are_not(loop: Any) -> None:
     text = "the cat sat on the mat 🎈日本 and on the mat"
     script = Script([[*ids(text), EOS]], delay_s=0.001)
-    with spouts() as answers, asyncio.Runner(loop_factory=loop) as runner:
+    with outlets() as answers, asyncio.Runner(loop_factory=loop) as runner:
         events = runner.run(ask(FakeDispatcher(script), stream_options={"include_usage": True}))
     assert text_of(events) == text
     assert answers.count(True) > answers.count(False) > 2
@@ -231,7 +242,7 @@ def test_plain_text_is_taken_and_parts_of_characters_are_not(loop: Any) -> None:
 
 @pytest.mark.parametrize("fields", [{"stop": ["zzz"]}, {"logprobs": 1}], ids=["stop", "logprobs"])
 async def test_what_needs_a_look_at_each_token_goes_the_whole_way(fields: dict[str, Any]) -> None:
-    with spouts() as answers:
+    with outlets() as answers:
         events = await ask(FakeDispatcher(Script([[*ids("the cat sat"), EOS]], delay_s=0.001)), **fields)
     assert text_of(events) == "the cat sat"
     assert True not in answers
@@ -241,11 +252,12 @@ async def test_a_slow_client_gets_its_pieces_joined_and_single_ones_again_when_i
     """Back-pressure closes the short way, and its end opens it again."""
     text = " the cat sat on the mat" * 4000
     script = Script([[*ids(text), EOS]], hold_at=len(ids(text)) - 100)
-    with spouts() as answers:
+    with outlets() as answers:
         events = await ask(FakeDispatcher(script), pause_s=1.0, then=script.go_on.set)
     assert text_of(events) == text
-    first_refusal = answers.index(False)
-    assert True in answers[:first_refusal], "until the buffers were full"
+    first_taken = answers.index(True)
+    first_refusal = answers.index(False, first_taken)
+    assert first_refusal - first_taken > 10, "until the buffers were full"
     assert True in answers[first_refusal:], "when they were empty again"
     longest = max(len(choice["text"]) for event in events for choice in event["choices"])
     assert longest > 100 * len("the "), "joined while nobody read"
@@ -253,7 +265,7 @@ async def test_a_slow_client_gets_its_pieces_joined_and_single_ones_again_when_i
 
 async def test_a_client_that_leaves_in_the_middle_leaves_nothing_behind() -> None:
     dispatcher = FakeDispatcher(Script([ids(" the cat sat on the mat" * 400)], delay_s=0.001))
-    with spouts() as answers:
+    with outlets() as answers:
         async with served(make_app(dispatcher)) as url:
             host, port = url.removeprefix("http://").split(":")
             _, writer = await asyncio.open_connection(host, int(port))
