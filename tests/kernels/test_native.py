@@ -12,12 +12,12 @@ import torch
 from tailrace.checkpoint.cache_dir import default_cache_dir
 from tailrace.checkpoint.model_config import ModelConfig
 from tailrace.checkpoint.rope_config import RopeConfig
+from tailrace.compiler import NativeUnavailableError
 from tailrace.engine.batch import BatchState
 from tailrace.engine.models.decoder import Decoder
 from tailrace.engine.models.linear import PlainLinear
 from tailrace.engine.models.loading import LinearMakers, load_weights, tensor_shapes
 from tailrace.engine.models.rotary import rotary_table
-from tailrace.compiler import NativeUnavailableError
 from tailrace.engine.native.decoder import NativeDecoder
 from tailrace.engine.native.library import load_library, source_for
 from tailrace.engine.native.packing import WeightArena
