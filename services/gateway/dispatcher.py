@@ -20,7 +20,6 @@ from tailrace.errors import (
 )
 from tailrace.index.memory import MemoryIndex
 from tailrace.kv.hashing import chain_seed, hash_blocks
-from tailrace.kv.layout import KVLayout
 from tailrace.lifecycle import RequestState
 from tailrace.messages import KvSource, Submission
 from tailrace.policy.routing import Route, RouteRequest, choose
@@ -139,12 +138,13 @@ class PairDispatcher:
         decodes = [member.view() for member in self._members.of(Role.DECODE)]
         if not decodes:
             raise UnavailableError("no decode worker is attached", retry_after_s=RETRY_AFTER_S)
-        layout = self._members.get(decodes[0].worker_id).info.layout
+        decode = self._members.get(decodes[0].worker_id)
+        layout = decode.info.layout
         route = choose(
             RouteRequest(len(tokens), layout.block_size, request.num_choices),
             prefills,
             decodes,
-            self._hits(tokens, request.cache_salt, layout),
+            self._hits(tokens, request.cache_salt, decode),
             self._pair_rates(),
             layout.bytes_per_token,
         )
@@ -156,9 +156,9 @@ class PairDispatcher:
             raise InvalidRequestError(f"{len(tokens)} tokens; the largest worker holds {largest}", param="prompt")
         raise UnavailableError("no pair of workers can take requests now", retry_after_s=RETRY_AFTER_S)
 
-    def _hits(self, tokens: list[int], cache_salt: str, layout: KVLayout) -> dict[str, int]:
-        seed = chain_seed(layout.fingerprint, "", cache_salt)
-        return self._index.longest_prefix(hash_blocks(tokens, layout.block_size, seed))
+    def _hits(self, tokens: list[int], cache_salt: str, decode: Member) -> dict[str, int]:
+        seed = chain_seed(decode.fingerprint, "", cache_salt)
+        return self._index.longest_prefix(hash_blocks(tokens, decode.info.layout.block_size, seed))
 
     def _pair_rates(self) -> dict[tuple[str, str], float]:
         """A decode worker reports one rate for all its owners."""

@@ -157,6 +157,8 @@ class Gateway:
             access_log=False,
             timeout_graceful_shutdown=DRAIN_S,
             lifespan="off",
+            # Nothing here asks who the client is, behind a proxy or not.
+            proxy_headers=False,
         )
 
 
