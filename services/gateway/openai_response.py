@@ -71,13 +71,17 @@ def describe_usage(usage: Usage) -> dict[str, Any]:
 class _Chunks:
     """Chunks around a choice's JSON, whose constant parts are written once."""
 
-    def __init__(self, envelope: Envelope, kind: str, text_field: str, *, include_usage: bool) -> None:
-        """`text_field`: the JSON of a choice that holds its text, up to the text and after it, cut by one "%"."""
+    def __init__(self, envelope: Envelope, kind: str, text_field: str, end_field: str, *, include_usage: bool) -> None:
+        """`text_field`: the JSON of a choice that holds its text, up to the text and after it, cut by one "%".
+
+        `end_field`: what stands there when a choice ends.
+        """
         head = {"id": envelope.id, "object": kind, "created": envelope.created, "model": envelope.model}
         self._before = f"data: {dump(head)[:-1]},"
         self._choice_before = f'{self._before}"choices":[{{"index":'
         self._choice_after = '}],"usage":null}\n\n' if include_usage else "}]}\n\n"
         self._text_field = text_field
+        self._end_field = end_field
         self._text_chunks: dict[int, TextChunk] = {}
         """By index."""
 
@@ -89,11 +93,14 @@ class _Chunks:
             self._text_chunks[index] = chunk
         return chunk
 
-    def text(self, index: int, text: str) -> bytes:
-        return self.text_chunk(index).of(text)
-
-    def scored_text(self, index: int, text: str, logprobs: Any) -> bytes:
-        return self.choice(index, self._text_field.replace("%", dump(text)), dump(logprobs), None)
+    def pieces(self, index: int, delta: Delta, scores: Any, reason: FinishReason | None) -> bytes:
+        """The chunk of what became printable, with its scores unless they are None, and that of the end."""
+        text = b""
+        if scores is not None:
+            text = self.choice(index, self._text_field.replace("%", dump(delta.text)), dump(scores), None)
+        elif delta:
+            text = self.text_chunk(index).of(delta.text)
+        return text + self.choice(index, self._end_field, "null", reason) if reason else text
 
     def choice(self, index: int, content: str, logprobs: str, reason: FinishReason | None) -> bytes:
         finish = f'"{reason.openai}"' if reason else "null"
@@ -109,8 +116,8 @@ class ChatFormat:
         self._envelope = envelope
         self._vocabulary = vocabulary
         self._logprobs = logprobs
-        text_field = '"delta":{"content":%}'
-        self._chunks = _Chunks(envelope, "chat.completion.chunk", text_field, include_usage=include_usage)
+        fields = '"delta":{"content":%}', '"delta":{}'
+        self._chunks = _Chunks(envelope, "chat.completion.chunk", *fields, include_usage=include_usage)
 
     def body(self, texts: Sequence[Delta], reasons: Sequence[FinishReason], usage: Usage) -> bytes:
         choices = [
@@ -129,14 +136,8 @@ class ChatFormat:
         return b"".join(self._chunks.choice(index, content, "null", None) for index in range(num_choices))
 
     def chunks(self, index: int, delta: Delta, reason: FinishReason | None) -> bytes:
-        if reason is None and not self._logprobs:
-            return self._chunks.text(index, delta.text)
-        text = b""
-        if delta and self._logprobs:
-            text = self._chunks.scored_text(index, delta.text, self._scores(delta.tokens))
-        elif delta:
-            text = self._chunks.text(index, delta.text)
-        return text + self._chunks.choice(index, '"delta":{}', "null", reason) if reason else text
+        scores = self._scores(delta.tokens) if self._logprobs and delta else None
+        return self._chunks.pieces(index, delta, scores, reason)
 
     def text_chunk(self, index: int) -> TextChunk | None:
         return None if self._logprobs else self._chunks.text_chunk(index)
@@ -162,7 +163,7 @@ class CompletionFormat:
         self._envelope = envelope
         self._vocabulary = vocabulary
         self._logprobs = logprobs
-        self._chunks = _Chunks(envelope, "text_completion", '"text":%', include_usage=include_usage)
+        self._chunks = _Chunks(envelope, "text_completion", '"text":%', '"text":""', include_usage=include_usage)
 
     def body(self, texts: Sequence[Delta], reasons: Sequence[FinishReason], usage: Usage) -> bytes:
         choices = [
@@ -180,14 +181,8 @@ class CompletionFormat:
         return b""
 
     def chunks(self, index: int, delta: Delta, reason: FinishReason | None) -> bytes:
-        if reason is None and not self._logprobs:
-            return self._chunks.text(index, delta.text)
-        text = b""
-        if self._logprobs and delta.tokens:
-            text = self._chunks.scored_text(index, delta.text, self._scores(delta.tokens))
-        elif delta:
-            text = self._chunks.text(index, delta.text)
-        return text + self._chunks.choice(index, '"text":""', "null", reason) if reason else text
+        scores = self._scores(delta.tokens) if self._logprobs and delta.tokens else None
+        return self._chunks.pieces(index, delta, scores, reason)
 
     def text_chunk(self, index: int) -> TextChunk | None:
         return None if self._logprobs else self._chunks.text_chunk(index)
