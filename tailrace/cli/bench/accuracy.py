@@ -19,7 +19,8 @@ from tailrace.checkpoint.model_config import ModelConfig, load_model_config
 from tailrace.cli.bench.agreement import Pair, TextScores, greedy_agreement
 from tailrace.cli.bench.corpus import PROMPTS, TEXT_NAME, shipped_text
 from tailrace.cli.bench.engine_loop import EngineLoop, LoopOptions
-from tailrace.cli.bench.report import header, print_footer, print_json
+from tailrace.cli.bench.report import header, print_footer
+from tailrace.cli.bench.run import show
 from tailrace.cli.bench.teacher_forcing import by_decode, by_prefill
 from tailrace.cli.model import fetch_model
 from tailrace.cores import available_cores
@@ -46,11 +47,7 @@ class AccuracyOptions:
 
 def run_accuracy(options: AccuracyOptions, *, as_json: bool) -> None:
     """Prints tables, or one JSON object on stdout. Raises ConfigError or CheckpointError for what cannot be loaded."""
-    result = measure(options)
-    if as_json:
-        print_json(result)
-    else:
-        _print(result)
+    show(measure(options), _print, as_json=as_json)
 
 
 def measure(options: AccuracyOptions) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from rich.table import Table
 from tailrace.checkpoint.model_config import ModelConfig, load_model_config
 from tailrace.cli.bench.engine_loop import EngineLoop, LoopOptions, RunTimes, StepTimes, random_prompts
 from tailrace.cli.bench.probes import MachineLimits, measure_limits
-from tailrace.cli.bench.report import Spread, header, percentile, print_footer, print_json
+from tailrace.cli.bench.report import Spread, header, percentile, print_footer
+from tailrace.cli.bench.run import show
 from tailrace.cli.bench.scheduler_load import time_scheduler
 from tailrace.cli.model import fetch_model
 from tailrace.errors import ConfigError
@@ -44,11 +45,7 @@ class EngineBenchOptions:
 
 def run_engine(options: EngineBenchOptions, *, as_json: bool) -> None:
     """Prints a table, or one JSON object on stdout. Raises ConfigError or CheckpointError for what cannot be loaded."""
-    result = measure(options)
-    if as_json:
-        print_json(result)
-    else:
-        _print(result)
+    show(measure(options), _print, as_json=as_json)
 
 
 def measure(options: EngineBenchOptions) -> dict[str, Any]:

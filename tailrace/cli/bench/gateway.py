@@ -21,12 +21,12 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 from tailrace.cli.bench.load import Asker, RequestTimes, completion_body
-from tailrace.cli.bench.report import Percentiles, Spread, header, print_footer, print_json
+from tailrace.cli.bench.report import Percentiles, Spread, header, print_footer
+from tailrace.cli.bench.run import measure_and_show
 from tailrace.cli.cluster import free_port
 from tailrace.cli.console import ClusterConsole
 from tailrace.cli.model import fetch_model
 from tailrace.cli.supervisor import ChildSpec, RestartPolicy, Supervisor
-from tailrace.cli.up import until_signalled
 from tailrace.config import DEFAULT_MODEL, GatewayConfig, WorkerConfig, base_environment
 from tailrace.errors import UnavailableError
 
@@ -72,15 +72,7 @@ class ArmCosts:
 def run_gateway(options: GatewayBenchOptions, *, as_json: bool) -> None:
     """Prints a table, or one JSON object on stdout. Raises ChildFailedError when a process does not start."""
     model = fetch_model(options.model)
-
-    async def measure_and_print() -> None:
-        result = await _measure(options, model)
-        if as_json:
-            print_json(result)
-        else:
-            _print(result)
-
-    asyncio.run(until_signalled(measure_and_print()))
+    measure_and_show(_measure(options, model), _print, as_json=as_json)
 
 
 async def _measure(options: GatewayBenchOptions, model: Path) -> dict[str, Any]:

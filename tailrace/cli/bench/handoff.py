@@ -4,7 +4,6 @@ Two clusters on this machine, one that disaggregates and one that does not, with
 answer in turn, so that what drifts hits both alike; only ratios of the same run mean anything.
 """
 
-import asyncio
 import json
 import random
 import statistics
@@ -19,11 +18,11 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from tailrace.cli.bench.report import Spread, header, print_footer, print_json, served
+from tailrace.cli.bench.report import Spread, header, print_footer, served
+from tailrace.cli.bench.run import measure_and_show
 from tailrace.cli.cluster import Cluster, running_cluster
 from tailrace.cli.console import ClusterConsole
 from tailrace.cli.model import fetch_model
-from tailrace.cli.up import until_signalled
 from tailrace.config import UpConfig
 from tailrace.errors import UnavailableError
 
@@ -74,15 +73,7 @@ class ArmTimes:
 def run_handoff(config: UpConfig, options: HandoffOptions, *, as_json: bool) -> None:
     """Prints a table, or one JSON object on stdout. Raises ConfigError or ChildFailedError when no cluster starts."""
     model = fetch_model(config.model, config.revision, config.cache_dir)
-
-    async def measure_and_print() -> None:
-        result = await _measure(config, options, model)
-        if as_json:
-            print_json(result)
-        else:
-            _print(result)
-
-    asyncio.run(until_signalled(measure_and_print()))
+    measure_and_show(_measure(config, options, model), _print, as_json=as_json)
 
 
 async def _measure(config: UpConfig, options: HandoffOptions, model: Path) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from rich.table import Table
 
 from tailrace.checkpoint.model_config import load_model_config
 from tailrace.cli.bench.load import Asker, completion_body, token_prompts
-from tailrace.cli.bench.report import header, print_footer, print_json
+from tailrace.cli.bench.report import header, print_footer
+from tailrace.cli.bench.run import measure_and_show
 from tailrace.cli.cluster import running_cluster
 from tailrace.cli.console import ClusterConsole
 from tailrace.cli.model import fetch_model
-from tailrace.cli.up import until_signalled
 from tailrace.config import UpConfig
 from tailrace.errors import UnavailableError
 
@@ -44,15 +44,7 @@ class Usage:
 
 def run_idle(config: UpConfig, options: IdleOptions, *, as_json: bool) -> None:
     """Prints a table, or one JSON object on stdout. Raises ConfigError, ChildFailedError or UnavailableError."""
-
-    async def measure_and_print() -> None:
-        result = await _measure(config, options)
-        if as_json:
-            print_json(result)
-        else:
-            _print(result)
-
-    asyncio.run(until_signalled(measure_and_print()))
+    measure_and_show(_measure(config, options), _print, as_json=as_json)
 
 
 async def _measure(config: UpConfig, options: IdleOptions) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from rich.table import Table
 
 from tailrace.checkpoint.model_config import load_model_config
 from tailrace.cli.bench.load import Asker, Body, RequestTimes, completion_body, token_prompts
-from tailrace.cli.bench.report import Spread, header, percentile, print_footer, print_json
+from tailrace.cli.bench.report import Spread, header, percentile, print_footer
+from tailrace.cli.bench.run import measure_and_show
 from tailrace.cli.cluster import running_cluster
 from tailrace.cli.console import ClusterConsole
 from tailrace.cli.model import fetch_model
-from tailrace.cli.up import until_signalled
 from tailrace.config import UpConfig
 from tailrace.errors import UnavailableError
 
@@ -73,15 +73,7 @@ class ArmGaps:
 def run_interference(config: UpConfig, options: InterferenceOptions, *, as_json: bool) -> None:
     """Prints a table, or one JSON object on stdout. Raises ConfigError or ChildFailedError when no cluster starts."""
     model = fetch_model(config.model, config.revision, config.cache_dir)
-
-    async def measure_and_print() -> None:
-        result = await _measure(config, options, model)
-        if as_json:
-            print_json(result)
-        else:
-            _print(result)
-
-    asyncio.run(until_signalled(measure_and_print()))
+    measure_and_show(_measure(config, options, model), _print, as_json=as_json)
 
 
 def arm_configs(config: UpConfig) -> dict[str, UpConfig]:

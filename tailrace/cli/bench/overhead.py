@@ -19,12 +19,12 @@ from rich.table import Table
 
 from tailrace.checkpoint.model_config import load_model_config
 from tailrace.cli.bench.load import Asker, RequestTimes, completion_body, in_parallel, token_prompts
-from tailrace.cli.bench.report import Percentiles, Spread, header, print_footer, print_json, served
+from tailrace.cli.bench.report import Percentiles, Spread, header, print_footer, served
+from tailrace.cli.bench.run import measure_and_show
 from tailrace.cli.cluster import running_cluster
 from tailrace.cli.console import ClusterConsole
 from tailrace.cli.model import fetch_model
 from tailrace.cli.processes import start, tell
-from tailrace.cli.up import until_signalled
 from tailrace.config import UpConfig
 from tailrace.cores import Machine, available_cores
 from tailrace.errors import UnavailableError
@@ -56,15 +56,7 @@ class Turns:
 
 def run_overhead(config: UpConfig, options: OverheadOptions, *, as_json: bool) -> None:
     """Prints a table, or one JSON object on stdout. Raises ConfigError, ChildFailedError or UnavailableError."""
-
-    async def measure_and_print() -> None:
-        result = await _measure(config, options)
-        if as_json:
-            print_json(result)
-        else:
-            _print(result)
-
-    asyncio.run(until_signalled(measure_and_print()))
+    measure_and_show(_measure(config, options), _print, as_json=as_json)
 
 
 async def _measure(config: UpConfig, options: OverheadOptions) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What every benchmark says beside its figures: command, machine, versions, other load; and its statistics."""
 
-import json
 import math
 import os
 import platform
@@ -91,10 +90,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "load_before": round(os.getloadavg()[0], 2),
     }
-
-
-def print_json(result: dict[str, Any]) -> None:
-    print(json.dumps(result, indent=2))
 
 
 def print_footer(console: Console, result: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """`tailrace bench serve`: what a server that is asked by many gives to each: TTFT, TPOT, ICL, goodput, errors."""
 
-import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -12,11 +11,11 @@ from rich.table import Table
 
 from tailrace.checkpoint.model_config import load_model_config
 from tailrace.cli.bench.load import Asker, RequestTimes, at_rate, completion_body, in_parallel, token_prompts
-from tailrace.cli.bench.report import Percentiles, header, print_footer, print_json, served
+from tailrace.cli.bench.report import Percentiles, header, print_footer, served
+from tailrace.cli.bench.run import measure_and_show
 from tailrace.cli.cluster import running_cluster
 from tailrace.cli.console import ClusterConsole
 from tailrace.cli.model import fetch_model
-from tailrace.cli.up import until_signalled
 from tailrace.config import UpConfig
 from tailrace.errors import ConfigError
 
@@ -67,15 +66,7 @@ class ServeOptions:
 
 def run_serve(config: UpConfig, options: ServeOptions, *, as_json: bool) -> None:
     """Prints a table, or one JSON object on stdout. Raises ConfigError, ChildFailedError or UnavailableError."""
-
-    async def measure_and_print() -> None:
-        result = await measure(config, options)
-        if as_json:
-            print_json(result)
-        else:
-            _print(result)
-
-    asyncio.run(until_signalled(measure_and_print()))
+    measure_and_show(measure(config, options), _print, as_json=as_json)
 
 
 async def measure(config: UpConfig, options: ServeOptions) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tailrace.cli.bench.report import Spread, header, print_footer, print_json
+from tailrace.cli.bench.report import Spread, header, print_footer
+from tailrace.cli.bench.run import show
 from tailrace.cli.bench.transfer_pair import SHAPES
 from tailrace.cli.pair_rate import BLOCK_BYTES, order_pair
 from tailrace.config import UpConfig
@@ -36,11 +37,7 @@ class TransferBenchOptions:
 def run_transfer(config: UpConfig, options: TransferBenchOptions, *, as_json: bool) -> None:
     """Prints a table, or one JSON object on stdout. Raises TransferError when no pair can be made."""
     head = header("transfer")
-    result = report(head, options, _measure(config, options))
-    if as_json:
-        print_json(result)
-    else:
-        _print(result)
+    show(report(head, options, _measure(config, options)), _print, as_json=as_json)
 
 
 def _measure(config: UpConfig, options: TransferBenchOptions) -> dict[str, Any]:
