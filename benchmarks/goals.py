@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.limits import Limits
 from benchmarks.workloads import Workload
 from tailrace.cli.bench.report import Spread
 
@@ -11,22 +12,6 @@ if TYPE_CHECKING:
     from benchmarks.compare import GroupResult, Sample
 
 Result = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    must: float
-    aim: float
-    at_most: bool = False
-    """The smaller the better."""
-
-    def verdict(self, value: float) -> str:
-        if self._reaches(value, self.aim):
-            return "aim met"
-        return "met" if self._reaches(value, self.must) else "**missed**"
-
-    def _reaches(self, value: float, limit: float) -> bool:
-        return value <= limit if self.at_most else value >= limit
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,42 +25,42 @@ import torch
 
 from benchmarks.device.handover import compare_handover
 from benchmarks.device.kernels import check_all, kernel_rows, sampling_agrees, sampling_rows
-from benchmarks.device.limits import BLOCK, MODELS, Limits, Shape, cuda_timer, measure_limits
 from benchmarks.device.models import compare_graphs, model_rows
+from benchmarks.device.peaks import BLOCK, MODELS, Peaks, Shape, cuda_timer, measure_peaks
 
 DEVICE = "cuda"
 CONTEXTS = ((64, 1024), (1, 8192), (8, 8192))
 """Rows of a decode step, and the tokens of each."""
 
 
-def checks(shape: Shape, limits: Limits) -> bool:
+def checks(shape: Shape, peaks: Peaks) -> bool:
     agree = check_all(shape, DEVICE)
     return sampling_agrees(shape.vocab, DEVICE) and agree
 
 
-def kernels(shape: Shape, limits: Limits) -> bool:
+def kernels(shape: Shape, peaks: Peaks) -> bool:
     for row in kernel_rows(shape, cuda_timer, DEVICE, contexts=CONTEXTS):
-        print(row.text(limits), flush=True)
+        print(row.text(peaks), flush=True)
     for row in sampling_rows(shape.vocab, cuda_timer, DEVICE):
-        print(row.text(limits), flush=True)
+        print(row.text(peaks), flush=True)
     return True
 
 
-def models(shape: Shape, limits: Limits) -> bool:
+def models(shape: Shape, peaks: Peaks) -> bool:
     for row in model_rows(shape, DEVICE, batch=64, context=1024, prompt=8192):
-        print(row.text(limits), flush=True)
+        print(row.text(peaks), flush=True)
     return True
 
 
-def graphs(shape: Shape, limits: Limits) -> bool:
+def graphs(shape: Shape, peaks: Peaks) -> bool:
     return compare_graphs(shape, DEVICE, batch=8, context=1024)
 
 
-def handover(shape: Shape, limits: Limits) -> bool:
-    return compare_handover(shape, DEVICE, limits)
+def handover(shape: Shape, peaks: Peaks) -> bool:
+    return compare_handover(shape, DEVICE, peaks)
 
 
-Section = Callable[[Shape, Limits], bool]
+Section = Callable[[Shape, Peaks], bool]
 """Prints its lines; false when something differs from what it must be."""
 SECTIONS: Mapping[str, Section] = {
     "checks": checks,
@@ -86,17 +86,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"Python {platform.python_version()}, torch {torch.__version__}, triton {version('triton')}")
     print(f"bfloat16, blocks of {BLOCK} tokens; medians")
     with torch.inference_mode():
-        limits = measure_limits(cuda_timer, DEVICE)
-        print(f"copy {limits.bytes_per_s / 1e9:.0f} GB/s, matrix product {limits.flops_per_s / 1e12:.0f} TFLOP/s")
+        peaks = measure_peaks(cuda_timer, DEVICE)
+        print(f"copy {peaks.bytes_per_s / 1e9:.0f} GB/s, matrix product {peaks.flops_per_s / 1e12:.0f} TFLOP/s")
         shapes = [SHAPES[name] for name in chosen.models]
-        results = [run_section(name, shape, limits) for shape in shapes for name in SECTIONS if name in chosen.only]
+        results = [run_section(name, shape, peaks) for shape in shapes for name in SECTIONS if name in chosen.only]
     return 0 if all(results) else 1
 
 
-def run_section(name: str, shape: Shape, limits: Limits, sections: Mapping[str, Section] = SECTIONS) -> bool:
+def run_section(name: str, shape: Shape, peaks: Peaks, sections: Mapping[str, Section] = SECTIONS) -> bool:
     """False, and why on stderr, when the section fails; what it held of the device is free for the next one."""
     try:
-        return sections[name](shape, limits)
+        return sections[name](shape, peaks)
     except Exception as error:  # a boundary: whatever one section raises, the others have their turn
         print(f"gpu: {name} of {shape.name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return False

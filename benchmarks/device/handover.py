@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from benchmarks.device.limits import BLOCK, Limits, Shape
 from benchmarks.device.models import decode_started, dummy_engine, prefill, start
+from benchmarks.device.peaks import BLOCK, Peaks, Shape
 from tailrace.engine.engine import Engine
 from tailrace.plan import StepPlan
 
@@ -116,7 +116,7 @@ def take(engine: Engine, other: Prefiller, sizes: Sizes, expected: torch.Tensor)
 
 
 def compare_handover(
-    shape: Shape, device: str, limits: Limits, *, prompt: int = 8192, steps: int = 32, rounds: int = 5
+    shape: Shape, device: str, peaks: Peaks, *, prompt: int = 8192, steps: int = 32, rounds: int = 5
 ) -> bool:
     """Prints the rate and the exposed time. True when each round's blocks and tokens are those of one process alone."""
     sizes = Sizes(prompt, steps)
@@ -132,7 +132,7 @@ def compare_handover(
     rate, size = statistics.median(rates), taken[0].num_bytes
     print(
         f"{f'{shape.name} handover {prompt} by CUDA IPC':<52} {size / 1e6:.0f} MB at {rate / 1e9:.0f} GB/s "
-        f"({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}), {2 * rate / limits.bytes_per_s:.0%} of a local copy; "
+        f"({min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}), {2 * rate / peaks.bytes_per_s:.0%} of a local copy; "
         f"exposed {statistics.median(exposed):.0f} us ({min(exposed):.0f} to {max(exposed):.0f})"
     )
     print(f"{'ok' if agree else 'DIFFERS':<8} {shape.name} blocks and tokens after a handover and of one process alone")

@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.device.limits import BLOCK, DTYPE, Row, Shape, Timer
+from benchmarks.device.peaks import BLOCK, DTYPE, Row, Shape, Timer
+from benchmarks.limits import Limits
 from tailrace.engine.kernels import attention_decode, attention_prefill, kv_write, rms_norm, rope_kv_write, silu_mul
 from tailrace.engine.kernels.attention_decode import naive as decode_spec
 from tailrace.engine.kernels.attention_prefill import naive as prefill_spec
@@ -195,7 +196,7 @@ def decode_row(shape: Shape, timer: Timer, device: str, rows: int, length: int) 
     prepared = attention_decode.decode_rows(paged.pool, paged.tables, paged.lengths, [length] * rows, 0)
     seconds = timer(lambda: attention_decode.attention_decode(own, paged.pool, 1, prepared))
     moved = rows * length * 2 * shape.kv_heads * shape.head_dim * DTYPE.itemsize
-    return Row(f"{shape.name} attention_decode {rows} x {length}", seconds, moved, must=0.75, aim=0.90)
+    return Row(f"{shape.name} attention_decode {rows} x {length}", seconds, moved, asked=Limits(0.75, 0.90))
 
 
 def prefill_row(shape: Shape, timer: Timer, device: str, tokens: int) -> Row:

@@ -8,7 +8,8 @@ from math import prod
 from pathlib import Path
 
 from benchmarks.device.kernels import attention_flops
-from benchmarks.device.limits import BLOCK, DTYPE, Row, Shape, verdict
+from benchmarks.device.peaks import BLOCK, DTYPE, Row, Shape
+from benchmarks.limits import Limits
 from tailrace.engine.engine import Engine, EngineOptions, load_engine
 from tailrace.engine.models.loading import tensor_shapes
 from tailrace.plan import Chunk, SequenceStart, StepOutput, StepPlan
@@ -46,13 +47,13 @@ def model_rows(shape: Shape, device: str, *, batch: int, context: int, prompt: i
     linear = weights - shape.vocab * shape.hidden
     seconds = statistics.median(prefill(engine, prompt).elapsed_s for _ in range(5))
     flops = 2.0 * linear * prompt + shape.layers * attention_flops(shape, prompt)
-    yield Row(f"{shape.name} prefill {prompt}", seconds, flops=flops, must=0.50, aim=0.65)
+    yield Row(f"{shape.name} prefill {prompt}", seconds, flops=flops, asked=Limits(0.50, 0.65))
     for size in sorted({1, batch}):
         seconds = statistics.median(step.elapsed_s for step in decode(engine, size, context, steps))
         cached = size * (context + steps / 2) * engine.layout.bytes_per_token
         read = weights * DTYPE.itemsize + cached
-        asked = {"must": 0.65, "aim": 0.80} if size == batch else {}
-        yield Row(f"{shape.name} decode {size} x {context}", seconds, read, **asked)
+        asked = Limits(0.65, 0.80) if size == batch else None
+        yield Row(f"{shape.name} decode {size} x {context}", seconds, read, asked=asked)
 
 
 def compare_graphs(shape: Shape, device: str, *, batch: int, context: int, steps: int = 32, rounds: int = 5) -> bool:
@@ -74,7 +75,7 @@ def compare_graphs(shape: Shape, device: str, *, batch: int, context: int, steps
     times = f"{seconds[1] * 1e6:.0f} us over {seconds[0] * 1e6:.0f} us"
     middle = statistics.median(ratios)
     spread = f"{middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-    print(f"{name:<52} {spread}, {times}{verdict(middle, 2, 3)}")
+    print(f"{name:<52} {spread}, {times}{Limits(2, 3).beside(middle)}")
     print(f"{'ok' if agree else 'DIFFERS':<8} {shape.name} tokens with and without graphs")
     return agree
 

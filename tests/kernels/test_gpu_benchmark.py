@@ -10,11 +10,12 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.device import handover, kernels, models
-from benchmarks.device.limits import Limits, Row, Shape
+from benchmarks.device.peaks import Peaks, Row, Shape
+from benchmarks.limits import Limits
 
 ROOT = Path(__file__).parents[2]
 TINY = Shape("tiny", "Qwen3ForCausalLM", 2, 64, 96, 4, 2, 16, 1024, True)
-LIMITS = Limits(bytes_per_s=1e12, flops_per_s=1e13)
+PEAKS = Peaks(bytes_per_s=1e12, flops_per_s=1e13)
 
 
 def once(call):
@@ -55,7 +56,7 @@ def test_a_section_that_fails_says_so_and_leaves_the_others_their_turn(capsys):
         raise RuntimeError("out of memory")
 
     sections = {"bad": breaks, "good": lambda shape, limits: True}
-    assert [gpu.run_section(name, TINY, LIMITS, sections) for name in sections] == [False, True]
+    assert [gpu.run_section(name, TINY, PEAKS, sections) for name in sections] == [False, True]
     assert "bad of tiny failed: RuntimeError: out of memory" in capsys.readouterr().err
 
 
@@ -82,9 +83,9 @@ def test_rows_of_kernels_and_models_name_what_was_measured():
 
 
 def test_a_row_stands_beside_what_is_asked_of_it():
-    row = Row("decode", seconds=1e-3, num_bytes=0.7e9, must=0.65, aim=0.8)
-    assert row.text(LIMITS).endswith("MBU  70.0%  must 0.65, aim 0.8: met")
-    assert "must" not in Row("norm", seconds=1e-3, num_bytes=1e9).text(LIMITS)
+    row = Row("decode", seconds=1e-3, num_bytes=0.7e9, asked=Limits(0.65, 0.8))
+    assert row.text(PEAKS).endswith("MBU  70.0%  must 0.65, aim 0.8: met")
+    assert "must" not in Row("norm", seconds=1e-3, num_bytes=1e9).text(PEAKS)
 
 
 @torch.inference_mode()
@@ -97,7 +98,7 @@ def test_graphs_are_held_against_no_graphs(capsys):
 
 @torch.inference_mode()
 def test_a_handover_between_two_processes_gives_the_tokens_of_one(capsys):
-    assert handover.compare_handover(TINY, "cpu", LIMITS, prompt=100, steps=6, rounds=1)
+    assert handover.compare_handover(TINY, "cpu", PEAKS, prompt=100, steps=6, rounds=1)
     assert "ok       tiny blocks and tokens after a handover" in capsys.readouterr().out
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.device.kernels import check_all, kernel_rows, sampling_agrees, sampling_rows
-from benchmarks.device.limits import Shape, measure_limits
 from benchmarks.device.models import model_rows
+from benchmarks.device.peaks import Shape, measure_peaks
 from tailrace.engine.kernels import backend
 from tailrace.engine.kernels.silu_mul import kernel as silu_kernel
 
@@ -41,7 +41,7 @@ def test_checks_pass_and_fail(shape, capsys, monkeypatch):
 
 @pytest.mark.parametrize("shape", TINY, ids=lambda shape: shape.name)
 def test_every_row_has_a_share(shape):
-    limits = measure_limits(once, "cpu", copy_bytes=1 << 20, size=64)
+    peaks = measure_peaks(once, "cpu", copy_bytes=1 << 20, size=64)
     rows = list(kernel_rows(shape, once, "cpu", contexts=((2, 5), (1, 9))))
     rows += model_rows(shape, "cpu", batch=2, context=6, prompt=9, steps=2)
     assert [row.name.removeprefix(shape.name) for row in rows if "decode" in row.name or "prefill" in row.name] == [
@@ -55,7 +55,7 @@ def test_every_row_has_a_share(shape):
     rows += sampling_rows(shape.vocab, once, "cpu", rows=2)
     for row in rows:
         assert row.seconds > 0
-        assert ("MFU" if row.flops else "MBU") in row.text(limits)
+        assert ("MFU" if row.flops else "MBU") in row.text(peaks)
 
 
 def test_tokens_drawn_by_kernels_are_held_against_the_spec(capsys, monkeypatch):

@@ -4,7 +4,8 @@ import pytest
 
 from benchmarks.arms import Answer, ArmSpec
 from benchmarks.compare import GroupResult, Sample
-from benchmarks.goals import GOALS, PEER_GOALS, Limits
+from benchmarks.goals import GOALS, PEER_GOALS
+from benchmarks.limits import Limits
 from benchmarks.own import COMMANDS, OwnResult, run_own
 from benchmarks.page import Heading, load_notes, page
 from benchmarks.workloads import Group, Workload, plan

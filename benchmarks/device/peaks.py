@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.limits import Limits
+
 DTYPE = torch.bfloat16
 BLOCK = 16
 
@@ -57,7 +59,7 @@ MODELS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class Peaks:
     """Of the device, as measured."""
 
     bytes_per_s: float
@@ -72,26 +74,17 @@ class Row:
     seconds: float
     num_bytes: float = 0.0
     flops: float = 0.0
-    must: float = 0.0
-    """The least share of the limit that is good enough; 0: none is asked of this row."""
-    aim: float = 0.0
+    asked: Limits | None = None
+    """Of the share of the peak."""
 
-    def text(self, limits: Limits) -> str:
-        rate, share = f"{self.num_bytes / self.seconds / 1e9:8.0f} GB/s", self.num_bytes / limits.bytes_per_s
+    def text(self, peaks: Peaks) -> str:
+        rate, share = f"{self.num_bytes / self.seconds / 1e9:8.0f} GB/s", self.num_bytes / peaks.bytes_per_s
         if self.flops:
-            rate, share = f"{self.flops / self.seconds / 1e12:8.0f} TFLOP/s", self.flops / limits.flops_per_s
+            rate, share = f"{self.flops / self.seconds / 1e12:8.0f} TFLOP/s", self.flops / peaks.flops_per_s
         share /= self.seconds
         kind = "MFU" if self.flops else "MBU"
         line = f"{self.name:<52} {self.seconds * 1e6:12.1f} us {rate:>17} {kind} {share:6.1%}"
-        return line + verdict(share, self.must, self.aim)
-
-
-def verdict(value: float, must: float, aim: float) -> str:
-    """How a figure stands beside what is asked of it, to follow it on its line; empty where nothing is."""
-    if not must:
-        return ""
-    word = "aim met" if value >= aim else "met" if value >= must else "MISSED"
-    return f"  must {must:g}, aim {aim:g}: {word}"
+        return line + (self.asked.beside(share) if self.asked else "")
 
 
 def cuda_timer(call: Callable[[], object], *, repeats: int = 30) -> float:
@@ -111,9 +104,9 @@ def cuda_timer(call: Callable[[], object], *, repeats: int = 30) -> float:
     return statistics.median(times)
 
 
-def measure_limits(timer: Timer, device: str, *, copy_bytes: int = 1 << 30, size: int = 8192) -> Limits:
+def measure_peaks(timer: Timer, device: str, *, copy_bytes: int = 1 << 30, size: int = 8192) -> Peaks:
     source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     bandwidth = 2 * copy_bytes / timer(lambda: target.copy_(source))
     left, right = (torch.randn(size, size, device=device).to(DTYPE) for _ in range(2))
-    return Limits(bandwidth, 2 * size**3 / timer(lambda: left @ right))
+    return Peaks(bandwidth, 2 * size**3 / timer(lambda: left @ right))
