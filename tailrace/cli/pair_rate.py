@@ -5,10 +5,8 @@ they must know arrives as one line of JSON on stdin, what they found out leaves 
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import json
-import mmap
 import secrets
 import sys
 from collections.abc import Callable, Coroutine
@@ -20,6 +18,7 @@ import numpy as np
 from tailrace.cli.processes import answer, claim_stdout, start, tell
 from tailrace.config import Transport, UpConfig
 from tailrace.errors import TailraceError, TransferError, UnavailableError
+from tailrace.host_memory import map_memory
 from tailrace.transfer import (
     BlockRead,
     NixlEndpoint,
@@ -69,10 +68,7 @@ def order_pair(module: str, order: dict[str, Any]) -> Any:
 
 def make_pool(num_blocks: int = NUM_BLOCKS, block_bytes: int = BLOCK_BYTES) -> PoolMemory:
     """Memory of the kind that a worker's blocks lie in, touched; block i holds 1 + i % 251 in every byte."""
-    region = mmap.mmap(-1, num_blocks * block_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            region.madvise(mmap.MADV_HUGEPAGE)
+    region = map_memory(num_blocks * block_bytes)
     data = np.frombuffer(region, dtype=np.uint8).reshape(num_blocks, block_bytes)
     data[:] = (1 + np.arange(num_blocks) % 251)[:, None]
     stamps = np.full(num_blocks, EPOCH << 32, dtype=np.uint64)

@@ -1,11 +1,11 @@
 """KVCache: one page-aligned allocation of blocks, readable by others at an address."""
 
-import contextlib
 import mmap
 
 import torch
 from torch import Tensor
 
+from tailrace.host_memory import map_memory
 from tailrace.kv.layout import KVLayout
 
 _PIECE_BYTES = 2 << 20
@@ -28,12 +28,9 @@ class KVCache:
         dtype: torch.dtype = getattr(torch, layout.kv_dtype)
         shape = (num_blocks, *layout.block_shape)
         if device.type == "cpu":
-            # Private: a shared mapping would be charged to shared memory, which containers keep small.
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            self._mapping = mmap.mmap(-1, num_blocks * layout.block_bytes, flags=flags)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                # First touches cost 3 to 4 us a page on a virtual machine (measured), one a block and layer otherwise.
-                _prefer_huge_pages(self._mapping)
+            # In huge pages: first touches cost 3 to 4 us a page on a virtual machine (measured), and small pages would
+            # take one a block and layer.
+            self._mapping = map_memory(num_blocks * layout.block_bytes)
             self.tensor: Tensor = torch.frombuffer(self._mapping, dtype=dtype).view(shape)
         else:
             self.tensor = torch.zeros(shape, dtype=dtype, device=device)
@@ -68,8 +65,3 @@ class KVCache:
 
     def copy_block(self, source: int, target: int) -> None:
         self.tensor[target].copy_(self.tensor[source])
-
-
-def _prefer_huge_pages(mapping: mmap.mmap) -> None:
-    with contextlib.suppress(OSError):  # a kernel without them; small pages serve as well
-        mapping.madvise(mmap.MADV_HUGEPAGE)

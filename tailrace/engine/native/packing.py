@@ -1,7 +1,5 @@
 """Weights in the order in which the kernels read them."""
 
-import contextlib
-import mmap
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tailrace.engine.models.quantization import round_weight
+from tailrace.host_memory import map_memory
 
 PANEL = 64
 _WORD_BYTES = 4
@@ -37,7 +36,7 @@ class WeightArena:
     def __init__(self, quantization: str = "none") -> None:
         """quantization: "none" or "int8"."""
         self._is_int8 = quantization == "int8"
-        self._slab = _slab(_SLAB_BYTES)
+        self._slab = map_memory(_SLAB_BYTES)
         self._used = 0
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
@@ -73,18 +72,10 @@ class WeightArena:
 
     def _take(self, num_bytes: int, dtype: torch.dtype) -> Tensor:
         if self._used + num_bytes > len(self._slab):
-            self._slab, self._used = _slab(max(num_bytes, _SLAB_BYTES)), 0
+            self._slab, self._used = map_memory(max(num_bytes, _SLAB_BYTES)), 0
         taken = torch.frombuffer(self._slab, dtype=dtype, count=num_bytes // dtype.itemsize, offset=self._used)
         self._used += -(-num_bytes // _LINE_BYTES) * _LINE_BYTES
         return taken
-
-
-def _slab(num_bytes: int) -> mmap.mmap:
-    slab = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them; small pages serve as well
-            slab.madvise(mmap.MADV_HUGEPAGE)
-    return slab
 
 
 def _padded(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
