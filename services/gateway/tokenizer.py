@@ -52,10 +52,6 @@ class Tokenizer:
         source = template.read_text(encoding="utf-8") if template.is_file() else None
         return cls(raw, _read_config(directory / "tokenizer_config.json"), source)
 
-    @property
-    def can_chat(self) -> bool:
-        return bool(self._template)
-
     def encode(self, text: str) -> list[int]:
         """A plain prompt, with the tokens that the tokenizer puts around one (BOS)."""
         return self._ids(text, add_special_tokens=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,8 +12,6 @@ from tailrace.engine.kernels.attention_decode import DecodeRows, decode_rows
 from tailrace.engine.kernels.attention_prefill import ChunkSpan, chunk_span, joins_chunks, joint_span
 from tailrace.engine.kernels.kv_write import write_rows
 from tailrace.plan import BlockAppend, Chunk, SequenceStart, StepPlan
-
-IntArray: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,11 +76,6 @@ class PrefillScheduler:
         """Accepted and not computed yet."""
         return self._waiting_tokens + sum(len(j.request.tokens) - j.num_computed for j in self._running.values())
 
-    @property
-    def has_work(self) -> bool:
-        """A step would compute something, or could after blocks come free."""
-        return bool(self._running) or (self.num_waiting > 0 and self._may_admit())
-
     def fits(self, num_tokens: int) -> bool:
         """Could a prompt of this length ever be held?"""
         return blocks_for(num_tokens, self._block_size) <= self._pool.num_blocks

@@ -8,7 +8,6 @@ import asyncio
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol, TypeVar
@@ -60,8 +59,6 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.num_steps = 0
         """Steps begun. Frozen while there is work to do: the engine hangs."""
-        self.busy_s = 0.0
-        """Seconds in steps that computed something."""
 
     def start(self) -> None:
         self._thread.start()
@@ -102,11 +99,8 @@ class EngineThread:
 
     def _turn(self) -> bool:
         """False: there is nothing to compute."""
-        begun = time.monotonic()
         self.num_steps += 1
         report = self._step()
-        if report.computed:
-            self.busy_s += time.monotonic() - begun
         self._tell(self._deliver, report)
         return report.computed or self._ahead is not None
 

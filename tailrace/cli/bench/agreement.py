@@ -72,10 +72,6 @@ class TextScores:
         for together in zip(*places.values(), strict=True):
             self.add(dict(zip(places, together, strict=True)))
 
-    @property
-    def num_places(self) -> int:
-        return sum(map(len, next(iter(self._nats.values()), [])))
-
     def perplexity(self, arm: str) -> float:
         return math.exp(torch.cat(self._nats[arm]).mean().item())
 

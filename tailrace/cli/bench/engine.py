@@ -126,8 +126,6 @@ class ModelCosts:
     """Of a token's way through the layers, attention apart."""
     flops_per_attended: int
     """Of one token looking at one other, in all layers."""
-    flops_per_draw: int
-    """Of the head, for one row of logits."""
 
     @classmethod
     def of(
@@ -142,7 +140,6 @@ class ModelCosts:
             kv_bytes_per_token=kv_bytes_per_token,
             flops_per_token=2 * layers,
             flops_per_attended=4 * config.num_layers * queries,
-            flops_per_draw=2 * head,
         )
 
     def bytes_read(self, step: StepTimes) -> int:

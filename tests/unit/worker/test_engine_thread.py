@@ -193,7 +193,6 @@ async def test_overlapped_a_step_is_launched_before_the_one_before_it_is_finishe
     worker, listener = PipelinedWorker(3), Listener()
     async with pipelined(worker, listener) as engine:
         await until(lambda: listener.reports and not listener.reports[-1].computed)
-        assert engine.busy_s > 0
         assert engine.num_steps == 4, "a turn a step, and one that found nothing"
     assert worker.log == ["launch 2", "launch 1", "finish 2", "launch 0", "finish 1", "finish 0"]
 

@@ -25,7 +25,6 @@ def test_perplexity_divergence_and_agreement_by_hand():
     scores = TextScores([PAIR])
     scores.add({"exact": places([[0.5, 0.5, 0.0]], [0]), "coarse": places([[0.25, 0.75, 0.0]], [0])})
     scores.add({"exact": places([[0.5, 0.25, 0.25]], [2]), "coarse": places([[0.5, 0.25, 0.25]], [2])})
-    assert scores.num_places == 2
     assert scores.perplexity("exact") == pytest.approx(math.sqrt(2 * 4))
     assert scores.perplexity("coarse") == pytest.approx(math.sqrt(4 * 4))
     said = scores.agreement(PAIR)

@@ -20,7 +20,7 @@ def step(**values):
 PREFILL = step(prompt_tokens=100, attended_tokens=5050, run_s=2.0, model_s=2.0)
 MIXED = step(prompt_tokens=50, num_decode=1, run_s=1.0, model_s=1.0)
 DECODE = step(num_decode=2, context_tokens=200, schedule_s=0.1, run_s=0.8, model_s=0.5, finish_s=0.1)
-COSTS = ModelCosts(weight_bytes=600, kv_bytes_per_token=2, flops_per_token=10, flops_per_attended=4, flops_per_draw=99)
+COSTS = ModelCosts(weight_bytes=600, kv_bytes_per_token=2, flops_per_token=10, flops_per_attended=4)
 
 
 def test_definitions_of_every_rate():
@@ -50,7 +50,6 @@ def test_what_a_step_must_read_and_compute(tmp_path):
     assert ModelCosts.of(config, "float32", 512, quantization="int8").weight_bytes * 4 == costs.weight_bytes
     assert costs.flops_per_token == 2 * 2 * layer
     assert costs.flops_per_attended == 2 * 2 * 2 * 64
-    assert costs.flops_per_draw == 2 * config.vocab_size * 64
 
 
 def test_the_loop_counts_every_token_and_leaves_nothing_behind(tmp_path):

@@ -117,7 +117,6 @@ def test_a_template_that_does_not_compile_is_refused_at_start() -> None:
 
 def test_a_model_without_template_says_so() -> None:
     tokenizer = Tokenizer(byte_level())
-    assert not tokenizer.can_chat
     with pytest.raises(InvalidRequestError, match="no chat template"):
         tokenizer.encode_chat(user("x"))
 
