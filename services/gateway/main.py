@@ -116,7 +116,10 @@ class Gateway:
         return render(self.registry)
 
     def _worker_samples(self) -> list[WorkerSample]:
-        return [WorkerSample(member.info.worker_id, member.info.role, member.load) for member in self.members.all()]
+        return [
+            WorkerSample(member.info.worker_id, member.info.role, member.load, uses_line=member.call.uses_line)
+            for member in self.members.all()
+        ]
 
     def layouts(self) -> list[KVLayout]:
         return [member.info.layout for member in self.members.of(Role.DECODE)]

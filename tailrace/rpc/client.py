@@ -227,6 +227,11 @@ class AttachCall:
         """A line was opened, and nothing came over it: whatever is in between does not let it through."""
         return self._line is not None and self._line.is_dumb
 
+    @property
+    def uses_line(self) -> bool:
+        """What the worker says comes over a line of its own; else all of it comes over gRPC."""
+        return self._line is not None and self._line.is_in_use
+
     def submit(self, submission: Submission) -> None:
         """Raises WorkerLostError when the stream is gone, or the worker does not read."""
         self._send(worker_pb2.AttachRequest(submit=convert.submission_to_proto(submission)))

@@ -165,6 +165,11 @@ class LineReader(asyncio.Protocol):
         """It is open, and nothing has come."""
         return self._transport is not None and self._num_before is None
 
+    @property
+    def is_in_use(self) -> bool:
+        """Something has come over it, and so will the rest."""
+        return self._num_before is not None and not self._is_closed
+
     def release(self, num_taken: int) -> None:
         """So many messages of the stream have come over gRPC, and have been taken."""
         self._num_released = num_taken

@@ -40,6 +40,8 @@ class WorkerSample:
     worker_id: str
     role: Role
     load: Load
+    uses_line: bool = False
+    """Its steps come over a connection of their own, not over gRPC."""
 
 
 class GatewayMetrics:
@@ -72,6 +74,7 @@ class _WorkerGauges(Collector):
     def collect(self) -> Iterator[Metric]:
         samples = list(self._workers())
         yield _by_role(samples)
+        yield _by_carrier(samples)
         yield _blocks(samples)
         for name, (text, value) in _GAUGES.items():
             gauge = GaugeMetricFamily(name, text, labels=["worker", "role"])
@@ -84,6 +87,13 @@ def _by_role(samples: list[WorkerSample]) -> Metric:
     gauge = GaugeMetricFamily("tailrace_workers", "Attached workers.", labels=["role"])
     for role in Role:
         gauge.add_metric([role], sum(sample.role is role for sample in samples))
+    return gauge
+
+
+def _by_carrier(samples: list[WorkerSample]) -> Metric:
+    gauge = GaugeMetricFamily("tailrace_attached_workers", "By what carries their steps.", labels=["steps"])
+    for steps, uses_line in (("line", True), ("grpc", False)):
+        gauge.add_metric([steps], sum(sample.uses_line is uses_line for sample in samples))
     return gauge
 
 

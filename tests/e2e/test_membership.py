@@ -74,6 +74,8 @@ def test_workers_join_leave_die_and_are_replaced(small_model: Path) -> None:
         cluster.wait_for("decode-1", "prefill-0")
         cluster.complete(prompt_of(90, 3), max_tokens=4)
         assert cluster.ledgers()["prefill-0"].cached > 0
+        both = 'tailrace_attached_workers{steps="line"} 2.0'
+        cluster.wait_until(lambda: both in cluster.get("/metrics").text, "both use a step line", 10.0)
         cluster.wait_until_idle(2.0)
 
 

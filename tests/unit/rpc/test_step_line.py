@@ -260,7 +260,28 @@ async def test_a_line_that_lets_nothing_through_is_told_apart() -> None:
         async with attached(address) as gateway:
             assert not gateway.call.has_dumb_line
             await until(lambda: gateway.call.has_dumb_line)
+            assert not gateway.call.uses_line, "it is open, and nothing has come"
     box.close()
+
+
+async def test_a_line_is_in_use_from_what_first_comes_over_it_to_its_end() -> None:
+    async with working() as (worker, address), attached(address) as gateway:
+        await until(lambda: worker.num_lines == 1)
+        await submitted(worker, gateway)
+        worker.step(11)
+        await until(gateway.tokens)
+        assert gateway.call.uses_line
+        next(iter(worker.server.lines._offered.values())).close()
+        await until(gateway.listening.done)
+        assert not gateway.call.uses_line
+
+
+async def test_no_line_is_in_use_where_none_is_wanted() -> None:
+    async with working() as (worker, address), attached(address, wants_line=False) as gateway:
+        await submitted(worker, gateway)
+        worker.step(11)
+        await until(gateway.tokens)
+        assert not gateway.call.uses_line
 
 
 # -- strangers --------------------------------------------------------------------------------------------------------

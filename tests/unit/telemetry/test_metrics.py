@@ -69,6 +69,16 @@ def test_roles_without_a_worker_are_counted_as_none():
     assert [registry.get_sample_value("tailrace_workers", {"role": role}) for role in ("prefill", "decode")] == [0, 0]
 
 
+def test_workers_are_counted_by_what_carries_their_steps():
+    registry, _ = gateway(
+        WorkerSample("d0", Role.DECODE, LOAD, uses_line=True),
+        WorkerSample("d1", Role.DECODE, LOAD),
+        WorkerSample("p0", Role.PREFILL, LOAD, uses_line=True),
+    )
+    shown = [registry.get_sample_value("tailrace_attached_workers", {"steps": steps}) for steps in ("line", "grpc")]
+    assert shown == [2, 1]
+
+
 def test_what_happens_is_counted():
     registry, metrics = gateway()
     metrics.replayed("worker_lost")
