@@ -3,9 +3,10 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from services.gateway.choice import ChoiceText, Delta
+from services.gateway.explain import describe
 from services.gateway.generation import Dispatcher, Generation, GenerationRequest, Usage
 from services.gateway.http_metrics import AnswerTimer
 from services.gateway.outlet import Outlet
@@ -51,6 +52,16 @@ class Answer:
         self._reader: Reader | None = None
         self._outlet: Outlet | None = None
         self.is_closed = False
+
+    def foresee(self, dispatcher: Dispatcher, origin: Origin) -> list[dict[str, Any]]:
+        """Where each prompt would go now, and why; nothing is started. Raises what `Dispatcher.route` raises."""
+        requests = [self._request(index, prompt, origin) for index, prompt in enumerate(self.job.prompts)]
+        return [describe(dispatcher.route(request), len(request.prompt_tokens)) for request in requests]
+
+    def explain(self) -> list[dict[str, Any]]:
+        """Where each prompt went, and why."""
+        pairs = zip(self._generations, self.job.prompts, strict=True)
+        return [describe(generation.route, len(prompt.tokens)) for generation, prompt in pairs]
 
     @property
     def num_choices(self) -> int:

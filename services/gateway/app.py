@@ -60,8 +60,9 @@ def create_app(
     app.add_middleware(Edge, api_keys=options.api_keys, metrics=metrics)
     app.add_exception_handler(TailraceError, answer_error)
     app.add_exception_handler(HTTPException, answer_http_exception)
-    app.include_router(_openai_routes(Endpoints(dispatcher, model, options, metrics, desk), model, views))
-    app.include_router(_operator_routes(views, metrics))
+    endpoints = Endpoints(dispatcher, model, options, metrics, desk)
+    app.include_router(_openai_routes(endpoints, model, views))
+    app.include_router(_operator_routes(endpoints, views, metrics))
     return app
 
 
@@ -112,8 +113,9 @@ def _distinct(values: Iterable[str]) -> str | None:
     return ", ".join(sorted(set(values))) or None
 
 
-def _operator_routes(views: Views, metrics: HttpMetrics) -> APIRouter:
+def _operator_routes(endpoints: Endpoints, views: Views, metrics: HttpMetrics) -> APIRouter:
     router = APIRouter()
+    router.add_api_route("/debug/route", endpoints.route, methods=["POST"])
 
     @router.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:

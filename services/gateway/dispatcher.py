@@ -59,8 +59,8 @@ class PairDispatcher:
         """Raises OverloadedError when too much runs already, UnavailableError when no pair can serve."""
         if len(self._sessions) >= self._max_concurrent:
             raise OverloadedError(f"{self._max_concurrent} requests are running", retry_after_s=RETRY_AFTER_S)
-        session = RequestSession(request, f"{request.request_id}~{uuid.uuid4().hex[:8]}", self)
-        route = self._route(request, request.prompt_tokens)
+        route = self.route(request)
+        session = RequestSession(request, f"{request.request_id}~{uuid.uuid4().hex[:8]}", self, route)
         self._begin(session)
         choices = tuple(range(request.num_choices))
         try:
@@ -128,6 +128,9 @@ class PairDispatcher:
         return [choices] if fresh and is_range else [(c,) for c in choices]
 
     # -- routing ------------------------------------------------------------------------------------------------------
+
+    def route(self, request: GenerationRequest) -> Route:
+        return self._route(request, request.prompt_tokens)
 
     def _route(self, request: GenerationRequest, tokens: list[int]) -> Route:
         """For the prompt and what is replayed after it.

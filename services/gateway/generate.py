@@ -1,18 +1,21 @@
 """The two routes that generate, from the body to the whole answer or its stream."""
 
 import asyncio
+import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastapi import Request, Response
+from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from services.gateway.answer import Answer, Origin
 from services.gateway.caller import Trace
 from services.gateway.choice import Delta, ScoredToken
 from services.gateway.disconnect import unless_client_leaves
+from services.gateway.explain import HEADER, header_value, is_asked
 from services.gateway.generation import Dispatcher
 from services.gateway.http_errors import BodyTimeoutError, BodyTooLargeError, ModelNotFoundError
 from services.gateway.http_metrics import AnswerTimer, HttpMetrics
@@ -50,42 +53,61 @@ class Endpoints:
         self._tokenizers = TokenizerPool(num_threads=options.num_tokenizer_threads)
 
     async def completions(self, request: Request) -> Response:
-        body = parse_body(CompletionBody, await read_body(request, self._options))
-        return await self._answer(request, body, lambda: prepare_completion(body, self._model, self._options.limits))
+        return await self._answer(request, parse_body(CompletionBody, await read_body(request, self._options)))
 
     async def chat(self, request: Request) -> Response:
-        body = parse_body(ChatBody, await read_body(request, self._options))
-        return await self._answer(request, body, lambda: prepare_chat(body, self._model, self._options.limits))
+        return await self._answer(request, parse_body(ChatBody, await read_body(request, self._options)))
 
-    async def _answer(self, request: Request, body: CommonBody, prepare: Callable[[], Job]) -> Response:
-        if body.model not in self._model.names:
-            raise no_such_model(body.model, self._model)
+    async def _answer(self, request: Request, body: CommonBody) -> Response:
+        self._check_model(body)
         try:
-            return await unless_client_leaves(request.receive, self._generate(request, body, prepare))
+            return await unless_client_leaves(request.receive, self._generate(request, body))
         except CancelledByClientError:
             self._metrics.disconnects.labels("left").inc()
             raise
 
-    async def _generate(self, request: Request, body: CommonBody, prepare: Callable[[], Job]) -> Response:
-        job = await self._tokenizers.run(prepare)
+    async def _generate(self, request: Request, body: CommonBody) -> Response:
+        job = await self._tokenizers.run(lambda: self._prepare(body))
         envelope = _envelope(body)
         answer = self._new_answer(job, request)
         try:
             await answer.start(self._dispatcher, self._origin(request, envelope))
+            headers = {HEADER: header_value(answer.explain())} if is_asked(request.headers.get(HEADER)) else {}
             if body.stream:
-                return self._stream(answer, body, envelope, request)
+                return self._stream(answer, body, envelope, request, headers)
             result = await _Collector(answer).body(self._format(body, envelope))
         except BaseException:
             await answer.aclose()
             raise
         await answer.aclose()
-        return Response(result, media_type="application/json")
+        return Response(result, headers=headers, media_type="application/json")
+
+    async def route(self, request: Request) -> Response:
+        """A dry run, of a body for either endpoint: where it would go now, and why."""
+        data = await read_body(request, self._options)
+        body = parse_body(ChatBody if _has_messages(data) else CompletionBody, data)
+        self._check_model(body)
+        job = await self._tokenizers.run(lambda: self._prepare(body))
+        described = self._new_answer(job, request).foresee(self._dispatcher, self._origin(request, _envelope(body)))
+        return Response(json.dumps({"prompts": described}), media_type="application/json")
+
+    def _prepare(self, body: CommonBody) -> Job:
+        if isinstance(body, ChatBody):
+            return prepare_chat(body, self._model, self._options.limits)
+        assert isinstance(body, CompletionBody)
+        return prepare_completion(body, self._model, self._options.limits)
+
+    def _check_model(self, body: CommonBody) -> None:
+        if body.model not in self._model.names:
+            raise no_such_model(body.model, self._model)
 
     def _new_answer(self, job: Job, request: Request) -> Answer:
         timer = AnswerTimer(self._metrics, len(job.prompts) * job.num_choices, request.state.arrived_at)
         return Answer(job, self._model.tokenizer.vocabulary, timer)
 
-    def _stream(self, answer: Answer, body: CommonBody, envelope: Envelope, request: Request) -> EventStream:
+    def _stream(
+        self, answer: Answer, body: CommonBody, envelope: Envelope, request: Request, headers: Mapping[str, str]
+    ) -> EventStream:
         return EventStream(
             answer,
             self._format(body, envelope),
@@ -94,6 +116,7 @@ class Endpoints:
             self._desk,
             include_usage=body.includes_usage,
             request_id=request.state.request_id,
+            headers=headers,
         )
 
     def _format(self, body: CommonBody, envelope: Envelope) -> AnswerFormat:
@@ -124,6 +147,14 @@ def _envelope(body: CommonBody) -> Envelope:
 def no_such_model(name: str, model: ServedModel) -> ModelNotFoundError:
     served = ", ".join(model.names)
     return ModelNotFoundError(f"the model {name[:200]!r} does not exist here; served: {served}", param="model")
+
+
+def _has_messages(data: bytes) -> bool:
+    try:
+        fields = from_json(data)
+    except ValueError:
+        return False
+    return isinstance(fields, dict) and "messages" in fields
 
 
 class _Collector:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from services.gateway.outlet import Outlet
+from tailrace.policy.routing import Route
 from tailrace.types import FinishReason, SamplingParams, TokenLogprob
 
 
@@ -69,6 +70,9 @@ class Listener(Protocol):
 class Generation(Protocol):
     """One request being answered."""
 
+    route: Route
+    """The first one; where a worker is lost others follow."""
+
     def listen(self, listener: Listener) -> None:
         """What has come so far is told before this returns, the rest as it comes. Called once."""
         ...
@@ -98,4 +102,8 @@ class Dispatcher(Protocol):
 
         When it is cancelled or raises, nothing is left running.
         """
+        ...
+
+    def route(self, request: GenerationRequest) -> Route:
+        """Where it would go now; nothing is accepted. Raises UnavailableError or InvalidRequestError."""
         ...

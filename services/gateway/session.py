@@ -17,6 +17,7 @@ from services.gateway.outlet import Outlet
 from tailrace.errors import InternalError, TailraceError
 from tailrace.lifecycle import Lifecycle, RequestState
 from tailrace.messages import LegReport
+from tailrace.policy.routing import Route
 from tailrace.types import FinishReason, Role, TokenLogprob
 
 log = logging.getLogger(__name__)
@@ -120,8 +121,9 @@ class _Untold:
 class RequestSession:
     """A Generation. `recover` is called, once a lost attempt, to start others; it owns the decision whether to."""
 
-    def __init__(self, request: GenerationRequest, wire_id: str, recovery: "Recovery") -> None:
+    def __init__(self, request: GenerationRequest, wire_id: str, recovery: "Recovery", route: Route) -> None:
         self.request = request
+        self.route = route
         self.wire_id = wire_id
         """The request's id among the workers: unique, whatever the client called it."""
         self.began = time.monotonic()

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastapi import Response
@@ -105,9 +106,11 @@ class EventStream(Response):
         *,
         include_usage: bool,
         request_id: str,
+        headers: Mapping[str, str],
     ) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(headers=headers, media_type="text/event-stream")
+        super().__init__(
+            headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type="text/event-stream"
+        )
         del self.headers["content-length"]
         self._answer = answer
         self._format = answer_format

@@ -8,6 +8,7 @@ from functools import partial
 from services.gateway.generation import GenerationRequest, Listener, Usage
 from services.gateway.outlet import Outlet
 from tailrace.errors import TailraceError
+from tailrace.policy.routing import CostTerms, Route
 from tailrace.types import FinishReason, TokenLogprob
 
 Telling = tuple[int | None, Callable[[Listener], None]]
@@ -33,9 +34,15 @@ class Script:
     usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
 
 
+ROUTE = Route(
+    "d1", "p0", tuple(CostTerms(f"d{d}", f"p{p}", 0.1 * p, 0.25, 0.01, 0.1 - 0.01 * d) for p in (0, 1) for d in (0, 1))
+)
+
+
 class FakeGeneration:
     def __init__(self, request: GenerationRequest, script: Script) -> None:
         self.request = request
+        self.route = ROUTE
         self.finished: list[int] = []
         self.outlets: dict[int, Outlet] = {}
         self.num_events = 0
@@ -118,6 +125,8 @@ class FakeDispatcher:
         self.accepts = 0
         """How many requests are taken before `refusal` is raised."""
         self.generations: list[FakeGeneration] = []
+        self.routed: list[GenerationRequest] = []
+        """Dry runs."""
 
     @property
     def requests(self) -> list[GenerationRequest]:
@@ -130,6 +139,12 @@ class FakeDispatcher:
         script = self.script if isinstance(self.script, Script) else self.script(request)
         self.generations.append(FakeGeneration(request, script))
         return self.generations[-1]
+
+    def route(self, request: GenerationRequest) -> Route:
+        if self.refusal is not None:
+            raise self.refusal
+        self.routed.append(request)
+        return ROUTE
 
     def all_closed(self) -> bool:
         return all(generation.closed.is_set() for generation in self.generations)

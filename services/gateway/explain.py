@@ -1,0 +1,40 @@
+"""Why a request goes where it goes, for whoever asks: the header of an answer, and the dry run."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from tailrace.policy.routing import CostTerms, Route
+
+HEADER = "X-Tailrace-Explain"
+"""`1` in a request asks for it; the answer's has it, as JSON on one line."""
+MAX_CANDIDATES = 16
+"""Described of each prompt, the cheapest first; a cluster has thousands of pairs, and a header has a few kilobytes."""
+MAX_PROMPTS = 4
+"""Described in a header."""
+
+
+def is_asked(value: str | None) -> bool:
+    """Whether a request's header asks for it."""
+    return value is not None and value.strip().lower() in ("1", "true")
+
+
+def describe(route: Route, num_prompt_tokens: int) -> dict[str, Any]:
+    """The chosen pair and the candidates; all times are predictions, in seconds."""
+    cheapest = sorted(route.terms, key=lambda terms: terms.total_s)[:MAX_CANDIDATES]
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "chosen": {"prefill_id": route.prefill_id, "decode_id": route.decode_id},
+        "num_candidates": len(route.terms),
+        "candidates": [_describe(terms) for terms in cheapest],
+    }
+
+
+def _describe(terms: CostTerms) -> dict[str, Any]:
+    described = {**terms._asdict(), "total_s": terms.total_s}
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in described.items()}
+
+
+def header_value(described: Sequence[dict[str, Any]]) -> str:
+    """One object a prompt, in ASCII."""
+    return json.dumps(described[:MAX_PROMPTS], separators=(",", ":"))
