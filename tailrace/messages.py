@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from tailrace.errors import TailraceError
-from tailrace.kv.events import KVEvent
+from tailrace.kv.events import KVEvents
 from tailrace.kv.layout import KVLayout
 from tailrace.types import FinishReason, Role, SamplingParams, TokenLogprob
 
@@ -147,7 +147,7 @@ class KvEventBatch:
 
     epoch: int
     first_sequence: int
-    events: list[KVEvent]
+    events: KVEvents
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from tailrace.errors import (
     UnavailableError,
     WorkerLostError,
 )
-from tailrace.index.memory import MemoryIndex
+from tailrace.index.prefix_index import PrefixIndex
 from tailrace.kv.hashing import chain_seed, hash_blocks
 from tailrace.lifecycle import RequestState
 from tailrace.messages import KvSource, Submission
@@ -40,7 +40,7 @@ DEADLINE_GRACE_S = 2.0
 class PairDispatcher:
     """Event loop only."""
 
-    def __init__(self, members: Members, index: MemoryIndex, *, secret: bytes, max_concurrent: int) -> None:
+    def __init__(self, members: Members, index: PrefixIndex, *, secret: bytes, max_concurrent: int) -> None:
         self._members = members
         self._index = index
         self._secret = secret

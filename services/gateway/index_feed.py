@@ -4,11 +4,14 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 
-from tailrace.index.memory import MemoryIndex
-from tailrace.kv.events import KVEvent
+from tailrace.index.prefix_index import PrefixIndex
+from tailrace.kv.events import KVEvents, Tier
 from tailrace.messages import KvEventBatch, WorkerInfo
 
 log = logging.getLogger(__name__)
+
+POOLS_HELD = 2
+"""A worker's limit. Events replayed over a later snapshot add what the worker has dropped since: a pool at most."""
 
 
 class IndexFeed:
@@ -19,7 +22,7 @@ class IndexFeed:
     """
 
     def __init__(
-        self, info: WorkerInfo, index: MemoryIndex, snapshot: Callable[[], AsyncIterator[KvEventBatch]]
+        self, info: WorkerInfo, index: PrefixIndex, snapshot: Callable[[], AsyncIterator[KvEventBatch]]
     ) -> None:
         self._info = info
         self._index = index
@@ -29,7 +32,7 @@ class IndexFeed:
 
     def open(self) -> None:
         """The worker is known from here on, as holding nothing until its snapshot has come."""
-        self._index.reset(self._info.worker_id, self._info.epoch, [], 0)
+        self._reset(0)
         self._resync()
 
     def take(self, batch: KvEventBatch) -> None:
@@ -48,19 +51,27 @@ class IndexFeed:
     def _apply(self, batch: KvEventBatch) -> bool:
         return self._index.apply(self._info.worker_id, self._info.epoch, batch.first_sequence, batch.events)
 
+    def _reset(self, next_sequence: int) -> None:
+        most = POOLS_HELD * self._info.num_blocks or None
+        self._index.reset(self._info.worker_id, self._info.epoch, [], next_sequence, max_blocks=most)
+
     def _resync(self) -> None:
         self._task = asyncio.create_task(self._fetch(), name=f"snapshot {self._info.worker_id}")
         self._task.add_done_callback(self._fetched)
 
     async def _fetch(self) -> None:
-        """The index changes only once the whole snapshot is here."""
-        events: list[KVEvent] = []
+        """The index changes only once the whole snapshot is here, and then piece by piece: others have their turn."""
+        pieces: list[KVEvents] = []
         sequence = 0
         async for batch in self._snapshot():
-            events.extend(batch.events)
+            pieces.append(batch.events)
             sequence = batch.first_sequence
-        hashes = [event.block_hash for event in events]
-        self._index.reset(self._info.worker_id, self._info.epoch, hashes, sequence)
+        self._reset(sequence)
+        for piece in pieces:
+            for tier in Tier:
+                if hashes := piece.published_on(tier):
+                    self._index.publish(self._info.worker_id, self._info.epoch, hashes, tier)
+            await asyncio.sleep(0)
 
     def _fetched(self, task: "asyncio.Task[None]") -> None:
         """Without the snapshot the next event is a gap, and asks again."""

@@ -29,7 +29,7 @@ from tailrace.checkpoint.model_config import ModelConfig, load_model_config
 from tailrace.checkpoint.resolve import resolve_model
 from tailrace.config import GatewayConfig
 from tailrace.errors import ConfigError, TailraceError
-from tailrace.index.memory import MemoryIndex
+from tailrace.index.compact import open_index
 from tailrace.kv.layout import KVLayout
 from tailrace.rpc.server import Server
 from tailrace.telemetry.log import configure_logging
@@ -80,9 +80,10 @@ class Gateway:
         if not self.secret:
             raise ConfigError("secret: set TAILRACE_SECRET to the same value for the gateway and all workers")
         epoch = secrets.randbits(32)
-        index = MemoryIndex()
+        cache_dir = config.cache_dir or default_cache_dir()
+        index = open_index(cache_dir)
         gateway_id = f"gateway-{socket.gethostname()}-{os.getpid()}"
-        self.step_writer = load_step_writer(config.cache_dir or default_cache_dir())
+        self.step_writer = load_step_writer(cache_dir)
         self.members = Members(
             gateway_id=gateway_id,
             epoch=epoch,

@@ -20,7 +20,7 @@ from services.gateway.index_feed import IndexFeed
 from services.gateway.outlet import Board, Outlet, StepWriter
 from services.gateway.watch import Silence, WorkWatch
 from tailrace.errors import InternalError, LayoutMismatchError, TailraceError, WorkerLostError
-from tailrace.index.memory import MemoryIndex
+from tailrace.index.prefix_index import PrefixIndex
 from tailrace.messages import (
     ChoiceFinished,
     LedgerReport,
@@ -183,7 +183,7 @@ class Members:
         gateway_id: str,
         epoch: int,
         secret: bytes,
-        index: MemoryIndex,
+        index: PrefixIndex,
         model_digest: str = "",
         step_writer: StepWriter | None = None,
     ) -> None:

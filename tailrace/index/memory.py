@@ -1,63 +1,47 @@
-"""The prefix index in one process's memory: which worker holds which blocks.
-
-Entries are hints. Nothing here fails a request: what is missing costs a hit, what is stale is refused by the owner.
-"""
+"""The prefix index in plain Python: where there is no C compiler, and what the compact one is compared with."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
-from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.index.local import LocalIndex
+from tailrace.index.prefix_index import PrefixHit
+from tailrace.kv.events import KVEvent, KVEventKind, Tier
 
-FIRST_SEQUENCE = 0
-"""Number of an epoch's first event."""
 _DEFAULT_MAX_BLOCKS = 1 << 20
 
 
 @dataclass(slots=True)
-class _Worker:
-    bit: int
-    """1 << place: its mark in the holders of a block."""
-    epoch: int
-    next_sequence: int = FIRST_SEQUENCE
-    max_blocks: int = _DEFAULT_MAX_BLOCKS
-    blocks: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+class _Holder:
+    max_blocks: int
+    blocks: OrderedDict[bytes, Tier] = field(default_factory=OrderedDict)
     """The earliest published first."""
 
 
-class MemoryIndex:
+class MemoryIndex(LocalIndex):
     """Holders of each block as one bit a worker, so that a lookup is one step a block for all workers together.
 
-    Epochs of a worker go up: a higher one replaces everything known of the worker, a lower one is ignored.
     `max_blocks_per_worker` bounds memory: beyond it a worker's earliest published block is forgotten.
     """
 
     def __init__(self, max_blocks_per_worker: int = _DEFAULT_MAX_BLOCKS) -> None:
-        if max_blocks_per_worker < 1:
-            raise ValueError(f"max_blocks_per_worker must be at least 1, not {max_blocks_per_worker}")
-        self._max_blocks = max_blocks_per_worker
-        self._workers: dict[str, _Worker] = {}
-        self._ids: dict[int, str] = {}
-        self._holders: dict[bytes, int] = {}
+        super().__init__(max_blocks_per_worker)
+        self._holders: dict[int, _Holder] = {}
+        """By the holder's bit."""
+        self._bits: dict[bytes, int] = {}
+        """Of a block's holders."""
 
     def __repr__(self) -> str:
-        held = ", ".join(
-            f"{worker_id}@{worker.epoch}={len(worker.blocks)}" for worker_id, worker in self._workers.items()
-        )
-        return f"<MemoryIndex {len(self._holders)} blocks: {held}>"
-
-    def num_blocks(self, worker_id: str) -> int:
-        worker = self._workers.get(worker_id)
-        return len(worker.blocks) if worker else 0
+        return f"<MemoryIndex {len(self._bits)} blocks: {self._held()}>"
 
     # -- what is asked ------------------------------------------------------------------------------------------------
 
     def longest_prefix(self, hashes: Sequence[bytes]) -> dict[str, int]:
-        """Leading blocks of `hashes` that each worker holds; workers that hold none are not named."""
         depths: dict[str, int] = {}
         alive = sum(self._ids)
         for depth, block_hash in enumerate(hashes):
-            holding = alive & self._holders.get(block_hash, 0)
+            holding = alive & self._bits.get(block_hash, 0)
             if holding != alive:
                 self._note(depths, alive & ~holding, depth)
                 alive = holding
@@ -72,102 +56,57 @@ class MemoryIndex:
             depths[self._ids[bit]] = depth
             bits ^= bit
 
-    # -- what workers tell --------------------------------------------------------------------------------------------
+    def longest_prefix_by_tier(self, hashes: Sequence[bytes]) -> dict[str, PrefixHit]:
+        return {
+            worker_id: self._hit(worker_id, hashes, depth) for worker_id, depth in self.longest_prefix(hashes).items()
+        }
 
-    def apply(self, worker_id: str, epoch: int, first_sequence: int, events: Sequence[KVEvent]) -> bool:
-        """Applies events numbered from `first_sequence`; those already applied are skipped, an old epoch is ignored.
+    def _hit(self, worker_id: str, hashes: Sequence[bytes], depth: int) -> PrefixHit:
+        blocks = self._holders[self._workers[worker_id].holder].blocks
+        by_tier = [0] * len(Tier)
+        for block_hash in islice(hashes, depth):
+            by_tier[blocks[block_hash]] += 1
+        return PrefixHit(depth, tuple(by_tier))
 
-        False, and nothing changed, when events are missing before these: fetch a snapshot and call `reset`.
-        """
-        known = self._workers.get(worker_id)
-        if known is not None and epoch < known.epoch:
-            return True
-        expected = known.next_sequence if known is not None and epoch == known.epoch else FIRST_SEQUENCE
-        if first_sequence > expected:
-            return False
-        worker = self._current(worker_id, epoch)
-        for event in events[expected - first_sequence :]:
-            if event.kind is KVEventKind.PUBLISH:
-                self._add(worker, event.block_hash)
-            else:
-                self._remove(worker, event.block_hash)
-        worker.next_sequence = max(expected, first_sequence + len(events))
-        return True
+    # -- the table ----------------------------------------------------------------------------------------------------
 
-    def reset(
-        self, worker_id: str, epoch: int, hashes: Iterable[bytes], next_sequence: int, *, max_blocks: int | None = None
-    ) -> None:
-        """Replaces all that is known of a worker by a snapshot, after which its event `next_sequence` comes next.
-
-        `max_blocks`: the size of the worker's pool, where known; it can only lower the index's own limit.
-        """
-        known = self._workers.get(worker_id)
-        if known is not None and epoch < known.epoch:
-            return
-        self.drop_worker(worker_id)
-        worker = self._current(worker_id, epoch)
-        worker.next_sequence = next_sequence
-        if max_blocks is not None:
-            worker.max_blocks = max(1, min(max_blocks, self._max_blocks))
-        elif known is not None and known.epoch == epoch:
-            worker.max_blocks = known.max_blocks
-        for block_hash in hashes:
-            self._add(worker, block_hash)
-
-    def publish(self, worker_id: str, epoch: int, hashes: Iterable[bytes]) -> None:
-        """The worker holds these blocks, outside any numbering; an old epoch is ignored."""
-        worker = self._current(worker_id, epoch)
-        if worker.epoch == epoch:
-            for block_hash in hashes:
-                self._add(worker, block_hash)
-
-    def retract(self, worker_id: str, epoch: int, hashes: Iterable[bytes]) -> None:
-        """The worker no longer holds these blocks; an old epoch is ignored."""
-        worker = self._current(worker_id, epoch)
-        if worker.epoch == epoch:
-            for block_hash in hashes:
-                self._remove(worker, block_hash)
-
-    def drop_worker(self, worker_id: str) -> None:
-        """Forgets a worker; one that is not known is no error."""
-        worker = self._workers.pop(worker_id, None)
-        if worker is None:
-            return
-        for block_hash in list(worker.blocks):
-            self._remove(worker, block_hash)
-        del self._ids[worker.bit]
-
-    # -- inside -------------------------------------------------------------------------------------------------------
-
-    def _current(self, worker_id: str, epoch: int) -> _Worker:
-        """The worker's record, begun anew for a higher epoch; a lower one gets the record of the newer epoch."""
-        known = self._workers.get(worker_id)
-        if known is not None and known.epoch >= epoch:
-            return known
-        self.drop_worker(worker_id)
-        worker = _Worker(self._unused_bit(), epoch, max_blocks=self._max_blocks)
-        self._workers[worker_id] = worker
-        self._ids[worker.bit] = worker_id
-        return worker
-
-    def _unused_bit(self) -> int:
+    def _admit(self, max_blocks: int) -> int:
         used = sum(self._ids)
-        return ~used & (used + 1)
+        bit = ~used & (used + 1)
+        self._holders[bit] = _Holder(max_blocks)
+        return bit
 
-    def _add(self, worker: _Worker, block_hash: bytes) -> None:
-        if block_hash in worker.blocks:
-            return
-        if len(worker.blocks) >= worker.max_blocks:
-            self._remove(worker, next(iter(worker.blocks)))
-        worker.blocks[block_hash] = None
-        self._holders[block_hash] = self._holders.get(block_hash, 0) | worker.bit
+    def _drop(self, holder: int) -> None:
+        for block_hash in self._holders.pop(holder).blocks:
+            self._unmark(block_hash, holder)
 
-    def _remove(self, worker: _Worker, block_hash: bytes) -> None:
-        if block_hash not in worker.blocks:
-            return
-        del worker.blocks[block_hash]
-        left = self._holders[block_hash] & ~worker.bit
-        if left:
-            self._holders[block_hash] = left
+    def _count(self, holder: int) -> int:
+        return len(self._holders[holder].blocks)
+
+    def _change(self, holder: int, events: Sequence[KVEvent]) -> None:
+        for event in events:
+            if event.kind is KVEventKind.PUBLISH:
+                self._publish(holder, (event.block_hash,), event.tier)
+            else:
+                self._retract(holder, (event.block_hash,))
+
+    def _publish(self, holder: int, hashes: Iterable[bytes], tier: Tier) -> None:
+        held = self._holders[holder]
+        for block_hash in hashes:
+            if block_hash not in held.blocks:
+                if len(held.blocks) >= held.max_blocks:
+                    self._unmark(held.blocks.popitem(last=False)[0], holder)
+                self._bits[block_hash] = self._bits.get(block_hash, 0) | holder
+            held.blocks[block_hash] = tier
+
+    def _retract(self, holder: int, hashes: Iterable[bytes]) -> None:
+        held = self._holders[holder]
+        for block_hash in hashes:
+            if held.blocks.pop(block_hash, None) is not None:
+                self._unmark(block_hash, holder)
+
+    def _unmark(self, block_hash: bytes, holder: int) -> None:
+        if left := self._bits[block_hash] & ~holder:
+            self._bits[block_hash] = left
         else:
-            del self._holders[block_hash]
+            del self._bits[block_hash]

@@ -9,12 +9,12 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tailrace.errors import DeadlineExceededError, InvalidRequestError, TailraceError, UnavailableError
-from tailrace.kv.events import KVEvent
+from tailrace.kv.events import KVEvent, KVEvents
 from tailrace.messages import (
     ChoiceFinished,
     KvEventBatch,
@@ -128,7 +128,7 @@ class Session:
 
     def add_kv_events(self, batch: KvEventBatch) -> None:
         if (waiting := self._pending.kv_events) is not None:
-            batch = KvEventBatch(waiting.epoch, waiting.first_sequence, [*waiting.events, *batch.events])
+            batch = KvEventBatch(waiting.epoch, waiting.first_sequence, waiting.events + batch.events)
         self._pending.kv_events = batch
         self._news.set()
 
@@ -270,11 +270,10 @@ class Attachments:
             if (leg := self._legs.get(leg_id)) is not None:
                 leg.session.add_token(columns, row, leg.submission.handle)
 
-    def _deliver_kv_events(self, events: Iterable[KVEvent]) -> None:
-        changes = list(events)
-        if not changes:
+    def _deliver_kv_events(self, events: Sequence[KVEvent]) -> None:
+        if not events:
             return
-        batch = KvEventBatch(self.info.epoch, self._kv_sequence, changes)
-        self._kv_sequence += len(changes)
+        batch = KvEventBatch(self.info.epoch, self._kv_sequence, KVEvents.of(events))
+        self._kv_sequence += len(events)
         for session in self._sessions.values():
             session.add_kv_events(batch)

@@ -18,7 +18,7 @@ from tailrace.config import WorkerConfig
 from tailrace.engine.engine import Engine, EngineOptions, load_engine
 from tailrace.errors import ConfigError, TailraceError
 from tailrace.kv.block_pool import BlockPool
-from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.kv.events import KVEvents
 from tailrace.kv.layout import KVLayout
 from tailrace.messages import Holding, KvEventBatch, LedgerReport, LendDone, LendTerms, LentBlocks, Load, WorkerInfo
 from tailrace.policy.request import StopRule
@@ -249,7 +249,7 @@ class WorkerHost:
         sequence, epoch = self._wiring.attachments.kv_sequence, self._parts.identity.epoch
         for start in range(0, max(1, len(hashes)), SNAPSHOT_BLOCKS):
             piece = hashes[start : start + SNAPSHOT_BLOCKS]
-            yield KvEventBatch(epoch, sequence, [KVEvent(KVEventKind.PUBLISH, block_hash) for block_hash in piece])
+            yield KvEventBatch(epoch, sequence, KVEvents.published(piece))
 
 
 def worker_info(config: WorkerConfig, identity: Identity, engine: Engine, port: int) -> WorkerInfo:

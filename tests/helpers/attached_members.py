@@ -5,10 +5,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from services.gateway.members import Members
-from tailrace.index.memory import MemoryIndex
 from tailrace.messages import Load
 from tailrace.types import Role
 from tests.helpers.fake_members import DIGEST, SECRET, FakeNetwork, FakeWorker, worker_info
+from tests.helpers.index import compact_index
 
 BUSY = Load(num_running=1, total_blocks=100, free_blocks=99)
 
@@ -22,7 +22,7 @@ async def gateway(*workers: FakeWorker, reattach_s: float = 0.001) -> AsyncItera
     """Members that know no address yet, on a network with these workers."""
     network = FakeNetwork(*workers)
     with network.used(reattach_s):
-        members = Members(gateway_id="g", epoch=1, secret=SECRET, index=MemoryIndex(), model_digest=DIGEST)
+        members = Members(gateway_id="g", epoch=1, secret=SECRET, index=compact_index(), model_digest=DIGEST)
         try:
             yield members, network
         finally:

@@ -12,7 +12,8 @@ from services.gateway.generation import GenerationRequest, Usage
 from services.gateway.members import Members
 from services.gateway.session import RequestSession
 from tailrace.errors import TailraceError, WorkerLostError
-from tailrace.index.memory import MemoryIndex
+from tailrace.index.prefix_index import PrefixIndex
+from tailrace.kv.events import KVEvents
 from tailrace.kv.layout import KVLayout, LayerGroup
 from tailrace.messages import (
     ChoiceFinished,
@@ -27,6 +28,7 @@ from tailrace.messages import (
 )
 from tailrace.types import FinishReason, Role, SamplingParams, TokenLogprob
 from tests.helpers.gateway_app import step_writer
+from tests.helpers.index import compact_index
 
 SECRET = b"a secret of the tests"
 DIGEST = "a model"
@@ -142,7 +144,7 @@ class FakeWorker:
     calls: list[FakeCall] = field(default_factory=list)
     is_deaf: bool = False
     """Refuses submissions, as a stream whose end nobody has noticed yet."""
-    snapshot: KvEventBatch = field(default_factory=lambda: KvEventBatch(1, 0, []))
+    snapshot: KvEventBatch = field(default_factory=lambda: KvEventBatch(1, 0, KVEvents()))
     snapshot_error: TailraceError | None = None
     may_snapshot: asyncio.Event = field(default_factory=asyncio.Event)
     num_snapshots: int = 0
@@ -239,7 +241,7 @@ class FakeCluster:
     network: FakeNetwork
     prefills: list[FakeWorker]
     decodes: list[FakeWorker]
-    index: MemoryIndex
+    index: PrefixIndex
     members: Members
     dispatcher: PairDispatcher
 
@@ -285,7 +287,7 @@ async def fake_cluster(
     decodes = [FakeWorker(worker_info(f"d{i}", Role.DECODE), load) for i in range(decode)]
     network = FakeNetwork(*prefills, *decodes)
     with network.used(reattach_s):
-        index = MemoryIndex()
+        index = compact_index()
         members = Members(
             gateway_id="g", epoch=1, secret=SECRET, index=index, model_digest=DIGEST, step_writer=step_writer()
         )

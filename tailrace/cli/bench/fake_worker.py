@@ -18,6 +18,7 @@ from tailrace.checkpoint.model_config import load_model_config
 from tailrace.checkpoint.resolve import resolve_model
 from tailrace.config import WorkerConfig
 from tailrace.errors import TailraceError
+from tailrace.kv.events import KVEvents
 from tailrace.kv.layout import KVLayout, LayerGroup
 from tailrace.messages import ChoiceFinished, KvEventBatch, LedgerReport, LegReport, Load, WorkerInfo
 from tailrace.rpc.server import Server, add_worker
@@ -95,7 +96,7 @@ class FakeDecode:
         return LedgerReport("fake", _EPOCH, NUM_BLOCKS, NUM_BLOCKS, 0, 0, 0, 0, 0)
 
     async def snapshot(self) -> AsyncIterator[KvEventBatch]:
-        yield KvEventBatch(_EPOCH, 0, [])
+        yield KvEventBatch(_EPOCH, 0, KVEvents())
 
 
 def fake_info(config: WorkerConfig, port: int) -> WorkerInfo:

@@ -1,15 +1,10 @@
 """What a block is, and which ones a worker has cached."""
 
-from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.errors import InvalidRequestError
+from tailrace.kv.events import KVEvents
 from tailrace.kv.layout import KVLayout, LayerGroup
 from tailrace.messages import KvEventBatch
 from tailrace.rpc.gen import kv_pb2
-
-_EVENT_KINDS = {
-    kv_pb2.KvEvent.KIND_PUBLISH: KVEventKind.PUBLISH,
-    kv_pb2.KvEvent.KIND_RETRACT: KVEventKind.RETRACT,
-}
-_EVENT_NUMBERS = {kind: number for number, kind in _EVENT_KINDS.items()}
 
 
 def layout_to_proto(layout: KVLayout) -> kv_pb2.KvLayout:
@@ -54,11 +49,15 @@ def kv_events_to_proto(batch: KvEventBatch) -> kv_pb2.KvEvents:
     return kv_pb2.KvEvents(
         epoch=batch.epoch,
         first_sequence=batch.first_sequence,
-        events=[kv_pb2.KvEvent(block_hash=e.block_hash, kind=_EVENT_NUMBERS[e.kind]) for e in batch.events],
+        kinds=batch.events.kinds,
+        hashes=batch.events.hashes,
     )
 
 
 def kv_events_from_proto(message: kv_pb2.KvEvents) -> KvEventBatch:
-    """An event of an unknown kind is taken for a retract: hints may be missing, but their numbers may not."""
-    events = [KVEvent(_EVENT_KINDS.get(e.kind, KVEventKind.RETRACT), e.block_hash) for e in message.events]
+    """Raises InvalidRequestError, naming the field, where the columns differ in length."""
+    try:
+        events = KVEvents(message.kinds, message.hashes)
+    except ValueError as error:
+        raise InvalidRequestError(f"kv_events.{error}", param="kv_events.hashes") from None
     return KvEventBatch(message.epoch, message.first_sequence, events)

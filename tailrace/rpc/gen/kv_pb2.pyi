@@ -7,7 +7,6 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from tailrace.rpc.gen import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
@@ -492,60 +491,29 @@ class KvEvents(_message.Message):
 
     EPOCH_FIELD_NUMBER: _builtins.int
     FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
-    EVENTS_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    HASHES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     first_sequence: _builtins.int
     """Number of the first event of this message; a gap means that a Snapshot is needed."""
-    @_builtins.property
-    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvEvent]: ...
+    kinds: _builtins.bytes
+    """As columns: no message an event. A byte each: kind | tier << 4. Kinds: 1 publish, 2 retract. Tiers of a
+    publication: 0 the worker's own memory, 1 host memory of a store, 2 its NVMe. Anything else is a retraction.
+    """
+    hashes: _builtins.bytes
+    """16 bytes each."""
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         first_sequence: _builtins.int = ...,
-        events: _abc.Iterable[Global___KvEvent] | None = ...,
+        kinds: _builtins.bytes = ...,
+        hashes: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "events", b"events", "first_sequence", b"first_sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first_sequence", b"first_sequence", "hashes", b"hashes", "kinds", b"kinds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___KvEvents: _TypeAlias = KvEvents  # noqa: Y015
-
-@_typing.final
-class KvEvent(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    class _Kind:
-        ValueType = _typing.NewType("ValueType", _builtins.int)
-        V: _TypeAlias = ValueType  # noqa: Y015
-
-    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[KvEvent._Kind.ValueType], _builtins.type):
-        DESCRIPTOR: _descriptor.EnumDescriptor
-        KIND_UNSPECIFIED: KvEvent._Kind.ValueType  # 0
-        KIND_PUBLISH: KvEvent._Kind.ValueType  # 1
-        KIND_RETRACT: KvEvent._Kind.ValueType  # 2
-
-    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
-    KIND_UNSPECIFIED: KvEvent.Kind.ValueType  # 0
-    KIND_PUBLISH: KvEvent.Kind.ValueType  # 1
-    KIND_RETRACT: KvEvent.Kind.ValueType  # 2
-
-    BLOCK_HASH_FIELD_NUMBER: _builtins.int
-    KIND_FIELD_NUMBER: _builtins.int
-    block_hash: _builtins.bytes
-    kind: Global___KvEvent.Kind.ValueType
-    def __init__(
-        self,
-        *,
-        block_hash: _builtins.bytes = ...,
-        kind: Global___KvEvent.Kind.ValueType = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hash", b"block_hash", "kind", b"kind"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___KvEvent: _TypeAlias = KvEvent  # noqa: Y015

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailrace.index.memory import MemoryIndex
-from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.index.prefix_index import PrefixHit
+from tailrace.kv.events import KVEvent, KVEventKind, Tier
 
 A, B, C, D, X = (letter.encode() for letter in "abcdx")
 CHAIN = [A, B, C, D]
@@ -61,6 +62,14 @@ def test_a_dropped_worker_is_forgotten_and_its_place_reused() -> None:
     index.drop_worker("p1")
     index.drop_worker("p2")
     assert repr(index) == "<MemoryIndex 0 blocks: >"
+
+
+def test_tiers_are_counted_and_a_block_that_moves_is_counted_where_it_is() -> None:
+    index = MemoryIndex()
+    index.publish("s0", 1, CHAIN, Tier.CPU)
+    index.apply("s0", 1, 0, [KVEvent(KVEventKind.PUBLISH, B, Tier.NVME), *retract(D)])
+    index.publish("p0", 1, [A])
+    assert index.longest_prefix_by_tier(CHAIN) == {"s0": PrefixHit(3, (0, 2, 1)), "p0": PrefixHit(1, (1, 0, 0))}
 
 
 # -- epochs -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tailrace import errors
 from tailrace.errors import ErrorCode, InvalidRequestError, TailraceError
-from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.kv.events import KVEvent, KVEventKind, KVEvents, Tier
 from tailrace.kv.layout import LayerGroup
 from tailrace.messages import (
     ChoiceFinished,
@@ -40,6 +40,10 @@ u64 = st.integers(0, 2**64 - 1)
 f32 = st.floats(width=32, allow_nan=False)
 f64 = st.floats(allow_nan=False)
 text = st.text(max_size=8)
+block_hashes = st.binary(min_size=16, max_size=16)
+kv_event = st.builds(KVEvent, st.just(KVEventKind.PUBLISH), block_hashes, st.sampled_from(Tier)) | st.builds(
+    KVEvent, st.just(KVEventKind.RETRACT), block_hashes
+)
 logprobs = st.builds(TokenLogprob, f32, st.lists(st.tuples(u32, f32), max_size=3).map(tuple))
 sampling = st.builds(
     SamplingParams,
@@ -145,16 +149,24 @@ def test_a_layout_that_cannot_be_is_refused_by_field() -> None:
     assert refusal.value.param == "block_size"
 
 
-@given(st.builds(KvEventBatch, u64, u64, st.lists(st.builds(KVEvent, st.sampled_from(KVEventKind), st.binary()))))
+@given(st.builds(KvEventBatch, u64, u64, st.lists(kv_event).map(KVEvents.of)))
 def test_kv_events(batch: KvEventBatch) -> None:
     assert convert.kv_events_from_proto(wired(convert.kv_events_to_proto(batch))) == batch
 
 
 def test_an_event_of_an_unknown_kind_keeps_its_number() -> None:
-    message = convert.kv_events_to_proto(KvEventBatch(1, 5, [KVEvent(KVEventKind.PUBLISH, b"x")] * 2))
-    message.events[0].kind = 77  # type: ignore[assignment]
+    message = convert.kv_events_to_proto(KvEventBatch(1, 5, KVEvents.published([b"x" * 16] * 2)))
+    message.kinds = bytes([77]) + message.kinds[1:]
     events = convert.kv_events_from_proto(message).events
     assert [event.kind for event in events] == [KVEventKind.RETRACT, KVEventKind.PUBLISH]
+
+
+def test_columns_of_different_lengths_are_refused_by_field() -> None:
+    message = convert.kv_events_to_proto(KvEventBatch(1, 5, KVEvents.published([b"x" * 16] * 2)))
+    message.hashes += b"y"
+    with pytest.raises(TailraceError, match="33 bytes for 2 events; a block hash has 16") as refusal:
+        convert.kv_events_from_proto(message)
+    assert refusal.value.param == "kv_events.hashes"
 
 
 # -- attach -----------------------------------------------------------------------------------------------------------
@@ -252,7 +264,7 @@ reports = st.builds(
         st.lists(st.builds(ChoiceFinished, u64, u32, st.sampled_from(FinishReason)), max_size=2),
         st.just([]),
         st.lists(reports, max_size=2),
-        st.none() | st.just(KvEventBatch(1, 2, [KVEvent(KVEventKind.RETRACT, b"h" * 16)])),
+        st.none() | st.just(KvEventBatch(1, 2, KVEvents.retracted([b"h" * 16]))),
     )
 )
 def test_step_events(events: StepEvents) -> None:

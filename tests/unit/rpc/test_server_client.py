@@ -21,7 +21,7 @@ from tailrace.errors import (
     UnauthenticatedError,
     WorkerLostError,
 )
-from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.kv.events import KVEvents
 from tailrace.messages import KvEventBatch, LedgerReport, LendDone, LendTerms, LentBlocks, Load, StepEvents
 from tailrace.rpc.auth import AUTH_HEADER, control_token
 from tailrace.rpc.client import AttachCall, Peer
@@ -78,7 +78,7 @@ class World:
 
     async def snapshot(self) -> AsyncIterator[KvEventBatch]:
         for at in range(2):
-            yield KvEventBatch(7, 5, [KVEvent(KVEventKind.PUBLISH, bytes([at]) * 16)])
+            yield KvEventBatch(7, 5, KVEvents.published([bytes([at]) * 16]))
 
 
 @asynccontextmanager

@@ -245,10 +245,10 @@ async def test_kv_events_are_numbered_across_steps_and_coalesced() -> None:
     attachments.deliver(StepReport(kv_events=changes[2:3]))
     batch = (await anext(events)).kv_events
     assert batch is not None
-    assert (batch.epoch, batch.first_sequence, batch.events) == (7, 0, changes[:3])
+    assert (batch.epoch, batch.first_sequence, list(batch.events)) == (7, 0, changes[:3])
     seen_late = (await anext(late)).kv_events
     assert seen_late is not None
-    assert (seen_late.first_sequence, seen_late.events) == (2, changes[2:3])
+    assert (seen_late.first_sequence, list(seen_late.events)) == (2, changes[2:3])
     attachments.deliver(StepReport(kv_events=changes[3:]))
     batch = (await anext(events)).kv_events
     assert batch is not None

@@ -14,7 +14,7 @@ from tailrace.errors import (
     UnavailableError,
     WorkerLostError,
 )
-from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.kv.events import KVEvents
 from tailrace.kv.hashing import chain_seed, hash_blocks
 from tailrace.messages import KvEventBatch, LegReport, Load, StepEvents
 from tailrace.types import FinishReason, SamplingParams
@@ -89,8 +89,7 @@ async def test_a_prompt_goes_where_it_is_cached():
         prompt = list(range(40))
         for salt, worker in (("", cluster.prefills[2]), ("salt", cluster.prefills[1])):
             hashes = hash_blocks(prompt, BLOCK, chain_seed(LAYOUT.fingerprint, "", salt))
-            events = [KVEvent(KVEventKind.PUBLISH, block_hash) for block_hash in hashes]
-            await worker.say(StepEvents(kv_events=KvEventBatch(1, 0, events)))
+            await worker.say(StepEvents(kv_events=KvEventBatch(1, 0, KVEvents.published(hashes))))
         plain, salted = await cluster.submit(prompt), await cluster.submit(prompt, cache_salt="salt")
         assert cluster.pair_of(plain)[0] is cluster.prefills[2]
         assert cluster.pair_of(salted)[0] is cluster.prefills[1]

@@ -4,7 +4,7 @@ import pytest
 
 from services.gateway import members as members_module
 from tailrace.errors import ErrorCode, InternalError, WorkerLostError
-from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.kv.events import KVEvents
 from tailrace.messages import KvEventBatch, LegReport, StepEvents
 from tailrace.types import FinishReason
 from tests.helpers.attached_members import BUSY, decode_worker, gateway, names
@@ -12,7 +12,7 @@ from tests.helpers.fake_members import IDLE, collect, fake_cluster, settle, unti
 
 
 def published(*hashes, first=0):
-    return KvEventBatch(1, first, [KVEvent(KVEventKind.PUBLISH, block_hash) for block_hash in hashes])
+    return KvEventBatch(1, first, KVEvents.published([block_hash * 16 for block_hash in hashes]))
 
 
 # -- what they say ----------------------------------------------------------------------------------------------------
@@ -177,4 +177,4 @@ async def test_a_snapshot_that_comes_after_the_worker_has_gone_brings_nothing_ba
         worker.may_snapshot.set()
         await settle()
         assert members._index.num_blocks("d0") == 0
-        assert repr(members._index) == "<MemoryIndex 0 blocks: >"
+        assert repr(members._index) == "<CompactIndex >"

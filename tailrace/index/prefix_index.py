@@ -1,0 +1,64 @@
+"""What every prefix index does: changes of what workers hold go in, leading blocks of a prompt come out."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from tailrace.kv.events import KVEvent, Tier
+
+FIRST_SEQUENCE = 0
+"""Number of an epoch's first event."""
+
+
+class PrefixHit(NamedTuple):
+    """Leading blocks that one worker holds. (A tuple, because one is made for every holder of every prompt.)"""
+
+    num_blocks: int
+    by_tier: tuple[int, ...]
+    """How many of them lie on each tier, by Tier."""
+
+
+class PrefixIndex(Protocol):
+    """Entries are hints: what is missing costs a hit, what is stale is refused by the owner.
+
+    A hit of a worker ends at the first block that it does not hold, whatever it holds behind it. Epochs of a worker go
+    up: a higher one replaces everything known of the worker, a lower one is ignored. A worker holds a block on one
+    tier; published again, it has moved. Memory is bounded, so that blocks beyond a limit may be missing.
+    """
+
+    def num_blocks(self, worker_id: str) -> int: ...
+
+    def longest_prefix(self, hashes: Sequence[bytes]) -> dict[str, int]:
+        """Leading blocks of `hashes` that each worker holds; workers that hold none are not named."""
+        ...
+
+    def longest_prefix_by_tier(self, hashes: Sequence[bytes]) -> dict[str, PrefixHit]:
+        """As `longest_prefix`, and how many of the blocks lie on which tier."""
+        ...
+
+    def apply(self, worker_id: str, epoch: int, first_sequence: int, events: Sequence[KVEvent]) -> bool:
+        """Applies events numbered from `first_sequence`; those already applied are skipped, an old epoch is ignored.
+
+        False, and nothing changed, when events are missing before these: fetch a snapshot and call `reset`.
+        """
+        ...
+
+    def reset(
+        self, worker_id: str, epoch: int, hashes: Iterable[bytes], next_sequence: int, *, max_blocks: int | None = None
+    ) -> None:
+        """Replaces all that is known of a worker by a snapshot, after which its event `next_sequence` comes next.
+
+        `max_blocks`: what the worker can hold at most, where known; it can only lower the index's own limit.
+        """
+        ...
+
+    def publish(self, worker_id: str, epoch: int, hashes: Iterable[bytes], tier: Tier = Tier.WORKER) -> None:
+        """The worker holds these blocks, outside any numbering; an old epoch is ignored."""
+        ...
+
+    def retract(self, worker_id: str, epoch: int, hashes: Iterable[bytes]) -> None:
+        """The worker no longer holds these blocks; an old epoch is ignored."""
+        ...
+
+    def drop_worker(self, worker_id: str) -> None:
+        """Forgets a worker; one that is not known is no error."""
+        ...
