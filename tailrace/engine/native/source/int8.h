@@ -184,19 +184,9 @@ INLINE void multiply_rounded_rows(const int rows, Rounded x, const uint32_t *w, 
 
 static void multiply_rounded_block(int64_t rows, Rounded x, const uint32_t *w, int64_t steps, float *out, int adds,
                                    const float *scales, const char *ahead, int lines) {
-#define CASE(n, l)                                                                      \
-    case (n) * 8 + (l):                                                                 \
-        multiply_rounded_rows(n, x, w, steps, out, adds, scales, ahead, l); \
-        break;
-#define CASES(n) CASE(n, 0) CASE(n, 1) CASE(n, 2) CASE(n, 4)
-    switch (rows * 8 + lines) {
-        CASES(1) CASES(2) CASES(3) CASES(4)
-#if defined(__AVX512F__) || defined(__aarch64__)
-        CASES(5) CASES(6)
-#endif
-    }
-#undef CASES
-#undef CASE
+#define CALL(n, l) multiply_rounded_rows(n, x, w, steps, out, adds, scales, ahead, l)
+    SPECIALIZED(CALL, rows, lines)
+#undef CALL
 }
 
 /* As multiply in linear.h: out [rows, PANEL] = or += x times one slab, and what follows the slab is fetched meanwhile. */

@@ -43,21 +43,25 @@ INLINE void multiply_rows(const int rows, const word *x, int64_t x_stride, const
         UNROLL for (int v = 0; v < NV; v++) store(out + r * out_stride + v * VL, sums[r][v]);
 }
 
+/* CALL(n, l), with rows and lines as constants: 1 to MR rows, and as many lines a step as `multiply` fetches. */
+#define WITH_LINES(CALL, n, l) \
+    case (n) * 8 + (l): CALL(n, l); break;
+#define WITH_ROWS(CALL, n) WITH_LINES(CALL, n, 0) WITH_LINES(CALL, n, 1) WITH_LINES(CALL, n, 2) WITH_LINES(CALL, n, 4)
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define UP_TO_SIX_ROWS(CALL) WITH_ROWS(CALL, 5) WITH_ROWS(CALL, 6)
+#else
+#define UP_TO_SIX_ROWS(CALL)
+#endif
+#define SPECIALIZED(CALL, rows, lines)                                                               \
+    switch ((rows) * 8 + (lines)) {                                                                  \
+        WITH_ROWS(CALL, 1) WITH_ROWS(CALL, 2) WITH_ROWS(CALL, 3) WITH_ROWS(CALL, 4) UP_TO_SIX_ROWS(CALL) \
+    }
+
 static void multiply_block(int64_t rows, const word *x, int64_t x_stride, const uint32_t *w, int64_t steps, float *out,
                            int64_t out_stride, int adds, const char *ahead, int lines) {
-#define CASE(n, l)                                                                             \
-    case (n) * 8 + (l):                                                                        \
-        multiply_rows(n, x, x_stride, w, steps, out, out_stride, adds, ahead, l); \
-        break;
-#define CASES(n) CASE(n, 0) CASE(n, 1) CASE(n, 2) CASE(n, 4)
-    switch (rows * 8 + lines) {
-        CASES(1) CASES(2) CASES(3) CASES(4)
-#if defined(__AVX512F__) || defined(__aarch64__)
-        CASES(5) CASES(6)
-#endif
-    }
-#undef CASES
-#undef CASE
+#define CALL(n, l) multiply_rows(n, x, x_stride, w, steps, out, out_stride, adds, ahead, l)
+    SPECIALIZED(CALL, rows, lines)
+#undef CALL
 }
 
 /* out [rows, PANEL] = or += x times one slab. What follows the slab in memory comes next, so it is fetched meanwhile. */
