@@ -19,8 +19,8 @@ import torch
 import torch._inductor.config as inductor
 from torch import Tensor, nn
 
+from tailrace.checkpoint.cache_dir import default_cache_dir
 from tailrace.checkpoint.model_config import ModelConfig, load_model_config
-from tailrace.checkpoint.resolve import default_cache_dir
 from tailrace.cli.model import fetch_model
 from tailrace.config import DEFAULT_MODEL
 from tailrace.engine.batch import BatchState
@@ -92,7 +92,7 @@ def scene_of(batch_size: int, context: int) -> Scene:
     for slot in range(batch_size):
         tokens = torch.randint(config.vocab_size, (context,)).tolist()
         own = range(slot * blocks, (slot + 1) * blocks)
-        batch.start(SequenceStart(slot, tokens, len(tokens), SamplingParams(), 0, list(own)))
+        batch.update([SequenceStart(slot, tokens, len(tokens), SamplingParams(), 0, list(own))], [])
     size = (batch_size * blocks, 1, 2, config.num_kv_heads, BLOCK, config.head_dim)
     rotary = rotary_table(config.rope, config.head_dim, context + BLOCK, CPU)
     return Scene(config, rotary, batch, StepPlan(decode=list(range(batch_size))), torch.randn(size).bfloat16())

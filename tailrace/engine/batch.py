@@ -96,8 +96,17 @@ class BatchState:
         self._host_lengths = np.zeros(max_num_seqs, dtype=np.int64)
         self._host_choices = np.zeros(max_num_seqs, dtype=np.int64)
 
-    def start(self, start: SequenceStart) -> None:
-        """All but its blocks, which `append_blocks` takes. Raises ValueError when the tokens do not fit a row."""
+    def update(self, started: Sequence[SequenceStart], appended: Sequence[BlockAppend]) -> None:
+        """New rows, and further blocks of rows that run; all tables are written at once.
+
+        Raises ValueError when tokens do not fit a row, or a table has no such entries.
+        """
+        for start in started:
+            self._start(start)
+        self._append_blocks([*(BlockAppend(start.slot, 0, start.blocks) for start in started), *appended])
+
+    def _start(self, start: SequenceStart) -> None:
+        """All but its blocks."""
         num_tokens = len(start.tokens)
         if not 0 < num_tokens <= self.max_model_len:
             raise ValueError(f"slot {start.slot}: {num_tokens} tokens, a row holds 1 to {self.max_model_len}")
@@ -107,8 +116,7 @@ class BatchState:
         self.choices[start.slot] = start.choice
         self._host_choices[start.slot] = start.choice
 
-    def append_blocks(self, appends: Sequence[BlockAppend]) -> None:
-        """Raises ValueError when a table has no such entries."""
+    def _append_blocks(self, appends: Sequence[BlockAppend]) -> None:
         slots: list[int] = []
         entries: list[int] = []
         blocks: list[int] = []

@@ -13,7 +13,7 @@ from tailrace.engine.cuda_graphs import DecodeGraphs
 from tailrace.engine.host_copies import HostCopy
 from tailrace.engine.kv_cache import KVCache
 from tailrace.engine.sampler import Drawn, SamplingState, sample
-from tailrace.plan import BlockAppend, StepOutput, StepPlan
+from tailrace.plan import StepOutput, StepPlan
 
 
 class Model(Protocol):
@@ -136,11 +136,9 @@ class ModelRunner:
     def _apply(self, plan: StepPlan) -> None:
         for slot in plan.released:
             self._sampling.clear(slot)
+        self.batch.update(plan.started, plan.appended)
         for start in plan.started:
-            self.batch.start(start)
             self._sampling.set(start.slot, start.sampling, start.num_prompt_tokens)
-        tables = [BlockAppend(start.slot, 0, start.blocks) for start in plan.started]
-        self.batch.append_blocks([*tables, *plan.appended])
         for copy in plan.copies:
             self._cache.copy_block(copy.source, copy.target)
 

@@ -22,7 +22,7 @@ from tailrace.engine.native.decoder import NativeDecoder
 from tailrace.engine.native.library import load_library, source_for
 from tailrace.engine.native.packing import WeightArena
 from tailrace.engine.weights import DummySource
-from tailrace.plan import BlockAppend, Chunk, StepPlan
+from tailrace.plan import Chunk, StepPlan
 from tests.helpers.kernels import normal, poisoned_memory
 from tests.helpers.reference_models import start
 
@@ -121,8 +121,7 @@ class Pair:
         self.batch = BatchState(len(lengths), 1024, shape.block, CPU)
         for slot, (length, count) in enumerate(zip(lengths, counts, strict=True)):
             tokens = normal(slot, length).mul(1000).long().remainder(131).tolist()
-            self.batch.start(start(slot, tokens, []))
-            self.batch.append_blocks([BlockAppend(slot, 0, [order.pop() for _ in range(count)])])
+            self.batch.update([start(slot, tokens, [order.pop() for _ in range(count)])], [])
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
