@@ -138,6 +138,8 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     together = product(library, weight, x)
     for row in (0, 5, 17, 399):
         assert torch.equal(product(library, weight, x[row : row + 1].clone()), together[row : row + 1])
+    for rows in range(1, 26):
+        assert torch.equal(product(library, weight, x[:rows].clone()), together[:rows]), rows
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

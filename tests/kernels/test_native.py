@@ -220,6 +220,21 @@ def test_a_row_alone_is_the_same_as_among_others(num_threads: int, window: int) 
         assert torch.equal(alone[0], together[slot]), lengths[slot]
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_row_is_the_same_among_any_number_of_others(num_threads: int) -> None:
+    """To the bit: how many rows a product keeps in registers depends on how many there are."""
+    lengths = list(range(3, 29))
+    pair = Pair(Shape(64, 3, 3, 16, 0, "bfloat16", num_threads, False), lengths)
+    native, pool = pair.decoders[1], pair.pools[1]
+    native.forward(StepPlan(chunks=[Chunk(slot, 0, length) for slot, length in enumerate(lengths)]), pair.batch, pool)
+    together = native.forward(StepPlan(decode=list(range(len(lengths)))), pair.batch, pool)
+    logits = native.logits(together)
+    for rows in range(1, len(lengths)):
+        fewer = native.forward(StepPlan(decode=list(range(rows))), pair.batch, pool)
+        assert torch.equal(fewer, together[:rows]), rows
+        assert torch.equal(native.logits(fewer), logits[:rows]), rows
+
+
 def test_phases_are_timed_for_who_asks() -> None:
     pair = Pair(PAIRWISE[0], [20])
     native, pool, plan = pair.decoders[1], pair.pools[1], StepPlan(chunks=[Chunk(0, 0, 20)])

@@ -147,27 +147,27 @@ typedef struct {
 INLINE const Group *group_of(Rounded x, int64_t row) { return (const Group *)((const char *)x.groups + row * x.stride); }
 INLINE const word *bytes_of(Rounded x, int64_t row) { return (const word *)((const char *)x.bytes + row * x.stride); }
 
-/* out [rows, NV * VL] = or += x times one slab, in the groups' order; `scales` of the outputs come with the last slab.
- * A group's sums fill the registers, so those of all groups are kept in `out`: that is faster than fewer sums at once. */
-INLINE void multiply_rounded_rows(const int rows, Rounded x, const uint32_t *w, int64_t steps, float *out, int adds,
-                                  const float *scales, const char *ahead, const int lines) {
+/* out [rows, vectors * VL] = or += x times one slab, in the groups' order; `scales` of the outputs come with the last
+ * slab. A group's sums fill the registers, so those of all groups are kept in `out`: faster than fewer sums at once. */
+INLINE void multiply_rounded_rows(const int rows, const int vectors, Rounded x, const uint32_t *w, int64_t steps,
+                                  float *out, int adds, const float *scales, const char *ahead, const int lines) {
     for (int64_t k = 0; k < steps; x.groups++, adds = 1) {
         const int64_t end = smaller(steps, k + GROUP_STEPS);
-        vint sums[MR][NV];
+        vint sums[MAX_TILE_ROWS][NV];
         UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < NV; v++) sums[r][v] = group_of(x, r)->offset - (vint){0};
+            UNROLL for (int v = 0; v < vectors; v++) sums[r][v] = group_of(x, r)->offset - (vint){0};
         for (; k < end; k++) {
             vword column[NV];
-            UNROLL for (int v = 0; v < NV; v++) column[v] = *(const vword_any *)(w + k * PANEL + v * VL);
-            UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + (k * lines + i) * LINE, 0, 2);
+            UNROLL for (int v = 0; v < vectors; v++) column[v] = *(const vword_any *)(w + k * PANEL + v * VL);
+            UNROLL for (int i = 0; i < lines; i++) fetch_line(ahead + (k * lines + i) * LINE, vectors < NV);
             UNROLL for (int r = 0; r < rows; r++) {
                 const uint32_t bytes = bytes_of(x, r)[k];
-                UNROLL for (int v = 0; v < NV; v++) sums[r][v] = add_bytes(sums[r][v], column[v], bytes);
+                UNROLL for (int v = 0; v < vectors; v++) sums[r][v] = add_bytes(sums[r][v], column[v], bytes);
             }
         }
         UNROLL for (int r = 0; r < rows; r++) {
             const vfloat scale = splat(group_of(x, r)->scale);
-            UNROLL for (int v = 0; v < NV; v++) {
+            UNROLL for (int v = 0; v < vectors; v++) {
                 float *total = out + r * PANEL + v * VL;
                 const vfloat before = adds ? load(total) : (vfloat){0};
                 store(total, before + product_of(__builtin_convertvector(sums[r][v], vfloat), scale));
@@ -176,23 +176,33 @@ INLINE void multiply_rounded_rows(const int rows, Rounded x, const uint32_t *w, 
     }
     if (!scales) return;
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < NV; v++) {
+        UNROLL for (int v = 0; v < vectors; v++) {
             float *total = out + r * PANEL + v * VL;
             store(total, product_of(load(total), load(scales + v * VL)));
         }
 }
 
-static void multiply_rounded_block(int64_t rows, Rounded x, const uint32_t *w, int64_t steps, float *out, int adds,
-                                   const float *scales, const char *ahead, int lines) {
-#define CALL(n, l) multiply_rounded_rows(n, x, w, steps, out, adds, scales, ahead, l)
-    SPECIALIZED(CALL, rows, lines)
+static __attribute__((noinline)) void multiply_rounded_wide(int64_t rows, Rounded x, const uint32_t *w, int64_t steps,
+                                                            float *out, int adds, const float *scales,
+                                                            const char *ahead, int lines) {
+#define CALL(n, l) multiply_rounded_rows(n, NV, x, w, steps, out, adds, scales, ahead, l)
+    SPECIALIZED_WIDE(CALL, rows, lines)
+#undef CALL
+}
+
+static __attribute__((noinline)) void multiply_rounded_narrow(int64_t rows, Rounded x, const uint32_t *w, int64_t steps,
+                                                              float *out, int adds, const float *scales,
+                                                              const char *ahead, int lines) {
+#define CALL(n, l) multiply_rounded_rows(n, NARROW_NV, x, w, steps, out, adds, scales, ahead, l)
+    SPECIALIZED_NARROW(CALL, rows, lines)
 #undef CALL
 }
 
 /* As multiply in linear.h: out [rows, PANEL] = or += x times one slab, and what follows the slab is fetched meanwhile. */
 static void multiply_rounded(int64_t rows, Rounded x, const uint32_t *w, int64_t steps, float *out, int adds,
                              const float *scales) {
-    const int64_t blocks = parts_of(rows, MR), width = NV * VL;
+    const Tile most = tile_of(rows, 1);
+    const int64_t blocks = parts_of(rows, most.rows), width = most.vectors * VL;
     const char *ahead = (const char *)(w + steps * PANEL);
     int64_t calls = blocks * (PANEL / width), missing = STEP_LINES;
     for (int64_t column = 0; column < PANEL; column += width) {
@@ -200,8 +210,9 @@ static void multiply_rounded(int64_t rows, Rounded x, const uint32_t *w, int64_t
             const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
             const int fetched = (int)parts_of(missing, calls);
             const Rounded some = {group_of(x, first), bytes_of(x, first), x.stride};
-            multiply_rounded_block(count, some, w + column, steps, out + first * PANEL + column, adds,
-                                   scales ? scales + column : NULL, ahead, fetched);
+            (most.vectors == NV ? multiply_rounded_wide : multiply_rounded_narrow)(
+                count, some, w + column, steps, out + first * PANEL + column, adds, scales ? scales + column : NULL,
+                ahead, fetched);
             ahead += fetched * steps * LINE;
             missing -= fetched;
         }

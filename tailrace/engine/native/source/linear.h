@@ -16,6 +16,19 @@ enum {
     ROWS_BYTES = 384 << 10 /* activations that stay in the second-level cache while the panels pass */
 };
 
+/* The most sums kept at once: rows by vectors of outputs. */
+typedef struct {
+    int64_t rows, vectors;
+} Tile;
+
+enum { NARROW_NV = NV / 2, MAX_TILE_ROWS = HAS_NARROW_TILES ? 2 * MR : MR, FEW_ROWS = 16 };
+
+/* Up to FEW_ROWS wait for weights rather than for sums: more rows by fewer vectors read each weight less often. */
+INLINE Tile tile_of(int64_t rows, int fetches) {
+    if (HAS_NARROW_TILES && fetches && rows > MR && rows <= FEW_ROWS) return (Tile){2 * MR, NARROW_NV};
+    return (Tile){MR, NV};
+}
+
 typedef struct {
     int64_t inputs, outputs;
     const uint32_t *words;
@@ -23,27 +36,36 @@ typedef struct {
     const float *scales; /* the same; not NULL: the words are four int8 each, see int8.h */
 } Linear;
 
-/* sums [rows, PANEL] from x [rows, steps] words and one slab of a panel, of which `lines` further lines a step are
- * fetched from `ahead`. */
-INLINE void multiply_rows(const int rows, const word *x, int64_t x_stride, const uint32_t *w, int64_t steps, float *out,
-                          int64_t out_stride, int adds, const char *ahead, const int lines) {
-    vfloat sums[MR][NV];
+/* near: into the first-level cache. */
+INLINE void fetch_line(const char *at, const int near) {
+    if (near)
+        __builtin_prefetch(at, 0, 3);
+    else
+        __builtin_prefetch(at, 0, 2);
+}
+
+/* out [rows, vectors * VL] = or += x [rows, steps] words times one slab of a panel, whose next `lines` lines a step
+ * are fetched from `ahead`. */
+INLINE void multiply_rows(const int rows, const int vectors, const word *x, int64_t x_stride, const uint32_t *w,
+                          int64_t steps, float *out, int64_t out_stride, int adds, const char *ahead,
+                          const int lines) {
+    vfloat sums[MAX_TILE_ROWS][NV];
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < NV; v++) sums[r][v] = adds ? load(out + r * out_stride + v * VL) : (vfloat){0};
+        UNROLL for (int v = 0; v < vectors; v++) sums[r][v] = adds ? load(out + r * out_stride + v * VL) : (vfloat){0};
     for (int64_t k = 0; k < steps; k++) {
         vword column[NV];
-        UNROLL for (int v = 0; v < NV; v++) column[v] = *(const vword_any *)(w + k * PANEL + v * VL);
-        UNROLL for (int i = 0; i < lines; i++) __builtin_prefetch(ahead + (k * lines + i) * LINE, 0, 2);
+        UNROLL for (int v = 0; v < vectors; v++) column[v] = *(const vword_any *)(w + k * PANEL + v * VL);
+        UNROLL for (int i = 0; i < lines; i++) fetch_line(ahead + (k * lines + i) * LINE, vectors < NV);
         UNROLL for (int r = 0; r < rows; r++) {
             uint32_t element_pair = x[r * x_stride + k];
-            UNROLL for (int v = 0; v < NV; v++) sums[r][v] = add_product(sums[r][v], column[v], element_pair);
+            UNROLL for (int v = 0; v < vectors; v++) sums[r][v] = add_product(sums[r][v], column[v], element_pair);
         }
     }
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < NV; v++) store(out + r * out_stride + v * VL, sums[r][v]);
+        UNROLL for (int v = 0; v < vectors; v++) store(out + r * out_stride + v * VL, sums[r][v]);
 }
 
-/* CALL(n, l), with rows and lines as constants: 1 to MR rows, and as many lines a step as `multiply` fetches. */
+/* CALL(n, l) with a tile's rows, and the lines a step that `multiply` fetches, as constants. */
 #define WITH_LINES(CALL, n, l) \
     case (n) * 8 + (l): CALL(n, l); break;
 #define WITH_ROWS(CALL, n) WITH_LINES(CALL, n, 0) WITH_LINES(CALL, n, 1) WITH_LINES(CALL, n, 2) WITH_LINES(CALL, n, 4)
@@ -52,30 +74,52 @@ INLINE void multiply_rows(const int rows, const word *x, int64_t x_stride, const
 #else
 #define UP_TO_SIX_ROWS(CALL)
 #endif
-#define SPECIALIZED(CALL, rows, lines)                                                               \
-    switch ((rows) * 8 + (lines)) {                                                                  \
+#define SPECIALIZED_WIDE(CALL, rows, lines)                                                              \
+    switch ((rows) * 8 + (lines)) {                                                                      \
         WITH_ROWS(CALL, 1) WITH_ROWS(CALL, 2) WITH_ROWS(CALL, 3) WITH_ROWS(CALL, 4) UP_TO_SIX_ROWS(CALL) \
     }
+#if HAS_NARROW_TILES
+/* Up to 12 rows are one tile, so two calls fetch; up to 16 are two, so four do. */
+#define SPECIALIZED_NARROW(CALL, rows, lines)                                                     \
+    switch ((rows) * 8 + (lines)) {                                                               \
+        WITH_LINES(CALL, 7, 2) WITH_LINES(CALL, 8, 2) WITH_LINES(CALL, 9, 2)                      \
+        WITH_LINES(CALL, 10, 2) WITH_LINES(CALL, 11, 2) WITH_LINES(CALL, 12, 2)                   \
+        WITH_LINES(CALL, 6, 1) WITH_LINES(CALL, 7, 1) WITH_LINES(CALL, 8, 1)                      \
+    }
+#else
+#define SPECIALIZED_NARROW(CALL, rows, lines)
+#endif
 
-static void multiply_block(int64_t rows, const word *x, int64_t x_stride, const uint32_t *w, int64_t steps, float *out,
-                           int64_t out_stride, int adds, const char *ahead, int lines) {
-#define CALL(n, l) multiply_rows(n, x, x_stride, w, steps, out, out_stride, adds, ahead, l)
-    SPECIALIZED(CALL, rows, lines)
+static __attribute__((noinline)) void multiply_wide(int64_t rows, const word *x, int64_t x_stride, const uint32_t *w,
+                                                    int64_t steps, float *out, int64_t out_stride, int adds,
+                                                    const char *ahead, int lines) {
+#define CALL(n, l) multiply_rows(n, NV, x, x_stride, w, steps, out, out_stride, adds, ahead, l)
+    SPECIALIZED_WIDE(CALL, rows, lines)
+#undef CALL
+}
+
+static __attribute__((noinline)) void multiply_narrow(int64_t rows, const word *x, int64_t x_stride, const uint32_t *w,
+                                                      int64_t steps, float *out, int64_t out_stride, int adds,
+                                                      const char *ahead, int lines) {
+#define CALL(n, l) multiply_rows(n, NARROW_NV, x, x_stride, w, steps, out, out_stride, adds, ahead, l)
+    SPECIALIZED_NARROW(CALL, rows, lines)
 #undef CALL
 }
 
 /* out [rows, PANEL] = or += x times one slab. What follows the slab in memory comes next, so it is fetched meanwhile. */
 static void multiply(int64_t rows, const word *x, int64_t x_stride, const uint32_t *w, int64_t steps, float *out,
                      int64_t out_stride, int adds, int fetches) {
-    const int64_t blocks = parts_of(rows, MR);
+    const Tile most = tile_of(rows, fetches);
+    const int64_t blocks = parts_of(rows, most.rows), width = most.vectors * VL;
     const char *ahead = (const char *)(w + steps * PANEL);
-    int64_t calls = blocks * (PANEL / (NV * VL)), missing = fetches ? STEP_LINES : 0;
-    for (int64_t column = 0; column < PANEL; column += NV * VL) {
+    int64_t calls = blocks * (PANEL / width), missing = fetches ? STEP_LINES : 0;
+    for (int64_t column = 0; column < PANEL; column += width) {
         for (int64_t i = 0; i < blocks; i++, calls--) {
             const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
             const int fetched = (int)parts_of(missing, calls); /* 4, 2, 1 or 0 */
-            multiply_block(count, x + first * x_stride, x_stride, w + column, steps, out + first * out_stride + column,
-                           out_stride, adds, ahead, fetched);
+            (most.vectors == NV ? multiply_wide : multiply_narrow)(count, x + first * x_stride, x_stride, w + column,
+                                                                   steps, out + first * out_stride + column,
+                                                                   out_stride, adds, ahead, fetched);
             ahead += fetched * steps * LINE;
             missing -= fetched;
         }

@@ -10,12 +10,16 @@
 /* VL floats a vector; a product keeps MR rows by NV vectors of sums, which must fit the registers. */
 #if defined(__AVX512F__)
 enum { VL = 16, NV = 4, MR = 6 };
+#define HAS_NARROW_TILES 1 /* as linear.h has them; timed on this one only */
 #elif defined(__AVX2__)
 enum { VL = 8, NV = 2, MR = 4 };
 #elif defined(__aarch64__)
 enum { VL = 4, NV = 4, MR = 6 };
 #else
 enum { VL = 4, NV = 2, MR = 4 };
+#endif
+#ifndef HAS_NARROW_TILES
+#define HAS_NARROW_TILES 0
 #endif
 #if defined(BFLOAT16) && defined(__AVX512BF16__)
 #define BF16_DOT 1
