@@ -11,7 +11,7 @@ from torch import Tensor
 from tailrace.checkpoint.cache_dir import default_cache_dir
 from tailrace.engine.models.decoder import refine_best
 from tailrace.engine.models.quantization import round_weight
-from tailrace.engine.native import build
+from tailrace.engine.native import library as native_library
 from tailrace.engine.native.decoder import _linear
 from tailrace.engine.native.library import NativeLibrary, ProductStruct, RefinementStruct, load_library
 from tailrace.engine.native.packing import WeightArena
@@ -103,9 +103,9 @@ def test_lesser_processors_give_the_same_bits(processor: str, tmp_path: Path, mo
         pytest.skip("this machine cannot run it")
     if processor == "alderlake" and "avx_vnni" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this machine cannot run it")
-    flags = tuple(f"-march={processor}" if flag == "-march=native" else flag for flag in build._FLAGS)
-    assert flags != build._FLAGS
-    monkeypatch.setattr(build, "_FLAGS", flags)
+    flags = tuple(f"-march={processor}" if flag == "-march=native" else flag for flag in native_library._FLAGS)
+    assert flags != native_library._FLAGS
+    monkeypatch.setattr(native_library, "_FLAGS", flags)
     lesser = load_library("bfloat16", tmp_path)
     weight = normal(1, 131, 1000).bfloat16()
     for rows in (1, 5, 18):
