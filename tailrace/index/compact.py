@@ -11,7 +11,7 @@ import ctypes
 import logging
 import weakref
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ctypes import c_char_p, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +79,10 @@ class Functions:
         self.drop.argtypes, self.drop.restype = (c_void_p, c_uint32), None
         self.apply = library.tailrace_index_apply
         self.apply.argtypes, self.apply.restype = (c_void_p, c_uint32, c_char_p, c_char_p, c_int64), c_uint64
-        self.lookup = library.tailrace_index_lookup
-        self.lookup.argtypes, self.lookup.restype = (c_void_p, c_char_p, c_int64, c_void_p), c_uint32
+        self.search = library.tailrace_index_search
+        self.walk = library.tailrace_index_walk
+        for lookup in (self.search, self.walk):
+            lookup.argtypes, lookup.restype = (c_void_p, c_char_p, c_int64, c_void_p), c_uint32
         self.num_blocks = library.tailrace_index_num_blocks
         self.num_blocks.argtypes, self.num_blocks.restype = (c_void_p, c_uint32), c_uint32
         self.stats = library.tailrace_index_stats
@@ -143,24 +145,28 @@ class CompactIndex(LocalIndex):
     # -- what is asked ------------------------------------------------------------------------------------------------
 
     def longest_prefix(self, hashes: Sequence[bytes]) -> dict[str, int]:
-        """Raises ValueError for hashes of another length."""
-        rows, ids = self._look_up(hashes), self._ids
+        """By a binary search for each holder, in which those go together that agree so far.
+
+        Blocks that were not probed are taken to be there, between two that are: where a hint is missing in the middle,
+        more may be counted than `longest_prefix_by_tier` does. Raises ValueError for hashes of another length.
+        """
+        rows, ids = self._look_up(self._functions.search, hashes), self._ids
         return {ids[holder]: depth for holder, depth in zip(rows[::_FOUND_WORDS], rows[1::_FOUND_WORDS], strict=True)}
 
     def longest_prefix_by_tier(self, hashes: Sequence[bytes]) -> dict[str, PrefixHit]:
-        """Raises ValueError for hashes of another length."""
-        rows, ids = self._look_up(hashes), self._ids
+        """Reads every block, up to the first missing one. Raises ValueError for hashes of another length."""
+        rows, ids = self._look_up(self._functions.walk, hashes), self._ids
         return {
             ids[rows[at]]: PrefixHit(rows[at + 1], tuple(rows[at + 2 : at + _FOUND_WORDS]))
             for at in range(0, len(rows), _FOUND_WORDS)
         }
 
-    def _look_up(self, hashes: Sequence[bytes]) -> "array[int]":
+    def _look_up(self, lookup: Callable[..., int], hashes: Sequence[bytes]) -> "array[int]":
         packed = b"".join(hashes)
         if len(packed) != HASH_BYTES * len(hashes):
             raise ValueError(f"{len(hashes)} hashes have {len(packed)} bytes; a block hash has {HASH_BYTES}")
         found = self._found
-        num_found = self._functions.lookup(self._table, packed, len(hashes), found.buffer_info()[0])
+        num_found = lookup(self._table, packed, len(hashes), found.buffer_info()[0])
         return found[: num_found * _FOUND_WORDS]
 
     # -- the table ----------------------------------------------------------------------------------------------------

@@ -20,9 +20,12 @@ class PrefixHit(NamedTuple):
 class PrefixIndex(Protocol):
     """Entries are hints: what is missing costs a hit, what is stale is refused by the owner.
 
-    A hit of a worker ends at the first block that it does not hold, whatever it holds behind it. Epochs of a worker go
-    up: a higher one replaces everything known of the worker, a lower one is ignored. A worker holds a block on one
-    tier; published again, it has moved. Memory is bounded, so that blocks beyond a limit may be missing.
+    What a worker holds of a chain begins at its first block and has no holes, as it drops a chain's end first. Where
+    hints have a hole all the same, a hit may end at it, or at a later end of what is held.
+
+    Epochs of a worker go up: a higher one replaces everything known of the worker, a lower one is ignored. A worker
+    holds a block on one tier; published again, it has moved. Memory is bounded, so that blocks beyond a limit may be
+    missing.
     """
 
     def num_blocks(self, worker_id: str) -> int: ...
@@ -32,7 +35,7 @@ class PrefixIndex(Protocol):
         ...
 
     def longest_prefix_by_tier(self, hashes: Sequence[bytes]) -> dict[str, PrefixHit]:
-        """As `longest_prefix`, and how many of the blocks lie on which tier."""
+        """As `longest_prefix`, and how many of the blocks lie on which tier. A hit ends at the first hole."""
         ...
 
     def apply(self, worker_id: str, epoch: int, first_sequence: int, events: Sequence[KVEvent]) -> bool:

@@ -226,5 +226,26 @@ def bench_idle(
     run_idle(_quiet({"model": model, "transport": transport}), IdleOptions(seconds=seconds), as_json=as_json)
 
 
+@bench_app.command("index")
+def bench_index(
+    blocks: Annotated[
+        list[int] | None, typer.Option(min=1000, max=20_000_000, help="Of one index; again for another. 1e6 and 1e7.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=1024, help="That hold them.")] = 64,
+    lookups: Annotated[int, typer.Option(min=10, max=100_000, help="Of each length.")] = 2000,
+    rounds: Annotated[int, typer.Option(min=1, max=100, help="Turns of events.")] = 5,
+    batches: Annotated[int, typer.Option(min=1, max=100_000, help="Of 64 events, of one turn.")] = 2000,
+    as_json: AsJson = False,
+) -> None:
+    """The gateway's prefix index: lookups, events and memory, beside one in plain Python up to 2e6 blocks."""
+    from tailrace.cli.bench.index import IndexBenchOptions, run_index
+
+    sizes = tuple(blocks) if blocks else IndexBenchOptions().blocks
+    if len(sizes) > 4:
+        raise ConfigError(f"blocks: at most 4 sizes at once, got {len(sizes)}", param="blocks")
+    options = IndexBenchOptions(blocks=sizes, workers=workers, lookups=lookups, rounds=rounds, batches=batches)
+    run_index(options, as_json=as_json)
+
+
 def _quiet(settings: Settings) -> UpConfig:
     return UpConfig(**settings, port=0, log_level="warning")

@@ -111,7 +111,7 @@ static void retract(struct index *index, uint64_t print, uint32_t holder) {
 void tailrace_index_free(struct index *index) {
     if (!index) return;
     uint32_t num_partitions = index->partitions ? 1u << index->partition_bits : 0;
-    for (uint32_t at = 0; at < num_partitions; at++) free(index->partitions[at].entries);
+    for (uint32_t at = 0; at < num_partitions; at++) free_entries(&index->partitions[at]);
     records_release(&index->records);
     free(index->partitions);
     free(index->holders);
@@ -184,15 +184,20 @@ uint64_t tailrace_index_apply(
     return index->num_refused - refused_before;
 }
 
+static uint32_t refs_of(const struct index *index, const ref_t *ref, const ref_t **refs) {
+    if (*ref & 1) {
+        *refs = ref;
+        return 1;
+    }
+    const struct record *record = record_at(&index->records, *ref >> 1);
+    *refs = record->refs;
+    return record->num_refs;
+}
+
 /* Whether any holder that had all blocks before this one has it too. */
 static int advance(struct index *index, ref_t ref, uint32_t depth, struct found *found, uint32_t *num_found) {
-    const ref_t *refs = &ref;
-    uint32_t num_refs = 1, num_advanced = 0;
-    if (!(ref & 1)) {
-        const struct record *record = record_at(&index->records, ref >> 1);
-        refs = record->refs;
-        num_refs = record->num_refs;
-    }
+    const ref_t *refs;
+    uint32_t num_refs = refs_of(index, &ref, &refs), num_advanced = 0;
     for (uint32_t at = 0; at < num_refs; at++) {
         struct holder *holder = holder_of(index, refs[at]);
         if (holder->depth != depth) continue;
@@ -217,8 +222,9 @@ static int64_t find_ahead(const struct index *index, const uint8_t *hashes, int6
     return num;
 }
 
-/* `found`: room for all holders that are not dropped. Returns how many have the first block, and more. */
-uint32_t tailrace_index_lookup(struct index *index, const uint8_t *hashes, int64_t num_blocks, struct found *found) {
+/* Every block, up to the first that nobody has whom none failed before. `found`: room for all holders that are not
+   dropped. Returns how many have the first block. */
+uint32_t tailrace_index_walk(struct index *index, const uint8_t *hashes, int64_t num_blocks, struct found *found) {
     uint32_t num_found = 0;
     for (int64_t at = 0; at < num_blocks && at < AHEAD; at++) prefetch(index, hashes + at * HASH_BYTES);
     for (int64_t first = 0, goes_on = 1; goes_on && first < num_blocks; first += AHEAD) {
@@ -239,6 +245,60 @@ uint32_t tailrace_index_lookup(struct index *index, const uint8_t *hashes, int64
         found[at].depth = holder->depth;
         memcpy(found[at].by_tier, holder->by_tier, sizeof holder->by_tier);
         holder->depth = 0;
+    }
+    return num_found;
+}
+
+/* Marks the holders of a block with a number that no other has. */
+static void mark_holders(struct index *index, ref_t ref) {
+    if (!++index->last_probe) {
+        for (uint32_t id = 0; id < index->num_holders; id++) index->holders[id].mark = 0;
+        index->last_probe = 1;
+    }
+    const ref_t *refs;
+    uint32_t num_refs = ref ? refs_of(index, &ref, &refs) : 0;
+    for (uint32_t at = 0; at < num_refs; at++) holder_of(index, refs[at])->mark = index->last_probe;
+}
+
+/* Holders that have all blocks before `low`, as far as anybody asked, and not the one at `high`. */
+struct range {
+    int64_t low, high;
+    uint32_t begin, end;
+};
+
+/* The marked ones first. Returns where the others begin. */
+static uint32_t divide(const struct index *index, struct found *found, uint32_t begin, uint32_t end) {
+    for (uint32_t at = begin; at < end; at++) {
+        struct found one = found[at];
+        if (index->holders[one.holder].mark != index->last_probe) continue;
+        found[at] = found[begin];
+        found[begin++] = one;
+    }
+    return begin;
+}
+
+/* A binary search for each holder, together as long as they agree: right where nobody has a block without those before
+   it. Else a holder has the last block that is counted and not the one after, and those between that were probed.
+   As `tailrace_index_walk`, but for tiers, which it leaves alone. */
+uint32_t tailrace_index_search(struct index *index, const uint8_t *hashes, int64_t num_blocks, struct found *found) {
+    ref_t first = num_blocks ? find_ref(index, print_of(index, hashes)) : 0;
+    if (!first) return 0;
+    const ref_t *refs;
+    uint32_t num_refs = refs_of(index, &first, &refs), num_found = 0;
+    for (uint32_t at = 0; at < num_refs; at++)
+        if (!is_dead(index, refs[at])) found[num_found++].holder = refs[at] >> 3;
+    /* The upper half goes on the stack and the lower one is done first: at most one a halving. */
+    struct range stack[64] = {{1, num_blocks, 0, num_found}};
+    for (int top = 0; top >= 0;) {
+        struct range range = stack[top--];
+        while (range.begin < range.end && range.low < range.high) {
+            int64_t middle = range.low + (range.high - range.low) / 2;
+            mark_holders(index, find_ref(index, print_of(index, hashes + middle * HASH_BYTES)));
+            uint32_t others = divide(index, found, range.begin, range.end);
+            if (others > range.begin) stack[++top] = (struct range){middle + 1, range.high, range.begin, others};
+            range = (struct range){range.low, middle, others, range.end};
+        }
+        for (uint32_t at = range.begin; at < range.end; at++) found[at].depth = range.low;
     }
     return num_found;
 }

@@ -8,7 +8,10 @@
 
 #include "records.h"
 
+#include <sys/mman.h>
+
 enum { HASH_BYTES = 16, NUM_TIERS = 3, AHEAD = 16, MIN_HOMES = 8, MAX_HOLDERS = 1 << 16 };
+enum { MAPPED_BYTES = 1 << 16 };
 
 /* 0: a gap. Odd: one holder, as holder << 3 | tier << 1 | 1. Even: a record's name << 1. */
 typedef uint32_t ref_t;
@@ -29,7 +32,8 @@ struct partition {
 struct holder {
     uint32_t num_blocks;
     uint32_t max_blocks; /* of a free one: the next free one */
-    uint32_t depth; /* in a lookup: leading blocks so far; else 0 */
+    uint32_t depth; /* in a walk: leading blocks so far; else 0 */
+    uint32_t mark; /* the last probe that found it */
     uint32_t by_tier[NUM_TIERS];
 };
 
@@ -51,6 +55,7 @@ struct index {
     uint64_t num_rebuilt; /* entries copied by rebuilds so far */
     uint64_t table_bytes;
     uint32_t unswept_events;
+    uint32_t last_probe;
     struct records records;
 };
 
@@ -112,6 +117,22 @@ static void uncount(struct index *index, ref_t ref) {
     if (holder->depth != DEAD) return;
     index->num_dead--;
     if (!holder->num_blocks) free_holder(index, ref >> 3);
+}
+
+/* -- memory -------------------------------------------------------------------------------------------------------- */
+
+/* Large arrays are mapped: in the heap, arrays that all grow a little leave a sixth of it unused. */
+static struct entry *alloc_entries(uint32_t num_slots) {
+    size_t num_bytes = num_slots * sizeof(struct entry);
+    if (num_bytes < MAPPED_BYTES) return malloc(num_bytes);
+    void *entries = mmap(NULL, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return entries == MAP_FAILED ? NULL : entries;
+}
+
+static void free_entries(struct partition *part) {
+    size_t num_bytes = part->num_slots * sizeof(struct entry);
+    if (num_bytes < MAPPED_BYTES) free(part->entries);
+    else munmap(part->entries, num_bytes);
 }
 
 /* -- rebuilding ---------------------------------------------------------------------------------------------------- */
@@ -178,14 +199,14 @@ static int rebuild(struct index *index, struct partition *part, uint32_t more) {
     struct partition fresh = {NULL, wanted + wanted / 4, 0, part->num_entries};
     if (fresh.num_homes < MIN_HOMES) fresh.num_homes = MIN_HOMES;
     fresh.num_slots = slots_for(index, &fresh, part) + 4 + fresh.num_homes / 64;
-    fresh.entries = malloc(fresh.num_slots * sizeof *fresh.entries);
+    fresh.entries = alloc_entries(fresh.num_slots);
     if (!fresh.entries) {
         spread(index, part, part->entries, part->num_slots);
         return 0;
     }
     spread(index, &fresh, part->entries, part->num_slots);
     index->table_bytes += ((uint64_t)fresh.num_slots - part->num_slots) * sizeof *fresh.entries;
-    free(part->entries);
+    free_entries(part);
     *part = fresh;
     return 1;
 }

@@ -83,6 +83,18 @@ class NaiveIndex:
         for book in (self.epochs, self.sequences, self.most, self.held):
             book.pop(worker, None)
 
+    def searched(self, chain: list[bytes]) -> dict[str, int]:
+        """By a binary search of each worker's own: the block after the last is held by nobody."""
+        depths = {}
+        for worker, held in self.held.items():
+            if self.print(chain[0]) in held:
+                low, high = 1, len(chain)
+                while low < high:
+                    middle = (low + high) // 2
+                    low, high = (middle + 1, high) if self.print(chain[middle]) in held else (low, middle)
+                depths[worker] = low
+        return depths
+
     def hits(self, chain: list[bytes]) -> dict[str, PrefixHit]:
         hits = {}
         for worker, held in self.held.items():
@@ -158,9 +170,8 @@ def test_random_histories_agree_with_the_naive_index(partition_bits: int, finger
     for _ in range(250):
         step(rng, index, naive, chains)
         for chain in rng.sample(chains, 3):
-            expected = naive.hits(chain)
-            assert index.longest_prefix_by_tier(chain) == expected
-            assert index.longest_prefix(chain) == {worker: hit.num_blocks for worker, hit in expected.items()}
+            assert index.longest_prefix_by_tier(chain) == naive.hits(chain)
+            assert index.longest_prefix(chain) == naive.searched(chain)
         for worker in ("w0", "w1"):
             assert index.num_blocks(worker) == len(naive.held.get(worker, ()))
     index.check_integrity()
@@ -170,11 +181,24 @@ def test_random_histories_agree_with_the_naive_index(partition_bits: int, finger
 # -- lookups ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_hole_ends_the_prefix_whatever_is_held_behind_it() -> None:
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 24, 31, 32, 33])
+def test_without_holes_the_search_finds_what_the_walk_finds(length: int) -> None:
     index = compact_index()
-    index.publish("p0", 1, [A, B, D])
-    index.publish("p1", 1, [B, C, D])
-    assert index.longest_prefix(CHAIN) == {"p0": 2}
+    chain = [block(number) for number in range(length)]
+    for held in range(length + 1):
+        index.publish(f"w{held}", 1, chain[:held])
+    expected = {f"w{held}": held for held in range(1, length + 1)}
+    assert index.longest_prefix(chain) == expected
+    assert {worker: hit.num_blocks for worker, hit in index.longest_prefix_by_tier(chain).items()} == expected
+
+
+def test_a_hole_ends_a_walk_and_may_be_passed_by_a_search() -> None:
+    index = compact_index()
+    index.publish("p0", 1, [A, C, D])
+    index.publish("p1", 1, [A, B, D])
+    index.publish("p2", 1, [B, C, D])
+    assert index.longest_prefix_by_tier(CHAIN) == {"p0": PrefixHit(1, (1, 0, 0)), "p1": PrefixHit(2, (2, 0, 0))}
+    assert index.longest_prefix(CHAIN) == {"p0": 4, "p1": 2}
 
 
 def test_a_block_that_moves_to_another_tier_is_counted_there() -> None:
@@ -190,7 +214,7 @@ def test_an_unknown_tier_is_a_retraction() -> None:
     index = compact_index()
     index.publish("s0", 1, CHAIN)
     index.apply("s0", 1, 0, KVEvents(bytes([1 | 3 << 4, 7]), B + D))
-    assert (index.longest_prefix(CHAIN), index.num_blocks("s0")) == ({"s0": 1}, 2)
+    assert (index.longest_prefix([A, B]), index.num_blocks("s0")) == ({"s0": 1}, 2)
 
 
 def test_blocks_of_many_workers() -> None:
