@@ -101,7 +101,7 @@ def open_index(cache_dir: Path, limits: IndexLimits = DEFAULT_LIMITS) -> PrefixI
     try:
         return CompactIndex(load_functions(cache_dir), limits)
     except NativeUnavailableError as error:
-        _log.warning("the prefix index is kept in Python, at twenty times the memory: %s", error)
+        _log.warning("the prefix index is kept in Python, at many times the memory and time: %s", error)
         return MemoryIndex(limits.blocks_per_worker)
 
 
