@@ -207,7 +207,7 @@ class KvStore:
                 self._fetch(loan)
 
     def flush(self, timeout_s: float) -> bool:
-        """Whether nothing is in line to be written, nor being copied, any more; gives up after `timeout_s` without one."""
+        """Whether nothing waits to be written or is being copied any more. Gives up after `timeout_s` of standstill."""
         while self.disk is not None and (self.num_unwritten or self.disk.num_open):
             before = self.num_unwritten, self.disk.num_open
             self.pump(timeout_s)

@@ -54,6 +54,29 @@ def bench_transfer(
     run_transfer(_quiet({"transport": transport}), options, as_json=as_json)
 
 
+@bench_app.command("tiers")
+def bench_tiers(
+    directory: Annotated[str, typer.Option(help="Where the files are made; default: that of temporary files.")] = "",
+    block_bytes: Annotated[str, typer.Option(help="Sizes, with commas between.")] = "65536,368640,1048576",
+    total_mib: Annotated[int, typer.Option(min=1, max=1 << 20, help="Moved in each turn; at least 256 blocks.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, max=1000)] = 5,
+    requests: Annotated[int, typer.Option(min=1, max=1_000_000, help="Of each access pattern.")] = 2000,
+    as_json: AsJson = False,
+) -> None:
+    """The store's memory tier beside memcpy, its disk tier beside plain pwrite and pread, and what the disk adds."""
+    from tailrace.cli.bench.tier_hits import HitOptions
+    from tailrace.cli.bench.tiers import TierOptions, run_tiers
+
+    try:
+        sizes = tuple(int(size) for size in block_bytes.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"block-bytes: numbers with commas between, not {block_bytes!r}", param="block_bytes"
+        ) from None
+    options = TierOptions(directory, sizes, total_mib << 20, rounds)
+    run_tiers(options, HitOptions(requests=requests), as_json=as_json)
+
+
 @bench_app.command("engine")
 def bench_engine(
     model: Model = DEFAULT_MODEL,

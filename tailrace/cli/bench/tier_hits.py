@@ -1,0 +1,106 @@
+"""The hit rate of a store with a disk tier over one without, on access patterns of conversations.
+
+A conversation is a chain of blocks; a request asks for all of its chain, and what was not found is put afterwards, as
+after a prefill. Blocks found over blocks asked for, from when every conversation has been there once.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tailrace.kv.layout import KVLayout, LayerGroup
+from tailrace.kvstore.slab_file import open_slab
+from tailrace.kvstore.store import KvStore
+
+_TIMEOUT_S = 30.0
+_ZIPF = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class HitOptions:
+    memory_slots: int = 1024
+    conversation_blocks: int = 32
+    requests: int = 2000
+    """Counted, after one of each conversation."""
+    seed: int = 0
+
+    @property
+    def num_conversations(self) -> int:
+        """Their blocks fill the memory tier twice."""
+        return 2 * self.memory_slots // self.conversation_blocks
+
+
+def uniform(options: HitOptions) -> Iterator[int]:
+    """Any conversation may be next."""
+    rng = random.Random(options.seed)  # noqa: S311  # a pattern of accesses, not a secret
+    while True:
+        yield rng.randrange(options.num_conversations)
+
+
+def zipf(options: HitOptions) -> Iterator[int]:
+    """The conversation of rank r is next with a probability in proportion to r ** -0.8."""
+    rng = random.Random(options.seed)  # noqa: S311
+    weights = [(rank + 1) ** -_ZIPF for rank in range(options.num_conversations)]
+    while True:
+        yield from rng.choices(range(options.num_conversations), weights, k=256)
+
+
+def turns(options: HitOptions) -> Iterator[int]:
+    """People who answer: each conversation comes again after a pause of half to one and a half mean ones."""
+    rng = random.Random(options.seed)  # noqa: S311
+    due = [rng.random() for _ in range(options.num_conversations)]
+    while True:
+        conversation = min(range(len(due)), key=due.__getitem__)
+        due[conversation] += 0.5 + rng.random()
+        yield conversation
+
+
+PATTERNS: dict[str, Callable[[HitOptions], Iterator[int]]] = {"uniform": uniform, "zipf": zipf, "turns": turns}
+
+
+def measure_hits(directory: Path, options: HitOptions) -> dict[str, Any]:
+    """By pattern. The disk keeps up: the driver waits for it between requests."""
+    return {name: _compare(directory, options, pattern) for name, pattern in PATTERNS.items()}
+
+
+def _compare(directory: Path, options: HitOptions, pattern: Callable[[HitOptions], Iterator[int]]) -> dict[str, float]:
+    alone = _hit_rate(options, pattern, None)
+    both = _hit_rate(options, pattern, directory / "hits")
+    (directory / "hits").unlink()
+    ratio = round(both / alone, 3) if alone else float("inf")
+    return {"memory": round(alone, 4), "memory_and_disk": round(both, 4), "ratio": ratio}
+
+
+def _hit_rate(options: HitOptions, pattern: Callable[[HitOptions], Iterator[int]], path: Path | None) -> float:
+    layout = KVLayout("benchmark", "", "none", 1, 1, 1, 64, 16, "bfloat16", (LayerGroup("full", (0,)),))
+    store = KvStore(layout.block_bytes, options.memory_slots)
+    if path is not None:
+        slots = options.num_conversations * options.conversation_blocks
+        store.open_disk(open_slab(path, slots, layout), lambda: None)
+    for conversation in range(options.num_conversations):
+        _request(store, _chain(conversation, options))
+    requests = pattern(options)
+    num_found = sum(_request(store, _chain(next(requests), options)) for _ in range(options.requests))
+    store.close()
+    return num_found / (options.requests * options.conversation_blocks)
+
+
+def _chain(conversation: int, options: HitOptions) -> list[bytes]:
+    blocks = range(options.conversation_blocks)
+    return [conversation.to_bytes(8, "little") + block.to_bytes(8, "little") for block in blocks]
+
+
+def _request(store: KvStore, chain: list[bytes]) -> int:
+    """Blocks found; what was missing is there afterwards, and on disk."""
+    loan = store.borrow(chain)
+    loan.take_ready()
+    while not loan.is_complete:
+        store.pump(_TIMEOUT_S)
+        loan.take_ready()
+    num_found = loan.num_told
+    loan.close()
+    store.landed(store.reserve(store.wanted(chain)))
+    store.flush(_TIMEOUT_S)
+    return num_found
