@@ -254,6 +254,47 @@ class GatewayConfig(ModelConfigFields):
         return self
 
 
+class KvStoreConfig(CommonConfig):
+    """A store of KV blocks for the workers of its machine. What a block is, it learns from its file or first offer."""
+
+    worker_id: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]{0,64}$")
+    """Empty: the store draws one."""
+    host: str = Field(default="127.0.0.1", min_length=1, max_length=255)
+    """Interface of the gRPC server."""
+    port: Port = 0
+    """0: the kernel chooses."""
+    advertise: str = Field(default="", max_length=300)
+    """host or host:port that peers dial; empty: host and the bound port."""
+    data_host: str = Field(default="", max_length=255)
+    """Interface of the stream transport; empty: host."""
+    transport: Transport = "auto"
+    """How KV moves. nixl: refuse pairs where a read is not one-sided; stream: TCP only."""
+    net_device: str = Field(default="lo", min_length=1, max_length=256)
+    """Interfaces or RDMA devices that NIXL's UCX may use (the meaning of UCX_NET_DEVICES)."""
+    tls_cert: File | None = None
+    tls_key: File | None = None
+    tls_ca: File | None = None
+    cpu_memory: NumBytes = 1 << 30
+    """Bytes of blocks that are kept in memory ("1GiB")."""
+    disk_path: Path | None = None
+    """The file of the disk tier, best on NVMe; none: no disk tier. Made at once in its full size."""
+    disk_bytes: NumBytes = 8 << 30
+    """Size of that file."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Prometheus metrics over HTTP on this port of host; none: not served. 0: the kernel chooses."""
+
+    @model_validator(mode="after")
+    def _tls_is_complete(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key must be given together")
+        return self
+
+    @model_validator(mode="after")
+    def _secret_where_reachable(self) -> Self:
+        _require_secret(self.secret, host=self.host)
+        return self
+
+
 class UpConfig(EngineFields):
     """`tailrace up`: one gateway and its workers on this machine."""
 
@@ -300,7 +341,9 @@ def otlp_protocol() -> str:
 
 
 def known_fields() -> frozenset[str]:
-    return frozenset(name for role in (GatewayConfig, WorkerConfig, UpConfig) for name in role.model_fields)
+    return frozenset(
+        name for role in (GatewayConfig, WorkerConfig, KvStoreConfig, UpConfig) for name in role.model_fields
+    )
 
 
 def refuse_unknown_variables(environment: Mapping[str, str]) -> None:

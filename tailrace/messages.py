@@ -196,7 +196,7 @@ class LendDone:
 
 @dataclass(frozen=True, slots=True)
 class LendTerms:
-    """What a needer asks an owner to lend: the blocks of the request that `ticket` names."""
+    """What a needer asks an owner to lend: blocks by their hashes, or those of the request that `ticket` names."""
 
     request_id: str
     attempt: int
@@ -205,6 +205,17 @@ class LendTerms:
     needer_epoch: int
     transport: str
     skip_blocks: int = 0
+    block_hashes: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockOffer:
+    """A chain of cached blocks, from its first one on, that a worker would lend to a store."""
+
+    source: KvSource
+    layout: KVLayout
+    block_hashes: tuple[bytes, ...]
+    tenant: str = ""
 
 
 class HoldingState(StrEnum):

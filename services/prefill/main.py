@@ -17,8 +17,9 @@ from tailrace.telemetry.log import configure_logging
 from tailrace.types import Role
 from tailrace.worker.attach import Attachments
 from tailrace.worker.engine_thread import EngineThread
-from tailrace.worker.host import Identity, Parts, Wiring, die, leave, load_parts, open_plane, serve, worker_info
+from tailrace.worker.host import Identity, Parts, Wiring, die, load_parts, open_plane, serve, worker_info
 from tailrace.worker.lending import Lender
+from tailrace.worker.life import leave
 from tailrace.worker.requests import RequestMaker
 
 

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from tailrace import __version__
 from tailrace.cli.bench.commands import bench_app
 from tailrace.cli.options import Settings, with_config
-from tailrace.config import GatewayConfig, UpConfig, WorkerConfig, base_environment
+from tailrace.config import CommonConfig, GatewayConfig, KvStoreConfig, UpConfig, WorkerConfig, base_environment
 from tailrace.cores import PASSIVE_WAITING
 from tailrace.errors import ConfigError, TailraceError
 
@@ -55,7 +55,7 @@ def _up(settings: Settings) -> None:
     up(UpConfig(**settings))
 
 
-def _service(role: str, config: type[GatewayConfig] | type[WorkerConfig]) -> Callable[[Settings], None]:
+def _service(role: str, config: type[CommonConfig]) -> Callable[[Settings], None]:
     def run(settings: Settings) -> None:
         environment = {**PASSIVE_WAITING, **base_environment(), **config(**settings).to_environment()}
         sys.stdout.flush()
@@ -64,7 +64,7 @@ def _service(role: str, config: type[GatewayConfig] | type[WorkerConfig]) -> Cal
     return run
 
 
-def _add_service(role: str, config: type[GatewayConfig] | type[WorkerConfig], doc: str) -> None:
+def _add_service(role: str, config: type[CommonConfig], doc: str) -> None:
     run = _service(role, config)
     run.__doc__ = doc
     app.command(role)(with_config(config, run))
@@ -74,6 +74,7 @@ app.command("up")(with_config(UpConfig, _up))
 _add_service("gateway", GatewayConfig, "Run the gateway in the foreground.")
 _add_service("prefill", WorkerConfig, "Run a prefill worker in the foreground (set TAILRACE_SECRET as at the gateway).")
 _add_service("decode", WorkerConfig, "Run a decode worker in the foreground (set TAILRACE_SECRET as at the gateway).")
+_add_service("kvstore", KvStoreConfig, "Run a store of KV blocks in the foreground (set TAILRACE_SECRET as elsewhere).")
 
 
 @app.command()

@@ -17,6 +17,7 @@ from tailrace.config import (
     CommonConfig,
     EngineFields,
     GatewayConfig,
+    KvStoreConfig,
     ModelConfigFields,
     UpConfig,
     WorkerConfig,
@@ -30,6 +31,7 @@ _PANELS: tuple[tuple[type[CommonConfig], str], ...] = (
     (ModelConfigFields, "Model"),
     (EngineFields, "Engine and transfer"),
     (WorkerConfig, "Worker"),
+    (KvStoreConfig, "Store"),
     (GatewayConfig, "Gateway"),
     (UpConfig, "Cluster"),
 )

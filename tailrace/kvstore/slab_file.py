@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tailrace.errors import ConfigError
 from tailrace.host_memory import map_memory
 from tailrace.kv.hashing import HASH_BYTES
 from tailrace.kv.layout import KVLayout
@@ -203,6 +204,14 @@ def open_slab(path: Path, num_slots: int, layout: KVLayout) -> SlabFile:
                 os.close(opened)
         raise
     return slab
+
+
+def num_slots_in(num_bytes: int, layout: KVLayout) -> int:
+    """Slots of the largest file that has at most `num_bytes`. Raises ConfigError where that is none."""
+    num_slots = (num_bytes - HEADER_BYTES - PAGE) // (_rounded(layout.block_bytes) + ENTRY_BYTES)
+    if num_slots < 1:
+        raise ConfigError(f"disk_bytes: {num_bytes} bytes hold no block of {layout.block_bytes}", param="disk_bytes")
+    return num_slots
 
 
 def _rounded(num_bytes: int) -> int:

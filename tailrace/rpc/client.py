@@ -22,6 +22,7 @@ from tailrace.errors import (
 )
 from tailrace.kv.layout import KVLayout
 from tailrace.messages import (
+    BlockOffer,
     KvEventBatch,
     LedgerReport,
     LendDone,
@@ -66,6 +67,7 @@ class Peer:
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._worker = worker_pb2_grpc.WorkerServiceStub(self._channel)
         self._owner = kv_pb2_grpc.KvOwnerServiceStub(self._channel)
+        self._store = kv_pb2_grpc.KvStoreServiceStub(self._channel)
         self._control = control_pb2_grpc.ControlServiceStub(self._channel)
         self._membership = control_pb2_grpc.MembershipServiceStub(self._channel)
 
@@ -92,6 +94,13 @@ class Peer:
             yield self._read(call, convert.lend_event_from_proto)
         finally:
             call.cancel()
+
+    # -- worker -> store ----------------------------------------------------------------------------------------------
+
+    async def offer(self, offer: BlockOffer) -> tuple[bytes, ...]:
+        """The blocks that the store will pull. Raises LayoutMismatchError when it keeps blocks of another layout."""
+        call = self._store.Offer(convert.offer_to_proto(offer), metadata=self._metadata, timeout=PEER_LOSS_S)
+        return tuple((await self._unary(call)).wanted)
 
     # -- gateway -> worker --------------------------------------------------------------------------------------------
 

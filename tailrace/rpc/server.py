@@ -189,7 +189,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 class Owning(Protocol):
     """What an owner of KV answers, whatever its role."""
 
-    layout: KVLayout
+    @property
+    def layout(self) -> KVLayout: ...
 
     def meet(self, needer_id: str, needer_epoch: int) -> PeerEndpoints: ...
 

@@ -42,6 +42,11 @@ class Owner:
             stream=self._stream.endpoint() if self._stream else None,
         )
 
+    @property
+    def pool_address(self) -> int:
+        """Of the first byte of block 0."""
+        return self._memory.address
+
     def note_meeting(self) -> None:
         """A needer has just met us: make progress for a while, so that its first contact can complete."""
         if self._nixl:

@@ -50,3 +50,8 @@ class PoolMemory:
         if self.view is None:
             raise ValueError("this pool has no bytes that the CPU can reach")
         return self.view[block * self.block_bytes : (block + num_blocks) * self.block_bytes]
+
+
+def address_of(view: memoryview) -> int:
+    """Of the first byte of writable memory."""
+    return int(np.frombuffer(view, dtype=np.uint8).ctypes.data)

@@ -4,13 +4,11 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 from tailrace import __version__
 from tailrace.checkpoint.resolve import resolve_model
@@ -24,14 +22,15 @@ from tailrace.messages import Holding, KvEventBatch, LedgerReport, LendDone, Len
 from tailrace.policy.request import StopRule
 from tailrace.rpc.client import Peer
 from tailrace.rpc.gen import kv_pb2_grpc
-from tailrace.rpc.options import PEER_LOSS_S
 from tailrace.rpc.server import KvOwnerServicer, Server, add_worker
 from tailrace.transfer import PeerEndpoints, PoolMemory, TlsFiles, TransferOptions, TransferPlane, open_transfer
 from tailrace.types import Role
 from tailrace.worker.attach import Attachments
+from tailrace.worker.cached_lending import CachedLender
 from tailrace.worker.compute_thread import ComputeThread
 from tailrace.worker.engine_thread import EngineThread
 from tailrace.worker.lending import Lender
+from tailrace.worker.life import new_epoch, until_told
 from tailrace.worker.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -58,12 +57,7 @@ class Identity:
         if not secret:
             raise ConfigError("secret: set TAILRACE_SECRET to the same value for the gateway and all workers")
         worker_id = config.worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
-        return cls(role, worker_id, _new_epoch(), secret)
-
-
-def _new_epoch() -> int:
-    """Eighths of a second since late 2023: fits 32 bits for 17 years, and no worker starts twice in one."""
-    return max(1, int((time.time() - 1_700_000_000) * 8) & 0xFFFFFFFF)
+        return cls(role, worker_id, new_epoch(), secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +192,9 @@ class WorkerHost:
         self.layout = parts.layout
         self._parts = parts
         self._wiring = wiring
+        self._cached = CachedLender(
+            parts.pool, wiring.engine, block_bytes=parts.layout.block_bytes, pool_address=parts.engine.cache.address
+        )
 
     # -- Owning -------------------------------------------------------------------------------------------------------
 
@@ -207,10 +204,11 @@ class WorkerHost:
         return self._parts.transfer.owner.endpoints()
 
     async def lend(self, terms: LendTerms) -> AsyncGenerator[LentBlocks | LendDone, None]:
-        if self._wiring.lender is None:
-            raise ConfigError(f"{self._parts.identity.worker_id} lends nothing", param="ticket")
+        if self._wiring.lender is None and not terms.block_hashes:
+            raise ConfigError(f"{self._parts.identity.worker_id} lends cached blocks only", param="ticket")
+        lend = self._cached.lend if self._wiring.lender is None or terms.block_hashes else self._wiring.lender.lend
         with self._parts.transfer.owner.lending(terms.transport):
-            async with contextlib.aclosing(self._wiring.lender.lend(terms)) as events:
+            async with contextlib.aclosing(lend(terms)) as events:
                 async for event in events:
                     yield event
 
@@ -302,30 +300,6 @@ async def stay_joined(gateway: str, address: str, secret: bytes) -> None:
             await asyncio.sleep(REJOIN_S)
     finally:
         await peer.close()
-
-
-async def until_told(parent_pid: int | None) -> None:
-    """Returns at SIGTERM or SIGINT, or when the process that started us is gone."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    while not stop.is_set():
-        try:
-            async with asyncio.timeout(PEER_LOSS_S if parent_pid else None):
-                await stop.wait()
-        except TimeoutError:
-            if parent_pid is not None and os.getppid() != parent_pid:
-                log.warning("the process that started this one is gone; stopping")
-                return
-
-
-def leave() -> NoReturn:
-    """Everything is closed. What is left, torch's and UCX's own farewell, takes seconds and helps nobody."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def die(error: BaseException) -> None:

@@ -13,6 +13,8 @@ from tailrace.rpc.convert.lending import (
     endpoints_to_proto,
     lend_event_from_proto,
     lent_to_proto,
+    offer_from_proto,
+    offer_to_proto,
     terms_from_proto,
     terms_to_proto,
 )
@@ -61,6 +63,8 @@ __all__ = [
     "load_to_proto",
     "logprob_from_proto",
     "logprob_to_proto",
+    "offer_from_proto",
+    "offer_to_proto",
     "reason_from_proto",
     "reason_to_proto",
     "report_from_proto",

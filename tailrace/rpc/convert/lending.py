@@ -1,12 +1,20 @@
 """Meet and Lend: where an owner's blocks can be read, what is asked of it and what it tells."""
 
+from collections.abc import Sequence
+
 from tailrace.errors import InvalidRequestError
+from tailrace.kv.hashing import HASH_BYTES
 from tailrace.kv.layout import KVLayout
-from tailrace.messages import FirstToken, LendDone, LendTerms, LentBlocks
-from tailrace.rpc.convert.layout import layout_to_proto
+from tailrace.messages import BlockOffer, FirstToken, KvSource, LendDone, LendTerms, LentBlocks
+from tailrace.rpc.convert.layout import layout_from_proto, layout_to_proto
 from tailrace.rpc.convert.sampling import logprob_from_proto, logprob_to_proto, reason_from_proto, reason_to_proto
 from tailrace.rpc.gen import kv_pb2
 from tailrace.transfer.endpoints import NixlEndpoint, PeerEndpoints, StreamEndpoint
+
+MAX_HASHES = 65_536
+"""Of one lend or offer: a prompt of a million tokens in blocks of 16."""
+MAX_NAME_LENGTH = 300
+MAX_TENANT_BYTES = 64
 
 
 def endpoints_to_proto(peer: PeerEndpoints, layout: KVLayout) -> kv_pb2.MeetResponse:
@@ -75,13 +83,14 @@ def terms_to_proto(terms: LendTerms) -> kv_pb2.LendRequest:
         needer_epoch=terms.needer_epoch,
         skip_blocks=terms.skip_blocks,
         transport=terms.transport,
+        block_hashes=terms.block_hashes,
     )
 
 
 def terms_from_proto(message: kv_pb2.LendRequest) -> LendTerms:
-    if message.block_hashes:
-        raise InvalidRequestError("this owner lends by ticket only", param="block_hashes")
+    """Raises InvalidRequestError for hashes that no block has."""
     return LendTerms(
+        block_hashes=_hashes(message.block_hashes),
         request_id=message.request_id,
         attempt=message.attempt,
         ticket=message.ticket,
@@ -90,6 +99,42 @@ def terms_from_proto(message: kv_pb2.LendRequest) -> LendTerms:
         transport=message.transport,
         skip_blocks=message.skip_blocks,
     )
+
+
+def offer_to_proto(offer: BlockOffer) -> kv_pb2.OfferRequest:
+    return kv_pb2.OfferRequest(
+        worker_id=offer.source.worker_id,
+        epoch=offer.source.epoch,
+        address=offer.source.address,
+        layout=layout_to_proto(offer.layout),
+        block_hashes=offer.block_hashes,
+        tenant=offer.tenant,
+    )
+
+
+def offer_from_proto(message: kv_pb2.OfferRequest) -> BlockOffer:
+    """Raises InvalidRequestError naming the field, ConfigError for a layout that cannot be."""
+    for name, value in (("worker_id", message.worker_id), ("address", message.address)):
+        if not 0 < len(value) <= MAX_NAME_LENGTH:
+            raise InvalidRequestError(f"{name}: 1 to {MAX_NAME_LENGTH} characters are needed", param=name)
+    if len(message.tenant.encode()) > MAX_TENANT_BYTES:
+        raise InvalidRequestError(f"tenant: at most {MAX_TENANT_BYTES} bytes", param="tenant")
+    return BlockOffer(
+        source=KvSource(message.worker_id, message.epoch, message.address, b""),
+        layout=layout_from_proto(message.layout),
+        block_hashes=_hashes(message.block_hashes),
+        tenant=message.tenant,
+    )
+
+
+def _hashes(values: Sequence[bytes]) -> tuple[bytes, ...]:
+    if len(values) > MAX_HASHES:
+        raise InvalidRequestError(f"block_hashes: at most {MAX_HASHES}, not {len(values)}", param="block_hashes")
+    if any(len(value) != HASH_BYTES for value in values):
+        raise InvalidRequestError(f"block_hashes: each has {HASH_BYTES} bytes", param="block_hashes")
+    if len(set(values)) != len(values):
+        raise InvalidRequestError("block_hashes: each may be named once", param="block_hashes")
+    return tuple(values)
 
 
 def lent_to_proto(lent: LentBlocks) -> kv_pb2.LendResponse:

@@ -1,0 +1,304 @@
+"""The store as its event loop sees it: workers that offer, needers that borrow, a disk that has news."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+
+from services.kvstore.storage import Storage, StoreIdentity, open_storage
+from tailrace.config import KvStoreConfig
+from tailrace.errors import LayoutMismatchError, OverloadedError, TailraceError, TransferError, UnavailableError
+from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.kv.layout import KVLayout
+from tailrace.kvstore.values import Arrival, OfferedBlock
+from tailrace.messages import (
+    BlockOffer,
+    Holding,
+    HoldingState,
+    KvEventBatch,
+    LedgerReport,
+    LendDone,
+    LendTerms,
+    LentBlocks,
+    Load,
+)
+from tailrace.transfer import BlockRead, PeerEndpoints, PendingRead, ReadOutcome
+from tailrace.worker.peers import OwnerPeers
+
+log = logging.getLogger(__name__)
+
+MAX_PULLS = 16
+"""Open at once; offers beyond are declined, not queued: the worker may offer again."""
+MAX_LOANS = 256
+PULL_TIMEOUT_S = 10.0
+"""A read that takes longer is stalled: its slots are quarantined until it ends."""
+SNAPSHOT_BLOCKS = 4096
+
+
+@dataclass(slots=True, eq=False)
+class _OpenLoan:
+    """For the ledger: who holds what since when."""
+
+    needer_id: str
+    since: float
+    slots: list[int]
+
+
+class StoreNode:
+    """Event loop only. Answers Meet, Lend, Offer and Control."""
+
+    def __init__(self, config: KvStoreConfig, identity: StoreIdentity) -> None:
+        self._config = config
+        self._identity = identity
+        self._loop = asyncio.get_running_loop()
+        self._opening: asyncio.Task[Storage] | None = None
+        self._storage: Storage | None = None
+        self._peers: OwnerPeers | None = None
+        self._pulls: set[asyncio.Task[None]] = set()
+        self._loans: set[_OpenLoan] = set()
+        self._reads: dict[PendingRead, list[Arrival]] = {}
+        """Stalled ones."""
+        self._is_draining = False
+        self._refused: set[str] = set()
+
+    @property
+    def storage(self) -> Storage | None:
+        """None until it is known what a block is."""
+        return self._storage
+
+    async def open(self, layout: KVLayout) -> Storage:
+        """Makes the storage where there is none. Raises ConfigError, LayoutMismatchError when it keeps other blocks."""
+        storage = self._storage
+        if storage is None:
+            if self._opening is None or self._opening.done():
+                self._opening = asyncio.create_task(self._open(layout))
+            # Others may wait for the same: an offer that is cancelled leaves it alone.
+            storage = await asyncio.shield(self._opening)
+        if differences := storage.layout.differences(layout):
+            raise LayoutMismatchError(f"this store keeps blocks of another layout: {'; '.join(differences)}")
+        return storage
+
+    async def close(self) -> None:
+        """Ends what is open, brings the file up to date."""
+        for task in self._pulls:
+            task.cancel()
+        await asyncio.gather(*self._pulls, *([self._opening] if self._opening else []), return_exceptions=True)
+        if self._peers is not None:
+            await self._peers.close()
+        if self._storage is not None:
+            await self._storage.close()
+
+    # -- Owning -------------------------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> KVLayout:
+        return self._ready().layout
+
+    def meet(self, needer_id: str, needer_epoch: int) -> PeerEndpoints:
+        log.info("met by %s", needer_id)
+        owner = self._ready().plane.owner
+        owner.note_meeting()
+        return owner.endpoints()
+
+    async def lend(self, terms: LendTerms) -> AsyncGenerator[LentBlocks | LendDone, None]:
+        """Blocks by their hashes, in order, as they come from disk; held until the iterator is closed."""
+        storage = self._ready()
+        if len(self._loans) >= MAX_LOANS:
+            raise OverloadedError(f"{MAX_LOANS} loans are open")
+        entry = _OpenLoan(terms.needer_id, time.monotonic(), [])
+        news = asyncio.Event()
+        loan = storage.store.borrow(terms.block_hashes, news.set)
+        self._loans.add(entry)
+        base = storage.plane.owner.pool_address
+        try:
+            with storage.plane.owner.lending(terms.transport):
+                while True:
+                    # Before it is asked what is ready: what comes while that is told must wake us.
+                    news.clear()
+                    if ready := loan.take_ready():
+                        slots = [lent.slot for lent in ready]
+                        entry.slots += slots
+                        addresses = [base + slot * storage.store.block_bytes for slot in slots]
+                        yield LentBlocks(ready[0].index, slots, addresses, [lent.generation for lent in ready])
+                    if loan.is_complete:
+                        break
+                    await news.wait()
+                tokens = loan.num_told * storage.layout.block_size
+                yield LendDone((), last_block_tokens=0, cached_tokens=tokens, queue_s=0.0, prefill_s=0.0)
+                # The needer reads on until it closes the stream.
+                await asyncio.Event().wait()
+        finally:
+            self._loans.remove(entry)
+            loan.close()
+            storage.store.pump()
+
+    # -- offers -------------------------------------------------------------------------------------------------------
+
+    async def offer(self, offer: BlockOffer) -> tuple[bytes, ...]:
+        """Which of them will be pulled. Raises LayoutMismatchError, ConfigError."""
+        if self._is_draining or len(self._pulls) >= MAX_PULLS:
+            return ()
+        try:
+            storage = await self.open(offer.layout)
+        except TailraceError as error:
+            self._say_once(offer.source.worker_id, error)
+            raise
+        wanted = storage.store.wanted(offer.block_hashes, offer.tenant)
+        if wanted:
+            task = asyncio.create_task(self._pull(storage, offer, wanted), name=f"pull from {offer.source.worker_id}")
+            self._pulls.add(task)
+            task.add_done_callback(self._pulls.discard)
+        return tuple(piece.block_hash for piece in wanted)
+
+    def _say_once(self, worker_id: str, error: TailraceError) -> None:
+        if worker_id not in self._refused:
+            self._refused.add(worker_id)
+            log.error("offers of %s are refused: %s", worker_id, error.message)
+
+    async def _pull(self, storage: Storage, offer: BlockOffer, wanted: list[OfferedBlock]) -> None:
+        try:
+            await self._try_pull(storage, offer, wanted)
+        except TailraceError as error:
+            log.warning("blocks of %s could not be pulled: %s", offer.source.worker_id, error.message)
+
+    async def _try_pull(self, storage: Storage, offer: BlockOffer, wanted: list[OfferedBlock]) -> None:
+        if self._peers is None:
+            raise UnavailableError("the store is not open")
+        link = await self._peers.link(offer.source)
+        names = tuple(piece.block_hash for piece in wanted)
+        identity = self._identity
+        terms = LendTerms("", 0, b"", identity.worker_id, identity.epoch, link.transport, block_hashes=names)
+        async with self._peers.lend(offer.source, terms) as events:
+            async for event in events:
+                if isinstance(event, LendDone):
+                    return
+                if event.first_index or len(event.blocks) > len(wanted):
+                    raise TransferError(f"{offer.source.worker_id} lent blocks that nobody asked for")
+                arrivals = storage.store.reserve(wanted[: len(event.blocks)], offer.tenant)
+                if arrivals:
+                    await self._read(storage, link.read(_reads(arrivals, names, event)), arrivals)
+                return
+
+    async def _read(self, storage: Storage, read: PendingRead, arrivals: list[Arrival]) -> None:
+        """A slot is landing until its read has settled, whatever becomes of the task."""
+        try:
+            result = await read.wait(PULL_TIMEOUT_S)
+        except asyncio.CancelledError:
+            self._set_aside(storage, read, arrivals)
+            raise
+        if result is None:
+            self._set_aside(storage, read, arrivals)
+            raise TransferError(f"a read of {len(arrivals)} blocks stalls; its slots are quarantined")
+        if result.outcome is ReadOutcome.GOOD:
+            storage.store.landed(arrivals)
+            return
+        storage.store.abandon(arrivals)
+        raise TransferError(result.message or result.outcome)
+
+    def _set_aside(self, storage: Storage, read: PendingRead, arrivals: list[Arrival]) -> None:
+        storage.store.quarantine(arrivals)
+        self._reads[read] = arrivals
+
+        def settled(_: object) -> None:
+            del self._reads[read]
+            storage.store.abandon(arrivals)
+
+        read.settled.add_done_callback(settled)
+
+    # -- Controlled ---------------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Nothing more is taken; what is there is lent on."""
+        log.info("draining: %d pulls left", len(self._pulls))
+        self._is_draining = True
+
+    def load(self) -> Load:
+        if self._storage is None:
+            return Load(draining=self._is_draining)
+        books = self._storage.store.ledger().memory
+        return Load(
+            num_running=len(self._loans) + len(self._pulls),
+            total_blocks=books.total,
+            free_blocks=books.free,
+            cached_blocks=books.cached,
+            lent_blocks=books.lent,
+            landing_blocks=books.landing,
+            quarantined_blocks=books.quarantined,
+            draining=self._is_draining,
+        )
+
+    async def ledger(self) -> LedgerReport:
+        """Of the memory tier, checked; the disk tier is checked with it."""
+        identity = self._identity
+        if self._storage is None:
+            return LedgerReport(identity.worker_id, identity.epoch, 0, 0, 0, 0, 0, 0, 0)
+        store = self._storage.store
+        store.check_integrity()
+        books = store.ledger().memory
+        return LedgerReport(
+            worker_id=identity.worker_id,
+            epoch=identity.epoch,
+            total=books.total,
+            free=books.free,
+            active=0,
+            cached=books.cached,
+            lent=books.lent,
+            landing=books.landing,
+            quarantined=books.quarantined,
+            holdings=tuple(self._holdings()),
+        )
+
+    async def snapshot(self) -> AsyncIterator[KvEventBatch]:
+        """Every block that could be lent. The store numbers no events yet: each batch begins at 0."""
+        hashes = self._storage.store.held_hashes() if self._storage else []
+        for start in range(0, max(1, len(hashes)), SNAPSHOT_BLOCKS):
+            piece = [KVEvent(KVEventKind.PUBLISH, name) for name in hashes[start : start + SNAPSHOT_BLOCKS]]
+            yield KvEventBatch(self._identity.epoch, 0, piece)
+
+    def _holdings(self) -> list[Holding]:
+        now = time.monotonic()
+        lent = [Holding(e.needer_id, HoldingState.LENT, tuple(e.slots), now - e.since) for e in self._loans]
+        stalled = [
+            Holding("a stalled read", HoldingState.QUARANTINED, tuple(a.slot for a in arrivals), 0.0)
+            for arrivals in self._reads.values()
+        ]
+        return lent + stalled
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    async def _open(self, layout: KVLayout) -> Storage:
+        identity = self._identity
+        self._storage = storage = await open_storage(self._config, identity, layout, self._on_disk_news)
+        self._peers = OwnerPeers(
+            storage.plane.needer,
+            layout,
+            worker_id=identity.worker_id,
+            epoch=identity.epoch,
+            secret=identity.secret,
+        )
+        return storage
+
+    def _ready(self) -> Storage:
+        if self._storage is None:
+            raise UnavailableError("this store has no blocks yet; it learns what a block is from the first offer")
+        return self._storage
+
+    def _on_disk_news(self) -> None:
+        """On a thread of the disk's."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+            self._loop.call_soon_threadsafe(self._pump)
+
+    def _pump(self) -> None:
+        if self._storage is not None:
+            self._storage.store.pump()
+
+
+def _reads(arrivals: list[Arrival], names: tuple[bytes, ...], lent: LentBlocks) -> list[BlockRead]:
+    places = {name: index for index, name in enumerate(names)}
+    return [
+        BlockRead(lent.blocks[index], lent.addresses[index], lent.generations[index], arrival.slot)
+        for arrival in arrivals
+        for index in (places[arrival.block.block_hash],)
+    ]

@@ -1,0 +1,129 @@
+"""The store's tiers and its way to peers, made as soon as it is known what a block is: from its file, or from the
+first offer."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tailrace.config import KvStoreConfig
+from tailrace.errors import ConfigError
+from tailrace.kv.layout import KVLayout
+from tailrace.kvstore.slab_file import num_slots_in, open_slab
+from tailrace.kvstore.slab_header import peek
+from tailrace.kvstore.store import KvStore
+from tailrace.transfer import PoolMemory, TlsFiles, TransferOptions, TransferPlane, open_transfer
+from tailrace.transfer.memory import address_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreIdentity:
+    """`epoch` names this life of the store: 32 bits that go up with every restart."""
+
+    worker_id: str
+    epoch: int
+    secret: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    layout: KVLayout
+    store: KvStore
+    plane: TransferPlane
+    why_no_disk: str
+    """Why there is no disk tier although one was asked for; empty where there is."""
+
+    async def close(self) -> None:
+        """Nobody reads or writes the memory any more afterwards; what was kept is on disk."""
+        await self.plane.close()
+        await asyncio.to_thread(self.store.close)
+
+
+def known_layout(path: Path | None) -> KVLayout | None:
+    """What the file of an earlier life says; None where there is none.
+
+    Raises ConfigError for a file that is not a store's. A disk that fails is said, and left to `open_storage`.
+    """
+    try:
+        header = peek(path) if path is not None else None
+    except OSError as error:
+        log.warning("store file %s cannot be read: %s", path, error)
+        return None
+    return header.layout if header is not None else None
+
+
+async def open_storage(
+    config: KvStoreConfig, identity: StoreIdentity, layout: KVLayout, on_done: Callable[[], None]
+) -> Storage:
+    """Raises ConfigError for a memory too small, for a file that is refused and for a transport that cannot be had.
+
+    A disk that fails is no error: the store goes on without it, and says so.
+    """
+    num_slots = config.cpu_memory // layout.block_bytes
+    if num_slots < 1:
+        raise ConfigError(
+            f"cpu_memory: {config.cpu_memory} bytes hold no block of {layout.block_bytes}", param="cpu_memory"
+        )
+    store = await asyncio.to_thread(KvStore, layout.block_bytes, num_slots, epoch=identity.epoch)
+    why_no_disk = ""
+    if config.disk_path is not None:
+        why_no_disk = await asyncio.to_thread(_open_disk, store, config.disk_path, config.disk_bytes, layout, on_done)
+    try:
+        plane = await open_transfer(_memory_of(store), _options(config, identity))
+    except BaseException:
+        await asyncio.to_thread(store.close)
+        raise
+    log.info("blocks of %d bytes (%s): %s", layout.block_bytes, layout.arithmetic, _sizes(store))
+    return Storage(layout, store, plane, why_no_disk)
+
+
+def _open_disk(store: KvStore, path: Path, num_bytes: int, layout: KVLayout, on_done: Callable[[], None]) -> str:
+    """Why there is none, or ''. Raises ConfigError, LayoutMismatchError for a file that is refused."""
+    try:
+        slab = open_slab(path, num_slots_in(num_bytes, layout), layout)
+        try:
+            store.open_disk(slab, on_done)
+        except BaseException:
+            slab.close()
+            raise
+    except OSError as error:
+        log.error("no disk tier, the memory tier goes on alone: store file %s: %s", path, error)
+        return str(error)
+    counters = store.counters
+    log.info("store file %s: %d blocks found, %d dropped", path, counters.restored, counters.restored_bad)
+    return ""
+
+
+def _memory_of(store: KvStore) -> PoolMemory:
+    return PoolMemory(
+        address=address_of(store.view),
+        block_bytes=store.block_bytes,
+        num_blocks=store.memory.num_slots,
+        view=store.view,
+        stamps=store.memory.stamps,
+    )
+
+
+def _options(config: KvStoreConfig, identity: StoreIdentity) -> TransferOptions:
+    tls = None
+    if config.tls_cert is not None and config.tls_key is not None:
+        tls = TlsFiles(config.tls_cert, config.tls_key, config.tls_ca or config.tls_cert)
+    return TransferOptions(
+        worker_id=identity.worker_id,
+        epoch=identity.epoch,
+        role="kvstore",
+        secret=identity.secret,
+        preference=config.transport,
+        net_device=config.net_device,
+        tls=tls,
+        stream_host=config.data_host or config.host,
+        advertised_host=config.advertise.partition(":")[0],
+    )
+
+
+def _sizes(store: KvStore) -> str:
+    memory = f"{store.memory.num_slots} in memory"
+    return memory if store.disk is None else f"{memory}, {store.disk.slots.num_slots} on disk"
