@@ -219,6 +219,8 @@ class WorkerConfig(EngineFields):
     """gRPC addresses of the gateways to join."""
     data_host: str = Field(default="", max_length=255)
     """Interface of the stream transport; empty: host."""
+    store: Address | None = None
+    """gRPC address of the store on this machine; a prefill worker offers it what it has computed."""
 
     @model_validator(mode="after")
     def _secret_where_reachable(self) -> Self:

@@ -17,7 +17,7 @@ from tailrace.telemetry.log import configure_logging
 from tailrace.types import Role
 from tailrace.worker.attach import Attachments
 from tailrace.worker.engine_thread import EngineThread
-from tailrace.worker.host import Identity, Parts, Wiring, die, load_parts, open_plane, serve, worker_info
+from tailrace.worker.host import Identity, Parts, Wiring, die, load_parts, make_offers, open_plane, serve, worker_info
 from tailrace.worker.lending import Lender
 from tailrace.worker.life import leave
 from tailrace.worker.requests import RequestMaker
@@ -50,7 +50,8 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         stop=parts.stop_rule,
     )
     worker = PrefillWorker(parts.step_runner(), scheduler, pool, engine.layout, pool_address=engine.cache.address)
-    service = PrefillService(worker, RequestMaker(engine.layout, engine.config.vocab_size))
+    offers = make_offers(parts, port)
+    service = PrefillService(worker, RequestMaker(engine.layout, engine.config.vocab_size), offers)
     thread = EngineThread(
         worker, deliver=service.deliver, died=die, overlap=parts.overlap, chore=engine.cache.touch_more
     )
@@ -63,7 +64,7 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         gave_back=service.gave_back,
     )
     service.connect(thread, attachments, lender)
-    await serve(parts, Wiring(thread, attachments, worker, lender), server)
+    await serve(parts, Wiring(thread, attachments, worker, lender, offers), server)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from services.prefill.worker import PrefillWorker
 from tailrace.worker.attach import Attachments, Leg
 from tailrace.worker.engine_thread import EngineThread
 from tailrace.worker.lending import Lender
+from tailrace.worker.offering import StoreOffers
 from tailrace.worker.report import StepReport
 from tailrace.worker.requests import RequestMaker
 
@@ -11,8 +12,10 @@ from tailrace.worker.requests import RequestMaker
 class PrefillService:
     """Glue without decisions. Event loop only."""
 
-    def __init__(self, worker: PrefillWorker, requests: RequestMaker) -> None:
+    def __init__(self, worker: PrefillWorker, requests: RequestMaker, offers: StoreOffers | None = None) -> None:
+        """`offers`: None where there is no store."""
         self._worker = worker
+        self._offers = offers
         self._requests = requests
         self._engine: EngineThread
         self._attachments: Attachments
@@ -40,6 +43,9 @@ class PrefillService:
     def deliver(self, report: StepReport) -> None:
         self._attachments.deliver(report)
         self._lender.deliver(report.lends)
+        if self._offers is not None:
+            for chain in report.chains:
+                self._offers.add(chain)
         for leg_id in [*report.ended, *(failure.handle for failure in report.failed)]:
             self._lender.forget(leg_id)
 

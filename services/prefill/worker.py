@@ -1,6 +1,7 @@
 """The prefill worker as its engine thread sees it: commands in, one report a step out."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tailrace.errors import InvalidRequestError, TailraceError
@@ -50,6 +51,7 @@ class PrefillWorker:
         self._names: dict[int, str] = {}
         self._rate = Ewma()
         self._ended: list[int] = []
+        self._chains: list[Sequence[bytes]] = []
         self._failed: list[LegFailed] = []
         self._lends: list[LendProgress] = []
 
@@ -76,6 +78,8 @@ class PrefillWorker:
         """Cancelled, or pulled. Idempotent."""
         if self._times.pop(request_id, None) is not None:
             del self._names[request_id]
+            if (job := self._scheduler.job(request_id)) is not None and job.is_computed:
+                self._chains.append(job.request.hashes)
             self._scheduler.drop(request_id)
             self._ended.append(request_id)
 
@@ -99,6 +103,7 @@ class PrefillWorker:
         if step is not None:
             self._book(step.plan, step.pending.wait(), report)
         report.ended, self._ended = self._ended, []
+        report.chains, self._chains = self._chains, []
         report.failed, self._failed = [*report.failed, *self._failed], []
         report.kv_events = self._pool.drain_events()
         report.load = self.load()

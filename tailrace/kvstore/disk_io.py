@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -93,12 +94,15 @@ class _Lane(Generic[Job]):
             self.num_open -= len(done)
             return done
 
-    def close(self) -> bool:
-        """Whether all threads have ended: one that a dead disk holds does not."""
+    def end(self) -> None:
+        """Its threads end with what is posted."""
         for _ in self._threads:
             self._todo.put(None)
+
+    def has_ended(self, deadline: float) -> bool:
+        """Waits until then (monotonic). A thread that a dead disk holds does not end."""
         for thread in self._threads:
-            thread.join(_JOIN_S)
+            thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
@@ -117,5 +121,7 @@ class DiskIo:
 
     def close(self) -> bool:
         """Whether nothing touches the file and the memory any more."""
-        ended = [self.writes.close(), self.reads.close()]
-        return all(ended)
+        deadline = time.monotonic() + _JOIN_S
+        self.writes.end()
+        self.reads.end()
+        return self.writes.has_ended(deadline) and self.reads.has_ended(deadline)

@@ -18,7 +18,17 @@ from tailrace.errors import ConfigError, TailraceError
 from tailrace.kv.block_pool import BlockPool
 from tailrace.kv.events import KVEvents
 from tailrace.kv.layout import KVLayout
-from tailrace.messages import Holding, KvEventBatch, LedgerReport, LendDone, LendTerms, LentBlocks, Load, WorkerInfo
+from tailrace.messages import (
+    Holding,
+    KvEventBatch,
+    KvSource,
+    LedgerReport,
+    LendDone,
+    LendTerms,
+    LentBlocks,
+    Load,
+    WorkerInfo,
+)
 from tailrace.policy.request import StopRule
 from tailrace.rpc.client import Peer
 from tailrace.rpc.gen import kv_pb2_grpc
@@ -31,6 +41,7 @@ from tailrace.worker.compute_thread import ComputeThread
 from tailrace.worker.engine_thread import EngineThread
 from tailrace.worker.lending import Lender
 from tailrace.worker.life import new_epoch, until_told
+from tailrace.worker.offering import StoreOffers
 from tailrace.worker.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -123,7 +134,8 @@ class Wiring:
     attachments: Attachments
     worker: BooksOfWorker
     lender: Lender | None = None
-    """None: this role lends nothing."""
+    """None: this role lends nothing by ticket."""
+    offers: StoreOffers | None = None
 
 
 def load_parts(config: WorkerConfig, role: Role) -> tuple[Identity, Engine, BlockPool]:
@@ -250,8 +262,21 @@ class WorkerHost:
             yield KvEventBatch(epoch, sequence, KVEvents.published(piece))
 
 
-def worker_info(config: WorkerConfig, identity: Identity, engine: Engine, port: int) -> WorkerInfo:
+def make_offers(parts: Parts, port: int) -> StoreOffers | None:
+    """None where no store is configured. To be called on the event loop."""
+    config, identity = parts.config, parts.identity
+    if config.store is None:
+        return None
+    source = KvSource(identity.worker_id, identity.epoch, _address(config, port), b"")
+    return StoreOffers(config.store, identity.secret, source=source, layout=parts.layout)
+
+
+def _address(config: WorkerConfig, port: int) -> str:
     host = config.advertise or config.host
+    return host if ":" in host else f"{host}:{port}"
+
+
+def worker_info(config: WorkerConfig, identity: Identity, engine: Engine, port: int) -> WorkerInfo:
     return WorkerInfo(
         worker_id=identity.worker_id,
         epoch=identity.epoch,
@@ -261,7 +286,7 @@ def worker_info(config: WorkerConfig, identity: Identity, engine: Engine, port: 
         max_model_len=engine.max_model_len,
         max_num_seqs=config.max_num_seqs,
         num_blocks=engine.cache.num_blocks,
-        address=host if ":" in host else f"{host}:{port}",
+        address=_address(config, port),
         version=__version__,
     )
 
@@ -283,6 +308,8 @@ async def serve(parts: Parts, wiring: Wiring, server: Server) -> None:
         for task in joins:
             task.cancel()
         await asyncio.gather(*joins, return_exceptions=True)
+        if wiring.offers is not None:
+            await wiring.offers.close()
         await server.stop()
         await wiring.engine.stop()
         await parts.transfer.close()

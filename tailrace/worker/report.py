@@ -1,5 +1,6 @@
 """What the engine's thread hands to the event loop after a step. Ids are the worker's own request ids."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from tailrace.kv.block_pool import Ledger
@@ -38,6 +39,8 @@ class StepReport:
     """Requests that this worker has forgotten."""
     kv_events: list[KVEvent] = field(default_factory=list)
     lends: list[LendProgress] = field(default_factory=list)
+    chains: list[Sequence[bytes]] = field(default_factory=list)
+    """Hashes of prompts that were computed and are over: a store may want their blocks."""
     granted: list[Destination] = field(default_factory=list)
 
 

@@ -24,7 +24,7 @@ from tailrace.config import base_environment
 from tailrace.messages import LedgerReport
 from tailrace.rpc.client import Peer
 
-Role = Literal["gateway", "prefill", "decode"]
+Role = Literal["gateway", "prefill", "decode", "kvstore"]
 MODEL = "test-model"
 START_S = 120.0
 """Others may use the machine as well: patience costs nothing when all is well."""
@@ -166,6 +166,8 @@ class Cluster:
             return {**common, **mine, **options}
         [port] = free_ports(1)
         self._addresses[name] = f"127.0.0.1:{port}"
+        if role == "kvstore":
+            return {"secret": self.secret, "worker_id": name, "port": port, **options}
         mine = {"worker_id": name, "join": f"127.0.0.1:{self.grpc_port}", "port": port, "threads": 1}
         return {**common, **mine, **self._options, **options}
 
@@ -180,6 +182,10 @@ class Cluster:
     def process(self, name: str) -> Process:
         """The latest of that name."""
         return next(p for p in reversed(self.processes.values()) if p.name == name)
+
+    def address(self, name: str) -> str:
+        """Of a worker's or a store's gRPC server."""
+        return self._addresses[name]
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
