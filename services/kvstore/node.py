@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from services.kvstore.storage import Storage, StoreIdentity, open_storage
 from tailrace.config import KvStoreConfig
 from tailrace.errors import LayoutMismatchError, OverloadedError, TailraceError, TransferError, UnavailableError
-from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.kv.events import KVEvents, Tier
 from tailrace.kv.layout import KVLayout
 from tailrace.kvstore.values import Arrival, OfferedBlock
 from tailrace.messages import (
@@ -252,10 +252,12 @@ class StoreNode:
 
     async def snapshot(self) -> AsyncIterator[KvEventBatch]:
         """Every block that could be lent. The store numbers no events yet: each batch begins at 0."""
-        hashes = self._storage.store.held_hashes() if self._storage else []
-        for start in range(0, max(1, len(hashes)), SNAPSHOT_BLOCKS):
-            piece = [KVEvent(KVEventKind.PUBLISH, name) for name in hashes[start : start + SNAPSHOT_BLOCKS]]
-            yield KvEventBatch(self._identity.epoch, 0, piece)
+        events = KVEvents()
+        if self._storage is not None:
+            for tier in (Tier.CPU, Tier.NVME):
+                events += KVEvents.published(self._storage.store.held_hashes(tier), tier)
+        for start in range(0, max(1, len(events)), SNAPSHOT_BLOCKS):
+            yield KvEventBatch(self._identity.epoch, 0, events[start : start + SNAPSHOT_BLOCKS])
 
     def _holdings(self) -> list[Holding]:
         now = time.monotonic()

@@ -9,13 +9,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from tailrace.host_memory import map_memory
+from tailrace.kv.events import Tier
 from tailrace.kvstore.counters import StoreCounters
 from tailrace.kvstore.disk_io import ReadJob, WriteJob
 from tailrace.kvstore.disk_tier import DiskTier
 from tailrace.kvstore.loan import Loan, LoanedBlock
 from tailrace.kvstore.slab_file import MAX_TENANT_BYTES, SlabFile
 from tailrace.kvstore.slots import SlotTable, StoredBlock, TierLedger
-from tailrace.kvstore.values import Arrival, OfferedBlock, StoreLedger, Tier
+from tailrace.kvstore.values import Arrival, OfferedBlock, StoreLedger
 
 WINDOW = 8
 """Reads from disk in flight for one loan: enough to keep the disk busy, few enough that loans take turns."""
@@ -77,11 +78,11 @@ class KvStore:
 
     def find_prefix(self, hashes: Sequence[bytes]) -> list[Tier]:
         """Where each block of the longest prefix is that could be lent. Changes nothing."""
-        return [Tier.DISK if block.memory_slot is None else Tier.MEMORY for block in self._prefix(hashes)]
+        return [_tier_of(block) for block in self._prefix(hashes)]
 
-    def held_hashes(self) -> list[bytes]:
-        """Every block that could be lent."""
-        return [block.block_hash for block in self._blocks.values() if _can_be_lent(block)]
+    def held_hashes(self, tier: Tier) -> list[bytes]:
+        """Every block that could be lent, and is nearest on this tier."""
+        return [b.block_hash for b in self._blocks.values() if _can_be_lent(b) and _tier_of(b) is tier]
 
     def slot_bytes(self, slot: int) -> memoryview:
         """Of the memory tier."""
@@ -416,6 +417,10 @@ class KvStore:
                 disk.slots.drop(block.disk_slot)
             block.disk_slot = None
             self._forget_if_gone(block)
+
+
+def _tier_of(block: StoredBlock) -> Tier:
+    return Tier.NVME if block.memory_slot is None else Tier.CPU
 
 
 def _can_be_lent(block: StoredBlock) -> bool:

@@ -1,14 +1,8 @@
 """What goes in and out of a KvStore."""
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from tailrace.kvstore.slots import StoredBlock, TierLedger
-
-
-class Tier(StrEnum):
-    MEMORY = "memory"
-    DISK = "disk"
 
 
 @dataclass(frozen=True, slots=True)

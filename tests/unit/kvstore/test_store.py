@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tailrace.kv.events import Tier
 from tailrace.kvstore.store import KvStore
-from tailrace.kvstore.values import Tier
 from tests.helpers.stores import PAGED, bytes_of, chain_of, fetch, make_store, num_found, put, put_written
 from tests.helpers.values import make_layout
 
@@ -37,7 +37,7 @@ def test_a_chain_is_wanted_once_and_only_where_it_is_missing() -> None:
     assert [(piece.block_hash, piece.depth) for piece in wanted] == [(A[2], 2), (A[3], 3)]
     arrivals = store.reserve(wanted)
     assert store.wanted(A) == []
-    assert store.find_prefix(A) == [Tier.MEMORY] * 2
+    assert store.find_prefix(A) == [Tier.CPU] * 2
     store.abandon(arrivals)
     assert len(store.wanted(A)) == 2
     assert store.counters.failed_pulls == 2
@@ -66,7 +66,7 @@ def test_what_memory_gives_up_is_found_on_disk(tmp_path: Path) -> None:
     store = make_store(tmp_path / "slab", slots=4)
     put_written(store, A)
     put_written(store, B)
-    assert store.find_prefix(A) == [Tier.DISK] * 4
+    assert store.find_prefix(A) == [Tier.NVME] * 4
     assert num_found(store, A) == 4
     assert (store.counters.hits_disk, store.counters.evicted_memory) == (4, 8)
     assert str(store.ledger().disk) == "free=24 cached=8"
@@ -78,7 +78,7 @@ def test_a_chain_in_both_tiers_is_lent_in_order(tmp_path: Path) -> None:
     store = make_store(tmp_path / "slab", slots=6)
     put_written(store, A)
     put_written(store, B)
-    assert store.find_prefix(A) == [Tier.MEMORY, Tier.MEMORY, Tier.DISK, Tier.DISK]
+    assert store.find_prefix(A) == [Tier.CPU, Tier.CPU, Tier.NVME, Tier.NVME]
     assert num_found(store, A) == 4
     assert (store.counters.hits_memory, store.counters.hits_disk) == (2, 2)
     store.close()
