@@ -1,15 +1,18 @@
-"""docs/metrics.md names every metric of the gateway, with its type and labels, and no other."""
+"""docs/metrics.md names every metric of the gateway and the store, with its type and labels, and no other."""
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from services.gateway.http_metrics import HttpMetrics
+from services.kvstore.metrics import StoreCollector
 from tailrace.messages import Load
 from tailrace.telemetry.metrics import GatewayMetrics, WorkerSample, render
 from tailrace.types import Role
+from tests.helpers.stores import make_store
 
 ROW = re.compile(r"^\| `(tailrace_\w+)` \| (\w+) \|([^|]*)\|", re.MULTILINE)
 DOC = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -25,6 +28,8 @@ def exported():
     gateway.worker_lost(Role.DECODE)
     gateway.replayed("worker_lost")
     gateway.cached(1, tier="worker")
+    node = SimpleNamespace(storage=SimpleNamespace(store=make_store()))
+    registry.register(StoreCollector(node))
     found = {}
     for family in text_string_to_metric_families((http.text() + render(registry)).decode()):
         if family.name.endswith("_created"):
