@@ -16,7 +16,14 @@ def declared(*extras):
     lines = list(PROJECT["dependencies"])
     for extra in extras:
         lines += PROJECT["optional-dependencies"][extra]
+        lines += [line for other in named(extra) for line in PROJECT["optional-dependencies"][other]]
     return {re.split(r"[~=<>;\[ ]", line)[0].lower().replace("_", "-") for line in lines}
+
+
+def named(extra):
+    """Other extras of this project that an extra asks for."""
+    lines = " ".join(PROJECT["optional-dependencies"][extra])
+    return [name for names in re.findall(r"tailrace\[([\w,]+)\]", lines) for name in names.split(",")]
 
 
 def imported_by(*folders):
@@ -50,7 +57,7 @@ def test_the_base_has_all_that_the_shared_library_and_the_command_line_import():
         *(f"cli/{name}" for name in command_line),
         "checkpoint",
         "client",
-        "index",
+        "index/memory.py",
         "kv",
         "policy",
         "rpc",
@@ -62,6 +69,12 @@ def test_the_base_has_all_that_the_shared_library_and_the_command_line_import():
     names = imported_by(*(f"tailrace/{room}" for room in rooms))
     assert "gguf" in names
     assert undeclared(names, declared()) == set()
+
+
+def test_every_room_that_opens_redis_asks_for_it():
+    assert "redis" in imported_by("tailrace/index")
+    for extra in ("redis", "gateway", "worker", "kvstore"):
+        assert undeclared(imported_by("tailrace/index"), declared(extra)) == set()
 
 
 def test_benchmarks_import_what_they_measure_and_no_more():

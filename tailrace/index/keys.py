@@ -1,0 +1,153 @@
+"""The names of all Redis keys and the form of their values. Nothing outside this room knows them.
+
+With the namespace `tailrace` and key space version 1:
+
+| key | type | value |
+| --- | --- | --- |
+| `tailrace:version` | string | the version of the key space |
+| `tailrace:1:{xx}H` | string, expires | who holds the block with hash H: an entry of 8 bytes each |
+| `tailrace:1:{registry}:names` | set | ids of the registered workers |
+| `tailrace:1:{registry}:worker:ID` | string, expires | a worker's signed registration |
+| `tailrace:1:{registry}:gateway:ID` | string, expires | a gateway that follows the registry |
+| `tailrace:1:{events-N}` | stream | publications and retractions, of the workers of shard N |
+
+What stands in braces decides the slot on a Redis Cluster. `xx` are the first two hex digits of the block's hash: the
+blocks of one prompt lie on all nodes, and one node's share of a lookup is a few MGETs.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from hashlib import blake2b
+
+from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.kv.hashing import HASH_BYTES
+from tailrace.messages import KvEventBatch
+
+VERSION = b"1"
+NUM_STREAMS = 8
+MARK_BYTES = 7
+ENTRY_BYTES = MARK_BYTES + 1
+MAX_HOLDERS = 64
+"""Of one block, in Redis; beyond it the one who published longest ago is forgotten."""
+MAX_EVENTS = 512
+"""In one message of a stream, about 9 KB."""
+MAX_MESSAGES = 1024
+"""In one stream, about: slower readers find a gap. All streams at their fullest hold 75 MB."""
+_EVENT = struct.Struct(f"<B{HASH_BYTES}s")
+_WORKER, _EPOCH, _SEQUENCE, _EVENTS = b"worker", b"epoch", b"sequence", b"events"
+
+
+class Tier(IntEnum):
+    """Where a holder keeps a block."""
+
+    WORKER = 1
+    """The pool of a prefill or decode worker."""
+    CPU = 2
+    NVME = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """What an entry stands for: a worker, one start of it, and one of its editions.
+
+    An edition is what the worker has written since it last knew that all of it was true: when it has lost count of what
+    it must retract, it begins another, and its entries before are void without anybody looking for them.
+    """
+
+    worker_id: str
+    epoch: int
+    edition: int = 0
+
+    @property
+    def mark(self) -> bytes:
+        """Its name in an entry; 56 bits, so that the lives of a whole cluster do not meet."""
+        text = f"{self.worker_id}\0{self.epoch}\0{self.edition}"
+        return blake2b(text.encode(), digest_size=MARK_BYTES).digest()
+
+    def entry(self, tier: Tier) -> bytes:
+        return self.mark + bytes([tier])
+
+
+def entries(value: bytes) -> Iterator[tuple[bytes, int]]:
+    """(mark, tier) of each holder. Of a value that nobody here wrote, at worst marks that no worker has."""
+    for start in range(0, len(value) - ENTRY_BYTES + 1, ENTRY_BYTES):
+        yield value[start : start + MARK_BYTES], value[start + MARK_BYTES]
+
+
+class KeySpace:
+    """The keys of one namespace."""
+
+    def __init__(self, namespace: str) -> None:
+        base = f"{namespace}:{VERSION.decode()}:"
+        self.version = f"{namespace}:version".encode()
+        self.names = f"{base}{{registry}}:names".encode()
+        self._worker = f"{base}{{registry}}:worker:"
+        self._gateway = f"{base}{{registry}}:gateway:"
+        self.streams = tuple(f"{base}{{events-{number}}}".encode() for number in range(NUM_STREAMS))
+        self._blocks = tuple(f"{base}{{{first:02x}}}".encode() for first in range(256))
+
+    def worker(self, worker_id: str) -> bytes:
+        return f"{self._worker}{worker_id}".encode()
+
+    def gateway(self, gateway_id: str) -> bytes:
+        return f"{self._gateway}{gateway_id}".encode()
+
+    def stream_of(self, worker_id: str) -> bytes:
+        return self.streams[blake2b(worker_id.encode(), digest_size=1).digest()[0] % NUM_STREAMS]
+
+    def blocks(self, hashes: Sequence[bytes]) -> list[bytes]:
+        heads = self._blocks
+        return [heads[block_hash[0]] + block_hash for block_hash in hashes]
+
+    @staticmethod
+    def by_slot(hashes: Sequence[bytes], keys: Sequence[bytes]) -> list[list[bytes]]:
+        """The keys of these blocks, grouped so that a group lies in one slot of a Cluster."""
+        groups: dict[int, list[bytes]] = {}
+        for block_hash, key in zip(hashes, keys, strict=True):
+            groups.setdefault(block_hash[0], []).append(key)
+        return list(groups.values())
+
+
+# -- messages of a stream ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StreamMessage:
+    """A worker's events, not unpacked yet: most were heard of from the worker itself already."""
+
+    worker_id: str
+    epoch: int
+    first_sequence: int
+    packed: bytes
+
+    @property
+    def num_events(self) -> int:
+        return len(self.packed) // _EVENT.size
+
+    def batch(self) -> KvEventBatch:
+        """Raises ValueError for a kind of event that does not exist."""
+        events = [KVEvent(KVEventKind(kind & 15), block_hash) for kind, block_hash in _EVENT.iter_unpack(self.packed)]
+        return KvEventBatch(self.epoch, self.first_sequence, events)
+
+
+def message_fields(worker_id: str, batch: KvEventBatch, tier: Tier) -> list[bytes]:
+    """Names and values, one after the other. A kind's upper four bits are the tier."""
+    packed = b"".join(_EVENT.pack(event.kind | tier << 4, event.block_hash) for event in batch.events)
+    head = [_WORKER, worker_id.encode(), _EPOCH, b"%d" % batch.epoch, _SEQUENCE, b"%d" % batch.first_sequence]
+    return [*head, _EVENTS, packed]
+
+
+def parse_message(fields: Sequence[object]) -> StreamMessage:
+    """Raises ValueError for what no worker wrote."""
+    parts = [part for part in fields if isinstance(part, bytes)]
+    values = dict(zip(parts[::2], parts[1::2], strict=False))
+    try:
+        packed = values[_EVENTS]
+        message = StreamMessage(values[_WORKER].decode(), int(values[_EPOCH]), int(values[_SEQUENCE]), packed)
+    except KeyError as missing:
+        raise ValueError(f"a message without {missing}") from None
+    if len(packed) % _EVENT.size or message.num_events > MAX_EVENTS or message.first_sequence < 0:
+        raise ValueError(f"a message of {len(packed)} bytes from sequence {message.first_sequence}")
+    return message

@@ -1,0 +1,118 @@
+"""The prefix index in Redis: which worker holds which block, for whoever has no mirror of it.
+
+Entries are hints. One counts while its worker is registered in the same life and edition, so a worker that dies takes
+all its entries along at once; what they occupy, Redis gets back when their time to live is over
+(docs/adr/0017-redis-index.md).
+"""
+
+import time
+from collections.abc import Sequence
+
+from tailrace.index.keys import ENTRY_BYTES, MARK_BYTES, KeySpace, Life, Tier, entries
+from tailrace.index.redis_client import Command, RedisClient, ScriptCall
+from tailrace.index.registry import Registry
+from tailrace.index.scripts import PUBLISH, RETRACT, Script
+
+ENTRY_TTL_S = 3600.0
+"""A worker repeats what it holds three times in this time."""
+MAX_KEYS = 256
+"""Of one script call: Redis does nothing else meanwhile, some 0.3 ms."""
+REGISTRY_AGE_S = 1.0
+_TIERS = {int(tier): tier for tier in Tier}
+
+
+class RedisIndex:
+    """`publish`, `retract` and `longest_prefix`. Event loop only; every call raises RedisTroubleError."""
+
+    def __init__(self, client: RedisClient, keys: KeySpace, registry: Registry) -> None:
+        self._client, self._keys, self._registry = client, keys, registry
+        self._registry_read_at = float("-inf")
+
+    # -- what workers tell --------------------------------------------------------------------------------------------
+
+    async def publish(self, life: Life, hashes: Sequence[bytes], tier: Tier = Tier.WORKER) -> None:
+        """The worker holds these blocks, from now on and for ENTRY_TTL_S."""
+        await self._client.all(self.publish_commands(life, hashes, tier))
+
+    async def retract(self, life: Life, hashes: Sequence[bytes]) -> None:
+        """The worker no longer holds these blocks."""
+        await self._client.all(self.retract_commands(life, hashes))
+
+    def publish_commands(
+        self, life: Life, hashes: Sequence[bytes], tier: Tier = Tier.WORKER
+    ) -> list[Command | ScriptCall]:
+        return self._scripts(PUBLISH, hashes, (life.entry(tier), int(ENTRY_TTL_S * 1000)))
+
+    def retract_commands(self, life: Life, hashes: Sequence[bytes]) -> list[Command | ScriptCall]:
+        return self._scripts(RETRACT, hashes, (life.mark,))
+
+    def _scripts(
+        self, script: Script, hashes: Sequence[bytes], args: Sequence[bytes | int]
+    ) -> list[Command | ScriptCall]:
+        keys = self._keys.blocks(hashes)
+        groups = self._keys.by_slot(hashes, keys) if self._client.is_cluster else [keys]
+        return [
+            ScriptCall(script, group[start : start + MAX_KEYS], args)
+            for group in groups
+            for start in range(0, len(group), MAX_KEYS)
+        ]
+
+    # -- what is asked ------------------------------------------------------------------------------------------------
+
+    async def longest_prefix(self, hashes: Sequence[bytes]) -> dict[str, int]:
+        """Leading blocks of `hashes` that each registered worker holds; workers that hold none are not named.
+
+        One round trip to each node that has a part of the answer; one more when a worker has come in the last second.
+        """
+        return depths(await self._values(hashes), self._registry.by_mark)
+
+    async def holders(self, hashes: Sequence[bytes]) -> list[dict[str, Tier]]:
+        """Who holds each block, and where."""
+        by_mark = self._registry.by_mark
+        return [
+            {by_mark[mark]: _TIERS[tier] for mark, tier in entries(value or b"") if mark in by_mark and tier in _TIERS}
+            for value in await self._values(hashes)
+        ]
+
+    async def _values(self, hashes: Sequence[bytes]) -> Sequence[bytes | None]:
+        if not hashes:
+            return []
+        keys = self._keys.blocks(hashes)
+        is_fresh = time.monotonic() - self._registry_read_at < REGISTRY_AGE_S
+        if is_fresh and not self._client.is_cluster:
+            return await self._client.mget(keys)
+        groups = self._keys.by_slot(hashes, keys) if self._client.is_cluster else [keys]
+        lookups: list[Command | ScriptCall] = [("MGET", *group) for group in groups]
+        registry = [] if is_fresh else self._registry.read_commands()
+        answers = await self._client.all([*lookups, *registry])
+        if registry:
+            await self._registry.take(answers[len(lookups) :])
+            self._registry_read_at = time.monotonic()
+        found: dict[bytes, bytes | None] = {}
+        for group, values in zip(groups, answers, strict=False):
+            found.update(zip(group, values, strict=True))
+        return [found[key] for key in keys]
+
+
+def depths(values: Sequence[bytes | None], by_mark: dict[bytes, str]) -> dict[str, int]:
+    """Leading values in which each mark stands, by its owner. Equal values in a row, the usual case, cost little."""
+    alive: dict[bytes, str] | None = None
+    reached: dict[str, int] = {}
+    before: bytes | None = None
+    for depth, value in enumerate(values):
+        if value == before and depth:
+            continue
+        before = value
+        here = _marks(value) if value else frozenset()
+        if alive is None:
+            alive = {mark: by_mark[mark] for mark in here if mark in by_mark}
+        else:
+            for mark in [mark for mark in alive if mark not in here]:
+                reached[alive.pop(mark)] = depth
+        if not alive:
+            return reached
+    return {**reached, **dict.fromkeys((alive or {}).values(), len(values))}
+
+
+def _marks(value: bytes) -> frozenset[bytes]:
+    return frozenset(value[start : start + MARK_BYTES] for start in range(0, len(value) - MARK_BYTES, ENTRY_BYTES))

@@ -1,0 +1,191 @@
+"""One Redis, or a Redis Cluster, behind the few calls that this room makes. The Redis library is imported on opening.
+
+Nothing here tries again: whoever calls knows whether that is worth it, and has a backoff.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from tailrace.index.redis_url import RedisUrl
+from tailrace.index.scripts import Script
+from tailrace.index.trouble import RedisTroubleError, explain
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis, RedisCluster
+
+TIMEOUT_S = 1.5
+"""For a connection, and for an answer: slower is as good as away."""
+MAX_CONNECTIONS = 32
+"""To one node."""
+
+Command = Sequence[bytes | str | int]
+
+
+class ScriptCall:
+    """A script as a command: by its hash first, by its text where Redis does not know it."""
+
+    def __init__(self, script: Script, keys: Sequence[bytes], args: Sequence[bytes | int]) -> None:
+        self._script, self._rest = script, (len(keys), *keys, *args)
+
+    @property
+    def by_hash(self) -> Command:
+        return ("EVALSHA", self._script.sha, *self._rest)
+
+    @property
+    def by_text(self) -> Command:
+        return ("EVAL", self._script.source, *self._rest)
+
+
+class RedisClient:
+    """Event loop only. Every call raises RedisTroubleError where Redis does not do what it was asked."""
+
+    def __init__(self, url: RedisUrl, *, timeout_s: float = TIMEOUT_S) -> None:
+        self.url = url
+        self._timeout_s = timeout_s
+        self._redis: Redis | RedisCluster | None = None
+        self.is_cluster = False
+
+    def __repr__(self) -> str:
+        return f"<RedisClient {self.url.address}{' cluster' if self.is_cluster else ''}>"
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connects to the first node that answers, and finds out whether it is one of a Cluster. Idempotent."""
+        if self._redis is not None:
+            return
+        trouble: RedisTroubleError | None = None
+        for host, port in self.url.nodes:
+            try:
+                with self._explained(f"{host}:{port}"):
+                    self._redis = await self._connect(host, port)
+                return
+            except RedisTroubleError as error:
+                trouble = trouble or error
+        assert trouble is not None
+        raise trouble
+
+    async def close(self) -> None:
+        """Whatever comes next connects anew."""
+        redis, self._redis = self._redis, None
+        if redis is not None:
+            with contextlib.suppress(OSError):
+                await redis.aclose()
+
+    async def _connect(self, host: str, port: int) -> "Redis | RedisCluster":
+        from redis.asyncio import Redis, RedisCluster
+
+        options = self._options()
+        redis: Any = Redis(host=host, port=port, db=self.url.db, **options)
+        try:
+            told = await redis.execute_command("HELLO")
+        except BaseException:
+            await redis.aclose()
+            raise
+        self.is_cluster = b"cluster" in (told.values() if isinstance(told, dict) else told)
+        if not self.is_cluster:
+            return cast("Redis", redis)
+        await redis.aclose()
+        if self.url.db:
+            raise RedisTroubleError(
+                f"Redis at {self.url.address}: a Cluster has no databases; leave /{self.url.db} out"
+            )
+        cluster = RedisCluster(host=host, port=port, **{**options, "max_connections": MAX_CONNECTIONS})
+        try:
+            return await cluster.initialize()
+        except BaseException:
+            await cluster.aclose()
+            raise
+
+    def _options(self) -> dict[str, Any]:
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        options: dict[str, Any] = {
+            "username": self.url.username or None,
+            "password": self.url.password or None,
+            "socket_timeout": self._timeout_s,
+            "socket_connect_timeout": self._timeout_s,
+            "retry": Retry(NoBackoff(), 0),
+            "protocol": 2,
+            "max_connections": MAX_CONNECTIONS,
+        }
+        if self.url.tls:
+            tls = dict(self.url.tls_options)
+            if "ssl_check_hostname" in tls or tls.get("ssl_cert_reqs") == "none":
+                checks = tls.get("ssl_check_hostname", "false") == "true"
+                options["ssl_check_hostname"] = checks
+            options.update({name: value for name, value in tls.items() if name != "ssl_check_hostname"}, ssl=True)
+        return options
+
+    @property
+    def library(self) -> Any:
+        """The library's own client, for a benchmark that compares with it. Raises RedisTroubleError before `open`."""
+        return self._opened()
+
+    def _opened(self) -> "Redis | RedisCluster":
+        if self._redis is None:
+            raise RedisTroubleError(f"Redis at {self.url.address}: not connected")
+        return self._redis
+
+    @contextlib.contextmanager
+    def _explained(self, address: str) -> Iterator[None]:
+        from redis.exceptions import RedisError
+
+        try:
+            yield
+        except (RedisError, OSError, TimeoutError) as error:
+            raise explain(error, address) from error
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    async def one(self, *command: bytes | str | int) -> Any:
+        """The answer to one command."""
+        with self._explained(self.url.address):
+            return await self._opened().execute_command(*command)
+
+    async def all(self, commands: Sequence[Command | ScriptCall]) -> list[Any]:
+        """The answers to all commands, in one round trip to each node that has a part of them.
+
+        A script that a node does not know (it has just started) is sent to it once more, as text. Raises for the first
+        command that failed; the others have been carried out.
+        """
+        from redis.exceptions import NoScriptError
+
+        answers = await self._pipeline(
+            [command.by_hash if isinstance(command, ScriptCall) else command for command in commands]
+        )
+        unknown = [place for place, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
+        if unknown:
+            calls = [cast(ScriptCall, commands[place]).by_text for place in unknown]
+            for place, answer in zip(unknown, await self._pipeline(calls), strict=True):
+                answers[place] = answer
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise explain(answer, self.url.address) from answer
+        return answers
+
+    async def _pipeline(self, commands: Sequence[Command]) -> list[Any]:
+        with self._explained(self.url.address):
+            redis: Any = self._opened()
+            pipeline = redis.pipeline(transaction=None if self.is_cluster else False)
+            for command in commands:
+                pipeline.execute_command(*command)
+            answers: list[Any] = await pipeline.execute(raise_on_error=False)
+            return answers
+
+    async def mget(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Values of keys of a single Redis, in one command. What is no string is None.
+
+        Straight over a connection of the library's pool: its general way costs half as much again for such a command.
+        """
+        with self._explained(self.url.address):
+            pool: Any = cast("Redis", self._opened()).connection_pool
+            connection = await pool.get_connection()
+            try:
+                await connection.send_packed_command(connection.pack_command("MGET", *keys))
+                values: list[bytes | None] = await connection.read_response()
+                return values
+            finally:
+                await pool.release(connection)

@@ -1,0 +1,128 @@
+"""Real Redis servers on loopback, with nothing on disk, ended with the test."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pytest
+import redis
+
+from tests.helpers.cluster import _die_with_parent, free_ports
+
+START_S = 20.0
+
+
+def is_installed() -> bool:
+    return shutil.which("redis-server") is not None and shutil.which("redis-cli") is not None
+
+
+class RedisServer:
+    """`options` are redis-server's own, without the dashes: `maxmemory="2mb"`."""
+
+    def __init__(self, port: int = 0, **options: str) -> None:
+        if not is_installed() and not os.environ.get("CI"):
+            pytest.skip("redis-server is not installed")
+        self.port = port or free_ports(1)[0]
+        self._options = options
+        self._directory = tempfile.TemporaryDirectory(prefix="tailrace-redis-")
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    @property
+    def directory(self) -> Path:
+        return Path(self._directory.name)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.kill()
+        self._directory.cleanup()
+
+    def start(self) -> None:
+        """Empty, whatever it held before."""
+        options = {"port": str(self.port), "bind": "127.0.0.1", "save": "", "appendonly": "no", **self._options}
+        words = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", *_words(value))]
+        self._popen = subprocess.Popen(
+            ["redis-server", "--dir", self._directory.name, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=(self.directory / "log").open("ab"),
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent(),
+        )
+        self.wait_until_up()
+
+    def wait_until_up(self) -> None:
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                with contextlib.closing(self.client()) as client:
+                    client.ping()
+                return
+            except (redis.AuthenticationError, redis.exceptions.NoPermissionError):
+                return
+            except redis.RedisError:
+                assert time.monotonic() < deadline, (self.directory / "log").read_text()
+                time.sleep(0.01)
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(port=self.port, socket_timeout=5.0)
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """It answers nobody meanwhile, and keeps its connections."""
+        assert self._popen is not None
+        self._popen.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._popen.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        if self._popen is not None:
+            self._popen.kill()
+            self._popen.wait(10)
+            self._popen = None
+
+
+def _words(value: str) -> list[str]:
+    return value.split(" ") if value else [""]
+
+
+@contextlib.contextmanager
+def redis_cluster(num_nodes: int = 3) -> Iterator[list[RedisServer]]:
+    """Masters without replicas, all slots covered."""
+    with contextlib.ExitStack() as stack:
+        nodes = [stack.enter_context(_node()) for _ in range(num_nodes)]
+        addresses = [f"127.0.0.1:{node.port}" for node in nodes]
+        command = ["redis-cli", "--cluster", "create", *addresses, "--cluster-yes"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
+        deadline = time.monotonic() + START_S
+        while not all(_is_ready(node) for node in nodes):
+            assert time.monotonic() < deadline, "the cluster does not come up"
+            time.sleep(0.02)
+        yield nodes
+
+
+def _node() -> RedisServer:
+    port, bus = free_ports(2)
+    return RedisServer(port, cluster_enabled="yes", cluster_port=str(bus), cluster_node_timeout="2000")
+
+
+def _is_ready(node: RedisServer) -> bool:
+    with contextlib.closing(node.client()) as client:
+        return client.execute_command("CLUSTER INFO")["cluster_state"] == "ok"

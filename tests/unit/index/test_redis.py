@@ -1,0 +1,335 @@
+"""Key space, lookup and registry, against a real Redis and a real Redis Cluster of three nodes."""
+
+import contextlib
+import random
+import time
+from dataclasses import replace
+from hashlib import blake2b
+
+import pytest
+
+from tailrace.index.keys import ENTRY_BYTES, MAX_HOLDERS, KeySpace, Life, Tier
+from tailrace.index.memory import MemoryIndex
+from tailrace.index.redis import RedisIndex, depths
+from tailrace.index.redis_client import RedisClient
+from tailrace.index.redis_url import RedisUrl
+from tailrace.index.registry import Registration, Registry, Standing, check_version
+from tailrace.index.trouble import RedisTroubleError
+from tests.helpers.redis_servers import RedisServer, redis_cluster
+
+SECRET = b"a secret of the tests"
+KEYS = KeySpace("tailrace")
+
+
+def hashes_of(count, seed=0):
+    return [blake2b(b"%d %d" % (seed, number), digest_size=16).digest() for number in range(count)]
+
+
+def registration(worker_id="w0", epoch=1, **said):
+    fields = {"edition": 0, "role": "prefill", "address": "127.0.0.1:1", "model_digest": "m", "num_blocks": 100}
+    return Registration(worker_id=worker_id, epoch=epoch, sequence=0, **{**fields, **said})
+
+
+class World:
+    """A client of a server, and the index and the registry over it."""
+
+    def __init__(self, url, namespace="tailrace", secret=SECRET):
+        self.client = RedisClient(RedisUrl.parse(url))
+        self.keys = KeySpace(namespace)
+        self.registry = Registry(self.client, self.keys, secret)
+        self.index = RedisIndex(self.client, self.keys, self.registry)
+
+    async def register(self, *workers):
+        for worker in workers:
+            await self.registry.beat(worker)
+        await self.registry.read()
+
+
+@pytest.fixture(scope="module")
+def server():
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with redis_cluster() as nodes:
+        yield nodes
+
+
+@pytest.fixture(params=["single", "cluster"])
+def url(request):
+    if request.param == "single":
+        server = request.getfixturevalue("server")
+        with contextlib.closing(server.client()) as client:
+            client.flushall()
+        return server.url
+    nodes = request.getfixturevalue("nodes")
+    for node in nodes:
+        with contextlib.closing(node.client()) as client:
+            client.flushall()
+    return nodes[0].url
+
+
+@contextlib.asynccontextmanager
+async def world(url, **options):
+    it = World(url, **options)
+    await it.client.open()
+    try:
+        yield it
+    finally:
+        await it.client.close()
+
+
+# -- blocks -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_prefix_is_found_by_all_who_hold_it(url):
+    hashes = hashes_of(600)
+    async with world(url) as it:
+        await it.register(registration("w0"), registration("w1"))
+        await it.index.publish(Life("w0", 1), hashes)
+        await it.index.publish(Life("w1", 1), hashes[:100])
+        assert await it.index.longest_prefix(hashes) == {"w0": 600, "w1": 100}
+        await it.index.retract(Life("w0", 1), hashes[50:51])
+        assert await it.index.longest_prefix(hashes) == {"w0": 50, "w1": 100}
+        await it.index.retract(Life("w1", 1), hashes[:100])
+        assert await it.index.longest_prefix(hashes) == {"w0": 50}
+        assert await it.index.longest_prefix(hashes_of(3, seed=9)) == {}
+        assert await it.index.longest_prefix([]) == {}
+
+
+async def test_tiers_are_told_a_holder_and_a_block(url):
+    first, second, third = hashes_of(3)
+    async with world(url) as it:
+        await it.register(registration("w0"), registration("store"))
+        await it.index.publish(Life("w0", 1), [first])
+        await it.index.publish(Life("store", 1), [first], Tier.CPU)
+        await it.index.publish(Life("store", 1), [second], Tier.NVME)
+        assert await it.index.holders([first, second, third]) == [
+            {"w0": Tier.WORKER, "store": Tier.CPU},
+            {"store": Tier.NVME},
+            {},
+        ]
+        await it.index.publish(Life("store", 1), [first], Tier.NVME)
+        assert (await it.index.holders([first]))[0]["store"] is Tier.NVME
+
+
+async def test_it_agrees_with_the_index_in_memory(url):
+    draw = random.Random(7)
+    chains = [hashes_of(40, seed) for seed in range(4)]
+    memory = MemoryIndex()
+    workers = [f"w{number}" for number in range(5)]
+    async with world(url) as it:
+        await it.register(*(registration(worker) for worker in workers))
+        for _ in range(60):
+            worker, chain = draw.choice(workers), draw.choice(chains)
+            some = chain[draw.randrange(8) :][: draw.randrange(40)]
+            if draw.random() < 0.7:
+                memory.publish(worker, 1, some)
+                await it.index.publish(Life(worker, 1), some)
+            else:
+                memory.retract(worker, 1, some)
+                await it.index.retract(Life(worker, 1), some)
+        for chain in chains:
+            assert await it.index.longest_prefix(chain) == memory.longest_prefix(chain)
+
+
+async def test_holders_of_a_block_are_bounded_and_the_newest_stay(url):
+    [block] = hashes_of(1)
+    workers = [f"w{number}" for number in range(MAX_HOLDERS + 3)]
+    async with world(url) as it:
+        await it.register(*(registration(worker) for worker in workers))
+        for worker in [*workers, workers[3]]:
+            await it.index.publish(Life(worker, 1), [block])
+        assert len(await it.client.one("GET", *KEYS.blocks([block]))) == MAX_HOLDERS * ENTRY_BYTES
+        assert (await it.index.longest_prefix([block])).keys() == set(workers[3:])
+
+
+async def test_entries_end_by_themselves(url):
+    async with world(url) as it:
+        [key] = KEYS.blocks(hashes := hashes_of(1))
+        await it.index.publish(Life("w0", 1), hashes)
+        await it.index.publish(Life("w1", 1), hashes)
+        await it.index.retract(Life("w1", 1), hashes)
+        assert 3_500_000 < await it.client.one("PTTL", key) <= 3_600_000
+        await it.index.retract(Life("w0", 1), hashes)
+        assert await it.client.one("EXISTS", key) == 0
+
+
+async def test_values_that_nobody_here_wrote_cost_hits_and_are_replaced(url):
+    hashes = hashes_of(5)
+    keys = KEYS.blocks(hashes)
+    async with world(url) as it:
+        await it.register(registration("w0"))
+        await it.index.publish(Life("w0", 1), hashes[:2])
+        for key, value in zip(keys[2:4], [b"garbage", b"x" * 4096], strict=True):
+            await it.client.one("SET", key, value)
+        await it.client.one("RPUSH", keys[4], b"a list")
+        assert await it.index.longest_prefix(hashes) == {"w0": 2}
+        await it.index.publish(Life("w0", 1), hashes)
+        assert await it.index.longest_prefix(hashes) == {"w0": 5}
+        await it.client.one("SET", keys[0], b"garbage")
+        await it.index.retract(Life("w0", 1), hashes[:1])
+        assert await it.client.one("EXISTS", keys[0]) == 0
+
+
+async def test_a_script_that_redis_has_forgotten_is_sent_again(url):
+    hashes = hashes_of(300)
+    async with world(url) as it:
+        await it.register(registration("w0"))
+        await it.index.publish(Life("w0", 1), hashes[:200])
+        target = {"target_nodes": "all"} if it.client.is_cluster else {}
+        await it.client.library.execute_command("SCRIPT FLUSH", **target)
+        await it.index.publish(Life("w0", 1), hashes)
+        assert await it.index.longest_prefix(hashes) == {"w0": 300}
+
+
+def num_commands(server):
+    with contextlib.closing(server.client()) as client:
+        return client.info("stats")["total_commands_processed"]
+
+
+async def test_a_lookup_is_one_command_on_a_single_redis(server):
+    async with world(server.url) as it:
+        hashes = hashes_of(256)
+        await it.register(registration("w0"))
+        await it.index.publish(Life("w0", 1), hashes)
+        await it.index.longest_prefix(hashes)
+        before = num_commands(server)
+        assert await it.index.longest_prefix(hashes) == {"w0": 256}
+        assert num_commands(server) - before == 3, "the lookup, and two of the client that counts"
+
+
+async def test_one_prompt_lies_on_all_nodes_alike(nodes):
+    async with world(nodes[0].url) as it:
+        await it.index.publish(Life("w0", 1), hashes_of(3000))
+        counts = []
+        for node in nodes:
+            with contextlib.closing(node.client()) as client:
+                counts.append(sum(1 for _ in client.scan_iter(match="tailrace:1:{??}*", count=1000)))
+        assert sum(counts) == 3000
+        assert max(counts) < 1.35 * 1000
+
+
+def test_depths_of_workers_that_come_and_go():
+    one, two = Life("one", 1), Life("two", 1)
+    both, only = one.entry(Tier.WORKER) + two.entry(Tier.CPU), one.entry(Tier.WORKER)
+    swapped = two.entry(Tier.CPU) + one.entry(Tier.WORKER)
+    marks = {one.mark: "one", two.mark: "two"}
+    assert depths([both, swapped, only, both], marks) == {"one": 4, "two": 2}
+    assert depths([only, both], marks) == {"one": 2}
+    assert depths([None, both], marks) == depths([b"", both], marks) == depths([], marks) == {}
+    assert depths([both, None], marks) == {"one": 1, "two": 1}
+    assert depths([both], {one.mark: "one"}) == {"one": 1}
+    assert depths([both, both], {}) == {}
+
+
+# -- registry ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_worker_takes_its_entries_along_when_it_leaves_or_begins_anew(url):
+    hashes = hashes_of(10)
+    async with world(url) as it:
+        await it.register(registration("w0", epoch=5))
+        await it.index.publish(Life("w0", 5), hashes)
+        assert await it.index.longest_prefix(hashes) == {"w0": 10}
+        await it.register(registration("w0", epoch=6))
+        assert await it.index.longest_prefix(hashes) == {}, "a new life holds nothing yet"
+        await it.index.publish(Life("w0", 6), hashes[:4])
+        await it.register(registration("w0", epoch=6, edition=1))
+        assert await it.index.longest_prefix(hashes) == {}, "nor does a new edition"
+        await it.index.publish(Life("w0", 6, 1), hashes[:2])
+        assert await it.index.longest_prefix(hashes) == {"w0": 2}
+        await it.registry.leave(registration("w0", epoch=5))
+        await it.registry.read()
+        assert await it.index.longest_prefix(hashes) == {"w0": 2}, "an old life cannot end the new one"
+        await it.registry.leave(registration("w0", epoch=6))
+        await it.registry.read()
+        assert await it.index.longest_prefix(hashes) == {}
+
+
+async def test_a_registration_that_is_not_renewed_runs_out(url, monkeypatch):
+    monkeypatch.setattr("tailrace.index.registry.TTL_S", 0.2)
+    async with world(url) as it:
+        assert await it.registry.beat(registration()) is Standing.NEW
+        assert await it.registry.beat(registration()) is Standing.RENEWED
+        await it.registry.read()
+        assert it.registry.workers == {"w0": registration()}
+        deadline = time.monotonic() + 5
+        while it.registry.workers and time.monotonic() < deadline:
+            await it.registry.read()
+        assert it.registry.workers == {}
+        assert await it.client.one("SCARD", KEYS.names) == 1
+        assert await it.registry.beat(registration("w1")) is Standing.NEW
+        assert await it.client.one("SMEMBERS", KEYS.names) == {b"w1"}, "a newcomer strikes off who is gone"
+
+
+async def test_an_older_life_is_fenced(url):
+    async with world(url) as it:
+        await it.registry.beat(registration(epoch=7))
+        with pytest.raises(RedisTroubleError, match="w0 is registered by a newer process"):
+            await it.registry.beat(registration(epoch=6))
+        await it.registry.read()
+        assert it.registry.workers["w0"].epoch == 7
+
+
+async def test_the_registry_is_bounded(url, monkeypatch):
+    monkeypatch.setattr("tailrace.index.registry.MAX_WORKERS", 2)
+    async with world(url) as it:
+        await it.register(registration("w0"), registration("w1"))
+        with pytest.raises(RedisTroubleError, match="w2 is one too many: 2 workers"):
+            await it.registry.beat(registration("w2"))
+        assert await it.registry.beat(registration("w1")) is Standing.RENEWED
+
+
+async def test_registrations_of_others_and_garbage_are_passed_over(url, caplog):
+    forged = registration("w3").signed(b"another secret")
+    changed = registration("w4").signed(SECRET).replace(b"127.0.0.1:1", b"127.0.0.1:2")
+    stolen = registration("w0").signed(SECRET)
+    values = {"w1": b"garbage", "w2": b"[]", "w3": forged, "w4": changed, "w5": b"{}", "w6": b"9" * 5000, "w7": stolen}
+    async with world(url) as it:
+        await it.registry.beat(registration("w0"))
+        for name, value in values.items():
+            await it.client.one("SADD", KEYS.names, name)
+            await it.client.one("SET", KEYS.worker(name), value)
+        await it.client.one("SADD", KEYS.names, b"\xff\xfe")
+        await it.registry.read()
+        await it.registry.read()
+        assert it.registry.workers.keys() == {"w0"}
+        assert it.registry.num_refused == 7
+        assert caplog.text.count("registrations in Redis are not of this cluster") == 1
+        assert await it.registry.beat(registration("w1")) is Standing.RENEWED, "garbage is written over"
+
+
+@pytest.mark.parametrize("field", ["epoch", "edition", "num_blocks", "sequence"])
+@pytest.mark.parametrize("value", [-1, 1.5, "1", None, True, 1 << 64])
+def test_a_signed_registration_is_checked_all_the_same(field, value):
+    said = replace(registration(), **{field: value}).signed(SECRET)
+    with pytest.raises(ValueError, match=field):
+        Registration.read(said, SECRET)
+
+
+# -- version, namespace -----------------------------------------------------------------------------------------------
+
+
+async def test_keys_of_another_version_are_refused_by_its_name(url):
+    async with world(url) as it:
+        await check_version(it.client, it.keys)
+        await it.registry.beat(registration())
+        await check_version(it.client, it.keys)
+        await it.client.one("SET", KEYS.version, "2")
+        for refused in (check_version(it.client, it.keys), it.registry.beat(registration()), it.registry.visit("g")):
+            with pytest.raises(RedisTroubleError, match=r"tailrace:version says '2'.* keeps key space version 1"):
+                await refused
+
+
+async def test_namespaces_do_not_meet(url):
+    hashes = hashes_of(5)
+    async with world(url) as one, world(url, namespace="other") as other:
+        await one.register(registration())
+        await one.index.publish(Life("w0", 1), hashes)
+        await other.registry.read()
+        assert other.registry.workers == {}
+        assert await other.index.longest_prefix(hashes) == {}
+        assert await one.index.longest_prefix(hashes) == {"w0": 5}
