@@ -16,7 +16,7 @@ blocks of one prompt lie on all nodes, and one node's share of a lookup is a few
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import blake2b
@@ -139,15 +139,14 @@ def message_fields(worker_id: str, batch: KvEventBatch, tier: Tier) -> list[byte
     return [*head, _EVENTS, packed]
 
 
-def parse_message(fields: Sequence[object]) -> StreamMessage:
+def parse_message(fields: Mapping[object, object]) -> StreamMessage:
     """Raises ValueError for what no worker wrote."""
-    parts = [part for part in fields if isinstance(part, bytes)]
-    values = dict(zip(parts[::2], parts[1::2], strict=False))
-    try:
-        packed = values[_EVENTS]
-        message = StreamMessage(values[_WORKER].decode(), int(values[_EPOCH]), int(values[_SEQUENCE]), packed)
-    except KeyError as missing:
-        raise ValueError(f"a message without {missing}") from None
+    values = [fields.get(name) for name in (_WORKER, _EPOCH, _SEQUENCE, _EVENTS)]
+    texts = [value for value in values if isinstance(value, bytes)]
+    if len(texts) < len(values):
+        raise ValueError(f"a message with the fields {', '.join(map(repr, list(fields)[:8]))}")
+    worker_id, epoch, sequence, packed = texts
+    message = StreamMessage(worker_id.decode(), int(epoch), int(sequence), packed)
     if len(packed) % _EVENT.size or message.num_events > MAX_EVENTS or message.first_sequence < 0:
         raise ValueError(f"a message of {len(packed)} bytes from sequence {message.first_sequence}")
     return message

@@ -42,7 +42,7 @@ class RedisClient:
 
     def __init__(self, url: RedisUrl, *, timeout_s: float = TIMEOUT_S) -> None:
         self.url = url
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._redis: Redis | RedisCluster | None = None
         self.is_cluster = False
 
@@ -105,8 +105,8 @@ class RedisClient:
         options: dict[str, Any] = {
             "username": self.url.username or None,
             "password": self.url.password or None,
-            "socket_timeout": self._timeout_s,
-            "socket_connect_timeout": self._timeout_s,
+            "socket_timeout": self.timeout_s,
+            "socket_connect_timeout": self.timeout_s,
             "retry": Retry(NoBackoff(), 0),
             "protocol": 2,
             "max_connections": MAX_CONNECTIONS,

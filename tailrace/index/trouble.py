@@ -2,14 +2,13 @@
 
 from tailrace.errors import TailraceError
 
-RIGHTS = "~NAMESPACE:* +@connection +get +set +mget +smembers +evalsha +eval +xadd +xread +xrevrange +cluster"
-"""Of an ACL user that gateways and workers share; scripts need those of what they call as well."""
 _HINTS = (
     ("NOPERM", "its ACL user lacks a right: {text}; docs/redis.md lists the rights that are needed"),
-    ("No permissions", "its ACL user lacks a right: {text}; docs/redis.md lists the rights that are needed"),
+    ("no permissions", "its ACL user lacks a right: {text}; docs/redis.md lists the rights that are needed"),
     ("WRONGPASS", "it refuses the user or the password"),
     ("invalid username-password", "it refuses the user or the password"),
     ("NOAUTH", "it wants a user and a password, and the URL has none"),
+    ("already authenticated", "it wants a user and a password, and the URL has none"),
     ("Authentication required", "it wants a user and a password, and the URL has none"),
     ("READONLY", "it is read-only, a replica: the URL must name the master"),
     ("read only replica", "it is read-only, a replica: the URL must name the master"),

@@ -1,0 +1,21 @@
+"""Pauses between attempts to reach what is away: longer each time, and never two callers' at the same moment."""
+
+import random
+
+FIRST_S = 0.2
+LONGEST_S = 5.0
+
+
+class Backoff:
+    """Doubles from FIRST_S to LONGEST_S; each pause is a random part, half or more, of it."""
+
+    def __init__(self) -> None:
+        self._whole_s = FIRST_S
+
+    def reset(self) -> None:
+        """It went well."""
+        self._whole_s = FIRST_S
+
+    def next_s(self) -> float:
+        whole_s, self._whole_s = self._whole_s, min(LONGEST_S, self._whole_s * 2)
+        return whole_s * random.uniform(0.5, 1.0)  # noqa: S311 - spreads callers, guards nothing

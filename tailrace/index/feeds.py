@@ -1,0 +1,172 @@
+"""Keeps a prefix index true to what each worker says of its cache, whoever brings the news.
+
+News of one worker may come over its own stream and through Redis, in any mixture: events are numbered within an epoch,
+so what is known already is skipped, and what is missing is noticed.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from enum import StrEnum
+from typing import Protocol
+
+from tailrace.index.backoff import Backoff
+from tailrace.kv.events import KVEvent
+from tailrace.messages import KvEventBatch
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING = 1 << 16
+"""Events kept while a snapshot travels; more of them begin another one."""
+MAX_SNAPSHOTS = 16
+"""Travelling at once."""
+
+Snapshot = Callable[[], AsyncIterator[KvEventBatch]]
+
+
+class PrefixIndex(Protocol):
+    """What every index in memory can do; `tailrace.index.memory` says what each call means."""
+
+    def longest_prefix(self, hashes: Sequence[bytes]) -> Mapping[str, int]: ...
+
+    def apply(self, worker_id: str, epoch: int, first_sequence: int, events: Sequence[KVEvent]) -> bool: ...
+
+    def reset(self, worker_id: str, epoch: int, hashes: Iterable[bytes], next_sequence: int) -> None: ...
+
+    def drop_worker(self, worker_id: str) -> None: ...
+
+
+class Source(StrEnum):
+    """Who says that a worker is there."""
+
+    ATTACH = "attach"
+    REDIS = "redis"
+
+
+class Feed:
+    """One life of one worker, from a snapshot to the events that come after it. Event loop only.
+
+    Events that come while a snapshot travels wait for it: dropped, they would be the next gap, and a busy worker would
+    be asked for snapshots without end.
+    """
+
+    def __init__(self, worker_id: str, epoch: int, index: PrefixIndex, snapshot: Snapshot, feeds: "Feeds") -> None:
+        self.worker_id, self.epoch = worker_id, epoch
+        self.sources: set[Source] = set()
+        self.next_sequence = 0
+        """Events below are in the index."""
+        self._index, self._snapshot, self._feeds = index, snapshot, feeds
+        self._waiting: list[KvEventBatch] = []
+        self._num_waiting = 0
+        self._task: asyncio.Task[None] | None = None
+        self._backoff = Backoff()
+        self._asks_again_at = 0.0
+
+    def open(self) -> None:
+        """The worker is known from here on, as holding nothing until its snapshot has come."""
+        self._index.reset(self.worker_id, self.epoch, [], 0)
+        self._resync()
+
+    def knows(self, first_sequence: int, num_events: int) -> bool:
+        return first_sequence + num_events <= self.next_sequence
+
+    def take(self, batch: KvEventBatch) -> None:
+        if self._task is not None:
+            self._wait(batch)
+        elif not self.knows(batch.first_sequence, len(batch.events)) and not self._apply(batch):
+            log.info("events of %s are missing; asking for all it has", self.worker_id)
+            self._wait(batch)
+            self._resync()
+
+    def expect(self, sequence: int) -> None:
+        """The worker has said this much by now: whoever does not know it has missed something."""
+        if self._task is None and sequence > self.next_sequence and time.monotonic() >= self._asks_again_at:
+            log.info("the last events of %s are missing; asking for all it has", self.worker_id)
+            self._resync()
+
+    def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _wait(self, batch: KvEventBatch) -> None:
+        self._num_waiting += len(batch.events)
+        if self._num_waiting > MAX_WAITING:
+            self._waiting, self._num_waiting = [], len(batch.events)
+        self._waiting.append(batch)
+
+    def _apply(self, batch: KvEventBatch) -> bool:
+        if not self._index.apply(self.worker_id, self.epoch, batch.first_sequence, batch.events):
+            return False
+        self.next_sequence = max(self.next_sequence, batch.first_sequence + len(batch.events))
+        return True
+
+    def _resync(self) -> None:
+        self._feeds.num_snapshots += 1
+        self._task = asyncio.create_task(self._fetch(), name=f"snapshot {self.worker_id}")
+        self._task.add_done_callback(self._fetched)
+
+    async def _fetch(self) -> None:
+        """The index changes only once the whole snapshot is here."""
+        hashes: list[bytes] = []
+        sequence = 0
+        async with self._feeds.fetching:
+            async for batch in self._snapshot():
+                hashes.extend(event.block_hash for event in batch.events)
+                sequence = batch.first_sequence
+        self._index.reset(self.worker_id, self.epoch, hashes, sequence)
+        self.next_sequence = sequence
+
+    def _fetched(self, task: "asyncio.Task[None]") -> None:
+        """Without the snapshot the next event is a gap, and asks again."""
+        if task.cancelled():
+            return
+        self._task = None
+        waiting, self._waiting, self._num_waiting = self._waiting, [], 0
+        if (error := task.exception()) is not None:
+            log.warning("%s failed: %s", task.get_name(), error)
+            self._asks_again_at = time.monotonic() + self._backoff.next_s()
+            return
+        self._backoff.reset()
+        for batch in waiting:
+            self.take(batch)
+
+
+class Feeds:
+    """The feeds of all workers, by worker id. Event loop only."""
+
+    def __init__(self, index: PrefixIndex) -> None:
+        self._index = index
+        self._feeds: dict[str, Feed] = {}
+        self.fetching = asyncio.Semaphore(MAX_SNAPSHOTS)
+        self.num_snapshots = 0
+        """Asked for so far: one when a worker is first seen, and one a gap."""
+
+    def get(self, worker_id: str) -> Feed | None:
+        return self._feeds.get(worker_id)
+
+    def hold(self, worker_id: str, epoch: int, source: Source, snapshot: Snapshot) -> Feed:
+        """The worker's feed, which lives until every source has released it.
+
+        A new life ends the feed of the old one. An old life gets a feed that changes nothing.
+        """
+        feed = self._feeds.get(worker_id)
+        if feed is None or feed.epoch < epoch:
+            if feed is not None:
+                feed.stop()
+            feed = self._feeds[worker_id] = Feed(worker_id, epoch, self._index, snapshot, self)
+            feed.open()
+        elif feed.epoch > epoch:
+            feed = Feed(worker_id, epoch, self._index, snapshot, self)
+        feed.sources.add(source)
+        return feed
+
+    def release(self, feed: Feed, source: Source) -> None:
+        """Idempotent."""
+        feed.sources.discard(source)
+        if feed.sources:
+            return
+        feed.stop()
+        if self._feeds.get(feed.worker_id) is feed:
+            del self._feeds[feed.worker_id]
+            self._index.drop_worker(feed.worker_id)

@@ -1,0 +1,196 @@
+"""What Redis knows of the workers, kept in this process: the registry once a second, events as they come.
+
+Routing never waits for Redis. When it is away, slow, read-only or another version's, what is known stays, the trouble
+has a name, and it is tried again until the streams can be followed; what was missed meanwhile comes as a snapshot, from
+the worker itself.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tailrace.index.backoff import Backoff
+from tailrace.index.feeds import Feed, Feeds, Snapshot, Source
+from tailrace.index.keys import KeySpace, parse_message
+from tailrace.index.redis_client import RedisClient
+from tailrace.index.registry import TTL_S, Registration, Registry, check_version
+from tailrace.index.trouble import RedisTroubleError
+
+log = logging.getLogger(__name__)
+
+VISIT_S = 1.0
+BLOCK_SHARE = 0.6
+"""A read of the streams waits for so much of the client's patience: a Redis that answers nothing at all is noticed."""
+MAX_READ = 256
+"""Messages of one answer; the event loop has its turn between two."""
+
+
+class Mirror:
+    """Fills `feeds` for as long as `run` runs. Event loop only."""
+
+    def __init__(
+        self,
+        client: RedisClient,
+        keys: KeySpace,
+        registry: Registry,
+        feeds: Feeds,
+        *,
+        gateway_id: str,
+        model_digest: str,
+        snapshot: Callable[[Registration], Snapshot],
+        seen: Callable[[Mapping[str, Registration]], None] = lambda workers: None,
+    ) -> None:
+        """`seen` hears of all registered workers of this model, again at each visit to Redis that went well."""
+        self._client, self._keys, self._registry, self._feeds = client, keys, registry, feeds
+        self._gateway_id, self._model_digest = gateway_id, model_digest
+        self._snapshot, self._seen = snapshot, seen
+        self._held: dict[str, Feed] = {}
+        self._last_seen_at: dict[str, float] = {}
+        self._sequences: dict[str, int] = {}
+        self._cursors: dict[bytes, bytes] = {}
+        self._trouble_since = time.monotonic()
+        self.trouble = f"Redis at {client.url.address}: not connected yet"
+        """Empty: all is well."""
+        self.num_troubles = 0
+        self.num_garbage = 0
+        """Messages that no worker wrote."""
+
+    @property
+    def num_registered(self) -> int:
+        return len(self._sequences)
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        backoff = Backoff()
+        try:
+            while True:
+                try:
+                    await self._session(backoff)
+                except* RedisTroubleError as troubles:
+                    self._note(_first(troubles))
+                except* Exception:
+                    log.exception("following Redis failed; it is begun anew")
+                await self._client.close()
+                await asyncio.sleep(backoff.next_s())
+        finally:
+            await self._client.close()
+
+    async def _session(self, backoff: Backoff) -> None:
+        await self._client.open()
+        await check_version(self._client, self._keys)
+        # From the ends of the streams on: what was before them is in the snapshots that follow.
+        self._cursors = {stream: await self._end(stream) for stream in self._keys.streams}
+        await self._visit()
+        self._note_well()
+        backoff.reset()
+        streams = self._keys.streams
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._keep_visiting())
+            for some in [[stream] for stream in streams] if self._client.is_cluster else [streams]:
+                group.create_task(self._follow(some))
+
+    # -- trouble ------------------------------------------------------------------------------------------------------
+
+    def _note(self, error: RedisTroubleError) -> None:
+        if not self.trouble:
+            self._trouble_since = time.monotonic()
+            self.num_troubles += 1
+        if self.trouble != error.message:
+            log.warning("%s; routing goes on from what is known", error.message)
+        self.trouble = error.message
+
+    def _note_well(self) -> None:
+        if self.trouble:
+            spent_s = time.monotonic() - self._trouble_since
+            log.info("Redis at %s is followed, after %.1f s without it", self._client.url.address, spent_s)
+        self.trouble = ""
+
+    # -- the registry -------------------------------------------------------------------------------------------------
+
+    async def _keep_visiting(self) -> None:
+        while True:
+            await asyncio.sleep(VISIT_S)
+            await self._visit()
+
+    async def _visit(self) -> None:
+        await self._registry.visit(self._gateway_id)
+        ours = {name: worker for name, worker in self._registry.workers.items() if self._is_ours(worker)}
+        now = time.monotonic()
+        for name, worker in ours.items():
+            self._last_seen_at[name] = now
+            self._settle(worker)
+        for name in [name for name, seen_at in self._last_seen_at.items() if now - seen_at > TTL_S]:
+            self._forget(name)
+        self._seen(ours)
+
+    def _is_ours(self, worker: Registration) -> bool:
+        return not self._model_digest or worker.model_digest in ("", self._model_digest)
+
+    def _settle(self, worker: Registration) -> None:
+        name = worker.worker_id
+        held = self._held.get(name)
+        feed = self._feeds.hold(name, worker.epoch, Source.REDIS, self._snapshot(worker))
+        if held is not feed:
+            if held is not None:
+                self._feeds.release(held, Source.REDIS)
+            self._held[name] = feed
+        elif name in self._sequences:
+            # What it had told by the last visit has been in the streams for a second.
+            feed.expect(self._sequences[name])
+        self._sequences[name] = worker.sequence
+
+    def _forget(self, name: str) -> None:
+        """Not at once: a Redis that has lost its keys gets them back from the workers within seconds."""
+        del self._last_seen_at[name]
+        self._sequences.pop(name, None)
+        if (feed := self._held.pop(name, None)) is not None:
+            self._feeds.release(feed, Source.REDIS)
+
+    # -- the streams --------------------------------------------------------------------------------------------------
+
+    async def _end(self, stream: bytes) -> bytes:
+        newest = list(_messages(await self._client.one("XREVRANGE", stream, "+", "-", "COUNT", 1)))
+        return newest[0][0] if newest else b"0"
+
+    async def _follow(self, streams: Sequence[bytes]) -> None:
+        while True:
+            cursors = [self._cursors[stream] for stream in streams]
+            limits = ("COUNT", MAX_READ, "BLOCK", int(self._client.timeout_s * BLOCK_SHARE * 1000))
+            for stream, messages in _streams(await self._client.one("XREAD", *limits, "STREAMS", *streams, *cursors)):
+                for message_id, fields in _messages(messages):
+                    self._cursors[stream] = message_id
+                    self._take(fields)
+            await asyncio.sleep(0)
+
+    def _take(self, fields: Mapping[object, object]) -> None:
+        try:
+            message = parse_message(fields)
+            feed = self._held.get(message.worker_id)
+            if feed is None or feed.epoch != message.epoch or feed.knows(message.first_sequence, message.num_events):
+                return
+            feed.take(message.batch())
+        except ValueError as error:
+            self.num_garbage += 1
+            if self.num_garbage == 1:
+                log.warning(
+                    "Redis at %s: a stream of ours holds what no worker wrote: %s", self._client.url.address, error
+                )
+
+
+def _first(group: BaseExceptionGroup[RedisTroubleError]) -> RedisTroubleError:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+def _streams(answer: Any) -> Iterable[tuple[bytes, Any]]:
+    """Of XREAD: the library tells it in lists or in a dictionary."""
+    return answer.items() if isinstance(answer, dict) else [(name, messages) for name, messages in answer or ()]
+
+
+def _messages(messages: Any) -> Iterator[tuple[bytes, Mapping[object, object]]]:
+    """(id, fields); what is deleted has none."""
+    for entry in messages or ():
+        message_id, fields = entry
+        yield message_id, fields if isinstance(fields, Mapping) else {}

@@ -1,0 +1,217 @@
+"""A worker's own voice in Redis: its registration, its entries, its events. One writer a worker, and no waiting for it.
+
+Everything is told again in time: the registration every BEAT_S, each entry three times within its life. So a Redis
+that was away, or has lost its keys, is made whole by what runs anyway. While it is away, events wait, up to
+MAX_PENDING; when more come they are given up, and the worker begins another edition, which voids what it can no longer
+retract.
+"""
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from tailrace.index.backoff import Backoff
+from tailrace.index.keys import MAX_EVENTS, MAX_MESSAGES, KeySpace, Tier, message_fields
+from tailrace.index.redis import ENTRY_TTL_S, RedisIndex
+from tailrace.index.redis_client import Command, RedisClient, ScriptCall
+from tailrace.index.registry import BEAT_S, Registration, Registry, Standing, check_version
+from tailrace.index.trouble import RedisTroubleError
+from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.messages import KvEventBatch
+
+log = logging.getLogger(__name__)
+
+MAX_PENDING = 1 << 16
+"""Events that wait for Redis."""
+MAX_FLUSH = 4096
+"""Events of one flush."""
+COALESCE_S = 0.02
+"""News waits so long for company."""
+HURRY_BLOCKS = 1024
+"""Blocks told again with one flush while Redis lacks them."""
+REPEATS = 3
+"""How often each block is told within the life of its entry."""
+LEAVE_S = 1.0
+
+
+class Publisher:
+    """Event loop only. `run` runs until it is cancelled."""
+
+    def __init__(
+        self,
+        client: RedisClient,
+        keys: KeySpace,
+        secret: bytes,
+        registration: Registration,
+        *,
+        cached: Callable[[], Awaitable[list[bytes]]],
+        tier: Tier = Tier.WORKER,
+    ) -> None:
+        """`cached`: hashes of all blocks that the worker holds; what happens to them afterwards must be offered."""
+        self._client, self._keys, self._tier, self._cached = client, keys, tier, cached
+        self._registry = Registry(client, keys, secret)
+        self._index = RedisIndex(client, keys, self._registry)
+        self.registration = registration
+        self._pending: list[KVEvent] = []
+        self._num_losses = 0
+        """How often pending events were given up."""
+        self._untold: dict[bytes, None] = {}
+        """Blocks to be told again."""
+        self._is_in_hurry = False
+        self._told_again_at = -math.inf
+        self._beat_at = 0.0
+        self._news = asyncio.Event()
+        self.trouble = f"Redis at {client.url.address}: not connected yet"
+
+    def offer(self, batch: KvEventBatch) -> None:
+        """Takes events in the order of their sequence numbers. Never blocks, never raises."""
+        if len(self._pending) + len(batch.events) > MAX_PENDING:
+            self._give_up()
+        if not self._pending:
+            self.registration = replace(self.registration, sequence=batch.first_sequence)
+        self._pending += batch.events
+        for event in batch.events:
+            self._forget_retracted(event)
+        self._news.set()
+
+    def _forget_retracted(self, event: KVEvent) -> None:
+        if event.kind is KVEventKind.RETRACT:
+            self._untold.pop(event.block_hash, None)
+
+    def _give_up(self) -> None:
+        told = self.registration
+        self.registration = replace(told, edition=told.edition + 1, sequence=told.sequence + len(self._pending))
+        self._pending = []
+        self._num_losses += 1
+        self._told_again_at = -math.inf
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        backoff = Backoff()
+        try:
+            while True:
+                try:
+                    await self._session(backoff)
+                except RedisTroubleError as error:
+                    self._note(error)
+                except Exception:
+                    log.exception("telling Redis failed; it is begun anew")
+                await self._client.close()
+                await asyncio.sleep(backoff.next_s())
+        finally:
+            await self._leave()
+
+    async def _session(self, backoff: Backoff) -> None:
+        await self._client.open()
+        await check_version(self._client, self._keys)
+        self._beat_at = 0.0
+        while True:
+            await self._flush()
+            self._note_well()
+            backoff.reset()
+            await self._wait()
+
+    async def _wait(self) -> None:
+        """For news, or until the next beat is due."""
+        if self._is_in_hurry or len(self._pending) >= MAX_FLUSH:
+            await asyncio.sleep(0)
+            return
+        try:
+            async with asyncio.timeout(max(0.0, self._beat_at - time.monotonic())):
+                await self._news.wait()
+                await asyncio.sleep(COALESCE_S)
+        except TimeoutError:
+            pass
+
+    async def _leave(self) -> None:
+        """So that others need not wait for the registration to run out; without Redis they must."""
+        try:
+            async with asyncio.timeout(LEAVE_S):
+                await self._registry.leave(self.registration)
+        except (RedisTroubleError, TimeoutError) as error:
+            log.debug("not struck off: %s", error)
+        finally:
+            await self._client.close()
+
+    def _note(self, error: RedisTroubleError) -> None:
+        if self.trouble != error.message:
+            log.warning("%s; this worker serves on, and tells Redis of its blocks when it can", error.message)
+        self.trouble = error.message
+
+    def _note_well(self) -> None:
+        if self.trouble:
+            log.info("registered in Redis at %s", self._client.url.address)
+        self.trouble = ""
+
+    # -- telling ------------------------------------------------------------------------------------------------------
+
+    async def _flush(self) -> None:
+        """One round trip: the beat if it is due, news, and some of what must be told again."""
+        is_beat = time.monotonic() >= self._beat_at
+        has_begun = is_beat and await self._tell_all_again()
+        self._news.clear()
+        events, num_losses, told = self._pending[:MAX_FLUSH], self._num_losses, self.registration
+        again = list(itertools.islice(self._untold, self._num_again(is_beat=is_beat)))
+        news = replace(told, sequence=told.sequence + len(events))
+        beat = self._registry.beat_commands(news) if is_beat else []
+        # Blocks told again first: what became of them since then is among the events.
+        commands = [*self._index.publish_commands(told.life, again, self._tier), *self._event_commands(told, events)]
+        answers = await self._client.all([*commands, *beat])
+        if num_losses == self._num_losses:
+            del self._pending[: len(events)]
+            self.registration = replace(self.registration, sequence=news.sequence)
+            for block_hash in again:
+                self._untold.pop(block_hash, None)
+        self._is_in_hurry = self._is_in_hurry and bool(self._untold)
+        if is_beat:
+            self._beat_at = time.monotonic() + BEAT_S
+            if self._registry.standing(news, answers[len(commands) :]) is Standing.NEW and not has_begun:
+                log.info(
+                    "Redis at %s does not know this worker any more; it is told all again", self._client.url.address
+                )
+                self._told_again_at = -math.inf
+                self._beat_at = 0.0
+
+    def _num_again(self, *, is_beat: bool) -> int:
+        if self._is_in_hurry:
+            return HURRY_BLOCKS
+        beats_left = max(1.0, (self._told_again_at + ENTRY_TTL_S / REPEATS - time.monotonic()) / BEAT_S)
+        return math.ceil(len(self._untold) / beats_left) if is_beat else 0
+
+    async def _tell_all_again(self) -> bool:
+        """Begin another round where one is due: in a hurry if Redis has nothing of it, else spread over its time."""
+        now = time.monotonic()
+        if now - self._told_again_at < ENTRY_TTL_S / REPEATS:
+            return False
+        self._is_in_hurry = self._told_again_at == -math.inf
+        self._told_again_at = now
+        num_before = len(self._pending)
+        self._untold = dict.fromkeys(await self._cached())
+        # What was retracted while the worker answered may still be in its answer.
+        for event in self._pending[num_before:]:
+            self._forget_retracted(event)
+        return True
+
+    def _event_commands(self, told: Registration, events: list[KVEvent]) -> list[Command | ScriptCall]:
+        last = {event.block_hash: event.kind for event in events}
+        published = [block_hash for block_hash, kind in last.items() if kind is KVEventKind.PUBLISH]
+        retracted = [block_hash for block_hash, kind in last.items() if kind is KVEventKind.RETRACT]
+        return [
+            *self._index.publish_commands(told.life, published, self._tier),
+            *self._index.retract_commands(told.life, retracted),
+            *self._stream_commands(told, events),
+        ]
+
+    def _stream_commands(self, told: Registration, events: list[KVEvent]) -> list[Command]:
+        stream = self._keys.stream_of(told.worker_id)
+        commands: list[Command] = []
+        for start in range(0, len(events), MAX_EVENTS):
+            batch = KvEventBatch(told.epoch, told.sequence + start, events[start : start + MAX_EVENTS])
+            fields = message_fields(told.worker_id, batch, self._tier)
+            commands.append(("XADD", stream, "MAXLEN", "~", MAX_MESSAGES, "*", *fields))
+        return commands
