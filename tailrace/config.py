@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 from tailrace.cores import this_machine
 from tailrace.errors import ConfigError
+from tailrace.index.redis_url import RedisUrl
 
 PREFIX = "TAILRACE_"
 CONFIG_FILE_VARIABLE = "TAILRACE_CONFIG"
@@ -76,6 +77,12 @@ def _secret(value: SecretStr) -> SecretStr:
     return value
 
 
+def _redis(value: SecretStr) -> SecretStr:
+    if text := value.get_secret_value():
+        RedisUrl.parse(text)
+    return value
+
+
 def _readable_file(value: Path) -> Path:
     if not value.is_file():
         raise ValueError("no such file")
@@ -109,6 +116,11 @@ class CommonConfig(BaseSettings):
     """Where fetched and converted models are kept; None: tailrace in the user's cache directory."""
     parent_pid: int | None = Field(default=None, ge=1)
     """End when this process is gone."""
+    redis: Annotated[SecretStr, AfterValidator(_redis)] = SecretStr("")
+    """redis:// or rediss:// URL of the Redis or Redis Cluster that gateways and workers share; empty: none
+    (docs/redis.md)."""
+    redis_namespace: str = Field(default="tailrace", pattern=r"^[A-Za-z0-9_.-]{1,32}$")
+    """What the names of our keys begin with: clusters that share a Redis take different ones."""
 
     def __init__(self, **values: Any) -> None:
         refuse_unknown_variables(os.environ)
@@ -136,6 +148,16 @@ class CommonConfig(BaseSettings):
         except ConfigError as error:
             print(f"tailrace: {error.message}", file=sys.stderr)
             raise SystemExit(2) from None
+
+    @property
+    def redis_url(self) -> RedisUrl | None:
+        return RedisUrl.parse(text) if (text := self.redis.get_secret_value()) else None
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """What no log may show."""
+        url = self.redis_url
+        return (self.secret.get_secret_value(), self.redis.get_secret_value(), url.password if url else "")
 
     def to_environment(self) -> dict[str, str]:
         """The variables with which a child process makes an equal configuration. Holds secrets: never log it."""
@@ -408,5 +430,5 @@ def _readable(error: ValidationError) -> ConfigError:
     message = message.replace("Extra inputs are not permitted", "no such setting")
     if not name:
         return ConfigError(message, param=message.partition(":")[0] if ":" in message else None)
-    got = "" if name in ("secret", "api_key") else f", got {first['input']!r}"
+    got = "" if name in ("secret", "api_key", "redis") else f", got {first['input']!r}"
     return ConfigError(f"{name}: {message}{got}", param=name)

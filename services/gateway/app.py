@@ -26,6 +26,8 @@ from tailrace.kv.layout import KVLayout
 class Readiness:
     reasons: tuple[str, ...] = ()
     """Why no request can be served now; empty when one can."""
+    degraded: tuple[str, ...] = ()
+    """What is wrong, though requests are served."""
     retry_after_s: int = 1
 
 
@@ -127,7 +129,8 @@ def _operator_routes(endpoints: Endpoints, views: Views, metrics: HttpMetrics) -
         if readiness.reasons:
             answer = {"status": "unready", "reasons": list(readiness.reasons)}
             return _json(answer, 503, {"Retry-After": str(readiness.retry_after_s)})
-        return _json({"status": "ready", "reasons": []})
+        status = "degraded" if readiness.degraded else "ready"
+        return _json({"status": status, "reasons": list(readiness.degraded)})
 
     @router.get("/version")
     async def version() -> Response:

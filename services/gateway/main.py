@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from setproctitle import setproctitle
 
 from services.gateway.app import Readiness, Views, create_app
+from services.gateway.discovery import open_mirror
 from services.gateway.dispatcher import PairDispatcher
 from services.gateway.generate import HttpOptions
 from services.gateway.generation import Dispatcher
@@ -33,7 +34,7 @@ from tailrace.index.compact import open_index
 from tailrace.kv.layout import KVLayout
 from tailrace.rpc.server import Server
 from tailrace.telemetry.log import configure_logging
-from tailrace.telemetry.metrics import GatewayMetrics, WorkerSample, render
+from tailrace.telemetry.metrics import GatewayMetrics, IndexSample, RedisSample, WorkerSample, render
 from tailrace.types import Role
 
 DRAIN_S = 5
@@ -43,7 +44,7 @@ DRAIN_S = 5
 def main() -> None:
     setproctitle("tailrace gateway")
     config = GatewayConfig.or_exit()
-    hidden = (config.secret.get_secret_value(), *(key.get_secret_value() for key in config.api_key))
+    hidden = (*config.hidden, *(key.get_secret_value() for key in config.api_key))
     configure_logging(role="gateway", level=config.log_level, style=config.log_format, secrets=hidden)
     try:
         directory = resolve_model(config.model, revision=config.revision, cache_dir=config.cache_dir)
@@ -92,11 +93,13 @@ class Gateway:
             model_digest=model_digest,
             step_writer=self.step_writer,
         )
+        self.mirror = open_mirror(config, self.members, model_digest)
+        """None: no Redis."""
         self.dispatcher = PairDispatcher(
             self.members, index, secret=self.secret, max_concurrent=config.max_concurrent_requests
         )
         self.registry = CollectorRegistry()
-        self.metrics = GatewayMetrics(self.registry, self._worker_samples)
+        self.metrics = GatewayMetrics(self.registry, self._worker_samples, self._index_sample)
         self.observer = Observer(self.metrics, open_tracer(), model.names[0])
         self.dispatcher.on_begun, self.dispatcher.on_ended = self.observer.begun, self.observer.ended
         self.members.on_lost = self.metrics.worker_lost
@@ -111,7 +114,8 @@ class Gateway:
             layouts = [member.info.layout.differences(decode.info.layout) for member in prefills]
             if layouts and all(layouts):
                 reasons.append(f"{decode.info.worker_id} fits no prefill worker: {'; '.join(layouts[0])}")
-        return Readiness(tuple(reasons))
+        trouble = self.mirror.trouble if self.mirror is not None else ""
+        return Readiness(tuple(reasons), degraded=(trouble,) if trouble else ())
 
     def metrics_text(self) -> bytes:
         return render(self.registry)
@@ -121,6 +125,11 @@ class Gateway:
             WorkerSample(member.info.worker_id, member.info.role, member.load, uses_line=member.call.uses_line)
             for member in self.members.all()
         ]
+
+    def _index_sample(self) -> IndexSample:
+        mirror = self.mirror
+        redis = None if mirror is None else RedisSample(not mirror.trouble, mirror.num_registered, mirror.num_troubles)
+        return IndexSample(self.members.feeds.num_snapshots, redis)
 
     def layouts(self) -> list[KVLayout]:
         return [member.info.layout for member in self.members.of(Role.DECODE)]
@@ -189,9 +198,13 @@ async def run(gateway: Gateway) -> None:
     await server.start()
     for address in config.workers:
         gateway.members.add(address)
+    mirroring = asyncio.create_task(gateway.mirror.run(), name="redis") if gateway.mirror is not None else None
     try:
         await HttpServer(gateway.http_app()).serve(sockets=[listener])
     finally:
+        if mirroring is not None:
+            mirroring.cancel()
+            await asyncio.gather(mirroring, return_exceptions=True)
         await gateway.members.close()
         await server.stop()
         await gateway.observer.close()

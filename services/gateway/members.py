@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from services.gateway.index_feed import IndexFeed
 from services.gateway.outlet import Board, Outlet, StepWriter
 from services.gateway.watch import Silence, WorkWatch
 from tailrace.errors import InternalError, LayoutMismatchError, TailraceError, WorkerLostError
+from tailrace.index.feeds import Feed, Feeds, Holder, Source
 from tailrace.index.prefix_index import PrefixIndex
 from tailrace.messages import (
     ChoiceFinished,
@@ -62,7 +62,7 @@ class Member:
     info: WorkerInfo
     call: AttachCall
     peer: Peer
-    feed: IndexFeed
+    feed: Feed
     load: Load = field(default_factory=Load)
     is_lost: bool = False
     """Its stream takes nothing more; that it has ended will be noticed in a moment."""
@@ -193,7 +193,8 @@ class Members:
         self._model_digest = model_digest
         self._epoch = epoch
         self._secret = secret
-        self._index = index
+        self.feeds = Feeds(index)
+        """Other news of the same workers may be given to them as well."""
         self._members: dict[str, Member] = {}
         self._known: dict[str, WorkerInfo] = {}
         """By address: who was last found there."""
@@ -219,6 +220,9 @@ class Members:
 
     def all(self) -> list[Member]:
         return list(self._members.values())
+
+    def is_attached(self, address: str) -> bool:
+        return any(member.peer.address == address for member in self._members.values())
 
     async def ledgers(self) -> list[LedgerReport]:
         """What every worker says of its blocks; one that does not answer is left out, and logged."""
@@ -323,11 +327,11 @@ class Members:
             old.call.close()
         self._known[peer.address] = info
         board = Board(self._step_writer) if self._step_writer is not None else None
-        member = Member(info, call, peer, IndexFeed(info, self._index, peer.snapshot), board=board)
+        feed = self.feeds.hold(Holder(info.worker_id, info.epoch, info.num_blocks), Source.ATTACH, peer.snapshot)
+        member = Member(info, call, peer, feed, board=board)
         self._members[info.worker_id] = member
         who, what = f"{info.role} worker {info.worker_id}", info.layout.arithmetic
         log.info("%s attached: %s; %d blocks at %s", who, what, info.num_blocks, info.address)
-        member.feed.open()
         return member
 
     def _check_layout(self, info: WorkerInfo) -> None:
@@ -350,7 +354,7 @@ class Members:
         if self._members.get(worker_id) is not member:
             return
         del self._members[worker_id]
-        member.feed.close()
+        self.feeds.release(member.feed, Source.ATTACH)
         log.warning("%s worker %s is gone; %d legs fail", member.info.role, worker_id, len(member.sinks))
         self.on_lost(member.info.role)
         for handle in list(member.sinks):

@@ -26,9 +26,12 @@ from tailrace.worker.requests import RequestMaker
 def main() -> None:
     setproctitle("tailrace prefill")
     config = WorkerConfig.or_exit()
-    secrets = (config.secret.get_secret_value(),)
     configure_logging(
-        role="prefill", worker_id=config.worker_id, level=config.log_level, style=config.log_format, secrets=secrets
+        role="prefill",
+        worker_id=config.worker_id,
+        level=config.log_level,
+        style=config.log_format,
+        secrets=config.hidden,
     )
     try:
         asyncio.run(run(config, *load_parts(config, Role.PREFILL)))

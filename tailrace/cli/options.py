@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -27,7 +28,7 @@ _NOT_FLAGS = frozenset({"secret", "parent_pid"})
 """A secret in a command line can be read by every user of the machine."""
 _FLAG_NAMES = {"prefix_caching": "enable-prefix-caching"}
 _PANELS: tuple[tuple[type[CommonConfig], str], ...] = (
-    (CommonConfig, "Logs and files"),
+    (CommonConfig, "Logs, files and Redis"),
     (ModelConfigFields, "Model"),
     (EngineFields, "Engine and transfer"),
     (WorkerConfig, "Worker"),
@@ -98,7 +99,7 @@ def _metavar(kind: Any) -> str:
 
 
 def _default(field: FieldInfo) -> str | bool:
-    if field.default in (None, "", (), PydanticUndefined):
+    if field.default in (None, "", (), PydanticUndefined, SecretStr("")):
         return False
     if isinstance(field.default, bool):
         return "on" if field.default else "off"

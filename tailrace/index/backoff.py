@@ -1,5 +1,6 @@
 """Pauses between attempts to reach what is away: longer each time, and never two callers' at the same moment."""
 
+import asyncio
 import random
 
 FIRST_S = 0.2
@@ -15,6 +16,9 @@ class Backoff:
     def reset(self) -> None:
         """It went well."""
         self._whole_s = FIRST_S
+
+    async def pause(self) -> None:
+        await asyncio.sleep(self.next_s())
 
     def next_s(self) -> float:
         whole_s, self._whole_s = self._whole_s, min(LONGEST_S, self._whole_s * 2)

@@ -7,12 +7,13 @@ so what is known already is skipped, and what is missing is noticed.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
 from tailrace.index.backoff import Backoff
-from tailrace.kv.events import KVEvent
+from tailrace.index.prefix_index import PrefixIndex
+from tailrace.kv.events import KVEvents, Tier
 from tailrace.messages import KvEventBatch
 
 log = logging.getLogger(__name__)
@@ -21,20 +22,10 @@ MAX_WAITING = 1 << 16
 """Events kept while a snapshot travels; more of them begin another one."""
 MAX_SNAPSHOTS = 16
 """Travelling at once."""
+POOLS_HELD = 2
+"""A worker's limit. Events replayed over a later snapshot add what the worker has dropped since: a pool at most."""
 
 Snapshot = Callable[[], AsyncIterator[KvEventBatch]]
-
-
-class PrefixIndex(Protocol):
-    """What every index in memory can do; `tailrace.index.memory` says what each call means."""
-
-    def longest_prefix(self, hashes: Sequence[bytes]) -> Mapping[str, int]: ...
-
-    def apply(self, worker_id: str, epoch: int, first_sequence: int, events: Sequence[KVEvent]) -> bool: ...
-
-    def reset(self, worker_id: str, epoch: int, hashes: Iterable[bytes], next_sequence: int) -> None: ...
-
-    def drop_worker(self, worker_id: str) -> None: ...
 
 
 class Source(StrEnum):
@@ -44,6 +35,16 @@ class Source(StrEnum):
     REDIS = "redis"
 
 
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """One life of a worker, as a holder of blocks."""
+
+    worker_id: str
+    epoch: int
+    num_blocks: int
+    """Of its pool; 0: not known."""
+
+
 class Feed:
     """One life of one worker, from a snapshot to the events that come after it. Event loop only.
 
@@ -51,8 +52,9 @@ class Feed:
     be asked for snapshots without end.
     """
 
-    def __init__(self, worker_id: str, epoch: int, index: PrefixIndex, snapshot: Snapshot, feeds: "Feeds") -> None:
-        self.worker_id, self.epoch = worker_id, epoch
+    def __init__(self, holder: Holder, index: PrefixIndex, snapshot: Snapshot, feeds: "Feeds") -> None:
+        self.worker_id, self.epoch = holder.worker_id, holder.epoch
+        self._max_blocks = POOLS_HELD * holder.num_blocks or None
         self.sources: set[Source] = set()
         self.next_sequence = 0
         """Events below are in the index."""
@@ -65,7 +67,7 @@ class Feed:
 
     def open(self) -> None:
         """The worker is known from here on, as holding nothing until its snapshot has come."""
-        self._index.reset(self.worker_id, self.epoch, [], 0)
+        self._reset(0)
         self._resync()
 
     def knows(self, first_sequence: int, num_events: int) -> bool:
@@ -106,16 +108,24 @@ class Feed:
         self._task = asyncio.create_task(self._fetch(), name=f"snapshot {self.worker_id}")
         self._task.add_done_callback(self._fetched)
 
+    def _reset(self, next_sequence: int) -> None:
+        self._index.reset(self.worker_id, self.epoch, [], next_sequence, max_blocks=self._max_blocks)
+        self.next_sequence = next_sequence
+
     async def _fetch(self) -> None:
-        """The index changes only once the whole snapshot is here."""
-        hashes: list[bytes] = []
+        """The index changes only once the whole snapshot is here, and then piece by piece: others have their turn."""
+        pieces: list[KVEvents] = []
         sequence = 0
         async with self._feeds.fetching:
             async for batch in self._snapshot():
-                hashes.extend(event.block_hash for event in batch.events)
+                pieces.append(batch.events)
                 sequence = batch.first_sequence
-        self._index.reset(self.worker_id, self.epoch, hashes, sequence)
-        self.next_sequence = sequence
+        self._reset(sequence)
+        for piece in pieces:
+            for tier in Tier:
+                if hashes := piece.published_on(tier):
+                    self._index.publish(self.worker_id, self.epoch, hashes, tier)
+            await asyncio.sleep(0)
 
     def _fetched(self, task: "asyncio.Task[None]") -> None:
         """Without the snapshot the next event is a gap, and asks again."""
@@ -145,19 +155,19 @@ class Feeds:
     def get(self, worker_id: str) -> Feed | None:
         return self._feeds.get(worker_id)
 
-    def hold(self, worker_id: str, epoch: int, source: Source, snapshot: Snapshot) -> Feed:
+    def hold(self, holder: Holder, source: Source, snapshot: Snapshot) -> Feed:
         """The worker's feed, which lives until every source has released it.
 
         A new life ends the feed of the old one. An old life gets a feed that changes nothing.
         """
-        feed = self._feeds.get(worker_id)
-        if feed is None or feed.epoch < epoch:
+        feed = self._feeds.get(holder.worker_id)
+        if feed is None or feed.epoch < holder.epoch:
             if feed is not None:
                 feed.stop()
-            feed = self._feeds[worker_id] = Feed(worker_id, epoch, self._index, snapshot, self)
+            feed = self._feeds[holder.worker_id] = Feed(holder, self._index, snapshot, self)
             feed.open()
-        elif feed.epoch > epoch:
-            feed = Feed(worker_id, epoch, self._index, snapshot, self)
+        elif feed.epoch > holder.epoch:
+            feed = Feed(holder, self._index, snapshot, self)
         feed.sources.add(source)
         return feed
 

@@ -15,14 +15,11 @@ What stands in braces decides the slot on a Redis Cluster. `xx` are the first tw
 blocks of one prompt lie on all nodes, and one node's share of a lookup is a few MGETs.
 """
 
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from hashlib import blake2b
 
-from tailrace.kv.events import KVEvent, KVEventKind
-from tailrace.kv.hashing import HASH_BYTES
+from tailrace.kv.events import KVEvents, Tier
 from tailrace.messages import KvEventBatch
 
 VERSION = b"1"
@@ -35,17 +32,7 @@ MAX_EVENTS = 512
 """In one message of a stream, about 9 KB."""
 MAX_MESSAGES = 1024
 """In one stream, about: slower readers find a gap. All streams at their fullest hold 75 MB."""
-_EVENT = struct.Struct(f"<B{HASH_BYTES}s")
-_WORKER, _EPOCH, _SEQUENCE, _EVENTS = b"worker", b"epoch", b"sequence", b"events"
-
-
-class Tier(IntEnum):
-    """Where a holder keeps a block."""
-
-    WORKER = 1
-    """The pool of a prefill or decode worker."""
-    CPU = 2
-    NVME = 3
+_WORKER, _EPOCH, _SEQUENCE, _KINDS, _HASHES = b"worker", b"epoch", b"sequence", b"kinds", b"hashes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,38 +102,25 @@ class KeySpace:
 
 @dataclass(frozen=True, slots=True)
 class StreamMessage:
-    """A worker's events, not unpacked yet: most were heard of from the worker itself already."""
+    """Events of a worker."""
 
     worker_id: str
-    epoch: int
-    first_sequence: int
-    packed: bytes
+    batch: KvEventBatch
 
-    @property
-    def num_events(self) -> int:
-        return len(self.packed) // _EVENT.size
+    def fields(self) -> list[bytes]:
+        """Names and values, one after the other."""
+        batch = self.batch
+        head = [_WORKER, self.worker_id.encode(), _EPOCH, b"%d" % batch.epoch, _SEQUENCE, b"%d" % batch.first_sequence]
+        return [*head, _KINDS, batch.events.kinds, _HASHES, batch.events.hashes]
 
-    def batch(self) -> KvEventBatch:
-        """Raises ValueError for a kind of event that does not exist."""
-        events = [KVEvent(KVEventKind(kind & 15), block_hash) for kind, block_hash in _EVENT.iter_unpack(self.packed)]
-        return KvEventBatch(self.epoch, self.first_sequence, events)
-
-
-def message_fields(worker_id: str, batch: KvEventBatch, tier: Tier) -> list[bytes]:
-    """Names and values, one after the other. A kind's upper four bits are the tier."""
-    packed = b"".join(_EVENT.pack(event.kind | tier << 4, event.block_hash) for event in batch.events)
-    head = [_WORKER, worker_id.encode(), _EPOCH, b"%d" % batch.epoch, _SEQUENCE, b"%d" % batch.first_sequence]
-    return [*head, _EVENTS, packed]
-
-
-def parse_message(fields: Mapping[object, object]) -> StreamMessage:
-    """Raises ValueError for what no worker wrote."""
-    values = [fields.get(name) for name in (_WORKER, _EPOCH, _SEQUENCE, _EVENTS)]
-    texts = [value for value in values if isinstance(value, bytes)]
-    if len(texts) < len(values):
-        raise ValueError(f"a message with the fields {', '.join(map(repr, list(fields)[:8]))}")
-    worker_id, epoch, sequence, packed = texts
-    message = StreamMessage(worker_id.decode(), int(epoch), int(sequence), packed)
-    if len(packed) % _EVENT.size or message.num_events > MAX_EVENTS or message.first_sequence < 0:
-        raise ValueError(f"a message of {len(packed)} bytes from sequence {message.first_sequence}")
-    return message
+    @classmethod
+    def read(cls, fields: Mapping[object, object]) -> "StreamMessage":
+        """Raises ValueError for what no worker wrote."""
+        values = [fields.get(name) for name in (_WORKER, _EPOCH, _SEQUENCE, _KINDS, _HASHES)]
+        texts = [value for value in values if isinstance(value, bytes)]
+        if len(texts) < len(values):
+            raise ValueError(f"a message with the fields {', '.join(map(repr, list(fields)[:8]))}")
+        worker_id, epoch, sequence, kinds, hashes = texts
+        if len(kinds) > MAX_EVENTS or int(sequence) < 0:
+            raise ValueError(f"a message of {len(kinds)} events from number {int(sequence)}")
+        return cls(worker_id.decode(), KvEventBatch(int(epoch), int(sequence), KVEvents(kinds, hashes)))

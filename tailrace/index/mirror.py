@@ -8,12 +8,12 @@ the worker itself.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tailrace.index.backoff import Backoff
-from tailrace.index.feeds import Feed, Feeds, Snapshot, Source
-from tailrace.index.keys import KeySpace, parse_message
+from tailrace.index.feeds import Feed, Feeds, Holder, Snapshot, Source
+from tailrace.index.keys import KeySpace, StreamMessage
 from tailrace.index.redis_client import RedisClient
 from tailrace.index.registry import TTL_S, Registration, Registry, check_version
 from tailrace.index.trouble import RedisTroubleError
@@ -68,12 +68,12 @@ class Mirror:
             while True:
                 try:
                     await self._session(backoff)
-                except* RedisTroubleError as troubles:
-                    self._note(_first(troubles))
-                except* Exception:
+                except RedisTroubleError as error:
+                    self._note(error)
+                except Exception:
                     log.exception("following Redis failed; it is begun anew")
                 await self._client.close()
-                await asyncio.sleep(backoff.next_s())
+                await backoff.pause()
         finally:
             await self._client.close()
 
@@ -86,10 +86,8 @@ class Mirror:
         self._note_well()
         backoff.reset()
         streams = self._keys.streams
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._keep_visiting())
-            for some in [[stream] for stream in streams] if self._client.is_cluster else [streams]:
-                group.create_task(self._follow(some))
+        groups = [[stream] for stream in streams] if self._client.is_cluster else [streams]
+        await _until_one_fails([self._keep_visiting(), *map(self._follow, groups)])
 
     # -- trouble ------------------------------------------------------------------------------------------------------
 
@@ -131,7 +129,8 @@ class Mirror:
     def _settle(self, worker: Registration) -> None:
         name = worker.worker_id
         held = self._held.get(name)
-        feed = self._feeds.hold(name, worker.epoch, Source.REDIS, self._snapshot(worker))
+        holder = Holder(name, worker.epoch, worker.num_blocks)
+        feed = self._feeds.hold(holder, Source.REDIS, self._snapshot(worker))
         if held is not feed:
             if held is not None:
                 self._feeds.release(held, Source.REDIS)
@@ -166,11 +165,10 @@ class Mirror:
 
     def _take(self, fields: Mapping[object, object]) -> None:
         try:
-            message = parse_message(fields)
+            message = StreamMessage.read(fields)
             feed = self._held.get(message.worker_id)
-            if feed is None or feed.epoch != message.epoch or feed.knows(message.first_sequence, message.num_events):
-                return
-            feed.take(message.batch())
+            if feed is not None and feed.epoch == message.batch.epoch:
+                feed.take(message.batch)
         except ValueError as error:
             self.num_garbage += 1
             if self.num_garbage == 1:
@@ -179,9 +177,17 @@ class Mirror:
                 )
 
 
-def _first(group: BaseExceptionGroup[RedisTroubleError]) -> RedisTroubleError:
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+async def _until_one_fails(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Raises what the first of them raises, when all have ended. (A TaskGroup forgets that it was cancelled itself.)"""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _streams(answer: Any) -> Iterable[tuple[bytes, Any]]:

@@ -11,16 +11,16 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
 from tailrace.index.backoff import Backoff
-from tailrace.index.keys import MAX_EVENTS, MAX_MESSAGES, KeySpace, Tier, message_fields
+from tailrace.index.keys import MAX_EVENTS, MAX_MESSAGES, KeySpace, StreamMessage
 from tailrace.index.redis import ENTRY_TTL_S, RedisIndex
 from tailrace.index.redis_client import Command, RedisClient, ScriptCall
 from tailrace.index.registry import BEAT_S, Registration, Registry, Standing, check_version
 from tailrace.index.trouble import RedisTroubleError
-from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.kv.events import KVEventKind, KVEvents, Tier
 from tailrace.messages import KvEventBatch
 
 log = logging.getLogger(__name__)
@@ -48,18 +48,17 @@ class Publisher:
         secret: bytes,
         registration: Registration,
         *,
-        cached: Callable[[], Awaitable[list[bytes]]],
-        tier: Tier = Tier.WORKER,
+        cached: Callable[[], Awaitable[KVEvents]],
     ) -> None:
-        """`cached`: hashes of all blocks that the worker holds; what happens to them afterwards must be offered."""
-        self._client, self._keys, self._tier, self._cached = client, keys, tier, cached
+        """`cached`: publications of all that the worker holds; what happens to it afterwards must be offered."""
+        self._client, self._keys, self._cached = client, keys, cached
         self._registry = Registry(client, keys, secret)
         self._index = RedisIndex(client, keys, self._registry)
         self.registration = registration
-        self._pending: list[KVEvent] = []
+        self._pending = KVEvents()
         self._num_losses = 0
         """How often pending events were given up."""
-        self._untold: dict[bytes, None] = {}
+        self._untold: dict[bytes, Tier] = {}
         """Blocks to be told again."""
         self._is_in_hurry = False
         self._told_again_at = -math.inf
@@ -73,19 +72,20 @@ class Publisher:
             self._give_up()
         if not self._pending:
             self.registration = replace(self.registration, sequence=batch.first_sequence)
-        self._pending += batch.events
-        for event in batch.events:
-            self._forget_retracted(event)
+        self._pending = self._pending + batch.events
+        self._forget_retracted(batch.events)
         self._news.set()
 
-    def _forget_retracted(self, event: KVEvent) -> None:
-        if event.kind is KVEventKind.RETRACT:
-            self._untold.pop(event.block_hash, None)
+    def _forget_retracted(self, events: KVEvents) -> None:
+        if self._untold:
+            for event in events:
+                if event.kind is KVEventKind.RETRACT:
+                    self._untold.pop(event.block_hash, None)
 
     def _give_up(self) -> None:
         told = self.registration
         self.registration = replace(told, edition=told.edition + 1, sequence=told.sequence + len(self._pending))
-        self._pending = []
+        self._pending = KVEvents()
         self._num_losses += 1
         self._told_again_at = -math.inf
 
@@ -102,7 +102,7 @@ class Publisher:
                 except Exception:
                     log.exception("telling Redis failed; it is begun anew")
                 await self._client.close()
-                await asyncio.sleep(backoff.next_s())
+                await backoff.pause()
         finally:
             await self._leave()
 
@@ -156,14 +156,14 @@ class Publisher:
         has_begun = is_beat and await self._tell_all_again()
         self._news.clear()
         events, num_losses, told = self._pending[:MAX_FLUSH], self._num_losses, self.registration
-        again = list(itertools.islice(self._untold, self._num_again(is_beat=is_beat)))
+        again = dict(itertools.islice(self._untold.items(), self._num_again(is_beat=is_beat)))
         news = replace(told, sequence=told.sequence + len(events))
         beat = self._registry.beat_commands(news) if is_beat else []
         # Blocks told again first: what became of them since then is among the events.
-        commands = [*self._index.publish_commands(told.life, again, self._tier), *self._event_commands(told, events)]
+        commands = [*self._publish_commands(told, again), *self._event_commands(told, events)]
         answers = await self._client.all([*commands, *beat])
         if num_losses == self._num_losses:
-            del self._pending[: len(events)]
+            self._pending = self._pending[len(events) :]
             self.registration = replace(self.registration, sequence=news.sequence)
             for block_hash in again:
                 self._untold.pop(block_hash, None)
@@ -191,27 +191,33 @@ class Publisher:
         self._is_in_hurry = self._told_again_at == -math.inf
         self._told_again_at = now
         num_before = len(self._pending)
-        self._untold = dict.fromkeys(await self._cached())
+        self._untold = {event.block_hash: event.tier for event in await self._cached()}
         # What was retracted while the worker answered may still be in its answer.
-        for event in self._pending[num_before:]:
-            self._forget_retracted(event)
+        self._forget_retracted(self._pending[num_before:])
         return True
 
-    def _event_commands(self, told: Registration, events: list[KVEvent]) -> list[Command | ScriptCall]:
-        last = {event.block_hash: event.kind for event in events}
-        published = [block_hash for block_hash, kind in last.items() if kind is KVEventKind.PUBLISH]
-        retracted = [block_hash for block_hash, kind in last.items() if kind is KVEventKind.RETRACT]
+    def _event_commands(self, told: Registration, events: KVEvents) -> list[Command | ScriptCall]:
+        last = {event.block_hash: event for event in events}
+        published = {hash_: event.tier for hash_, event in last.items() if event.kind is KVEventKind.PUBLISH}
+        retracted = [hash_ for hash_, event in last.items() if event.kind is KVEventKind.RETRACT]
         return [
-            *self._index.publish_commands(told.life, published, self._tier),
+            *self._publish_commands(told, published),
             *self._index.retract_commands(told.life, retracted),
             *self._stream_commands(told, events),
         ]
 
-    def _stream_commands(self, told: Registration, events: list[KVEvent]) -> list[Command]:
+    def _publish_commands(self, told: Registration, blocks: Mapping[bytes, Tier]) -> list[Command | ScriptCall]:
+        commands: list[Command | ScriptCall] = []
+        for tier in Tier:
+            if hashes := [block_hash for block_hash, held_on in blocks.items() if held_on is tier]:
+                commands += self._index.publish_commands(told.life, hashes, tier)
+        return commands
+
+    def _stream_commands(self, told: Registration, events: KVEvents) -> list[Command]:
         stream = self._keys.stream_of(told.worker_id)
         commands: list[Command] = []
         for start in range(0, len(events), MAX_EVENTS):
             batch = KvEventBatch(told.epoch, told.sequence + start, events[start : start + MAX_EVENTS])
-            fields = message_fields(told.worker_id, batch, self._tier)
+            fields = StreamMessage(told.worker_id, batch).fields()
             commands.append(("XADD", stream, "MAXLEN", "~", MAX_MESSAGES, "*", *fields))
         return commands

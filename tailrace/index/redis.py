@@ -8,10 +8,12 @@ all its entries along at once; what they occupy, Redis gets back when their time
 import time
 from collections.abc import Sequence
 
-from tailrace.index.keys import ENTRY_BYTES, MARK_BYTES, KeySpace, Life, Tier, entries
+from tailrace.index.keys import ENTRY_BYTES, MARK_BYTES, KeySpace, Life, entries
+from tailrace.index.prefix_index import PrefixHit
 from tailrace.index.redis_client import Command, RedisClient, ScriptCall
 from tailrace.index.registry import Registry
 from tailrace.index.scripts import PUBLISH, RETRACT, Script
+from tailrace.kv.events import Tier
 
 ENTRY_TTL_S = 3600.0
 """A worker repeats what it holds three times in this time."""
@@ -65,6 +67,16 @@ class RedisIndex:
         One round trip to each node that has a part of the answer; one more when a worker has come in the last second.
         """
         return depths(await self._values(hashes), self._registry.by_mark)
+
+    async def longest_prefix_by_tier(self, hashes: Sequence[bytes]) -> dict[str, PrefixHit]:
+        """As `longest_prefix`, and how many of the blocks lie on which tier."""
+        counts: dict[str, list[int]] = {}
+        for depth, here in enumerate(await self.holders(hashes)):
+            for worker_id, tier in here.items():
+                by_tier = counts.setdefault(worker_id, [0] * len(Tier)) if not depth else counts.get(worker_id, [])
+                if sum(by_tier) == depth and by_tier:
+                    by_tier[tier] += 1
+        return {worker_id: PrefixHit(sum(by_tier), tuple(by_tier)) for worker_id, by_tier in counts.items()}
 
     async def holders(self, hashes: Sequence[bytes]) -> list[dict[str, Tier]]:
         """Who holds each block, and where."""

@@ -3,6 +3,7 @@
 Nothing here tries again: whoever calls knows whether that is worth it, and has a backoff.
 """
 
+import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -124,6 +125,23 @@ class RedisClient:
         """The library's own client, for a benchmark that compares with it. Raises RedisTroubleError before `open`."""
         return self._opened()
 
+    @contextlib.contextmanager
+    def blocking(self) -> Iterator[Any]:
+        """The library's client that is no coroutine, likewise."""
+        from redis import Redis, RedisCluster
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        host, port = self.url.nodes[0]
+        options = {**self._options(), "retry": Retry(NoBackoff(), 0)}
+        library: Any = (
+            RedisCluster(host=host, port=port, **options)
+            if self.is_cluster
+            else Redis(host=host, port=port, db=self.url.db, **options)
+        )
+        with contextlib.closing(library):
+            yield library
+
     def _opened(self) -> "Redis | RedisCluster":
         if self._redis is None:
             raise RedisTroubleError(f"Redis at {self.url.address}: not connected")
@@ -131,12 +149,18 @@ class RedisClient:
 
     @contextlib.contextmanager
     def _explained(self, address: str) -> Iterator[None]:
+        """The library's errors as ours; and a cancellation, which its pipelines were seen to swallow, is one again."""
         from redis.exceptions import RedisError
 
+        num_before = _num_cancellations()
         try:
             yield
         except (RedisError, OSError, TimeoutError) as error:
+            if _num_cancellations() > num_before:
+                raise asyncio.CancelledError from error
             raise explain(error, address) from error
+        if _num_cancellations() > num_before:
+            raise asyncio.CancelledError
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
@@ -189,3 +213,9 @@ class RedisClient:
                 return values
             finally:
                 await pool.release(connection)
+
+
+def _num_cancellations() -> int:
+    """Of the current task, that nobody has taken back."""
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0

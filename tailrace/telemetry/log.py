@@ -31,7 +31,7 @@ def configure_logging(
         formatter = TextFormatter(role, worker_id, secrets, in_colour=style == "auto" and target.isatty())
     handler.setFormatter(formatter)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for chatty in ("httpx", "httpcore", "grpc", "asyncio"):
+    for chatty in ("httpx", "httpcore", "grpc", "asyncio", "redis"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level.upper())))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.exposition import generate_latest
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tailrace.messages import Load
@@ -44,10 +44,32 @@ class WorkerSample:
     """Its steps come over a connection of their own, not over gRPC."""
 
 
-class GatewayMetrics:
-    """`workers` is asked at each scrape: a worker that has left is in no gauge any more."""
+@dataclass(frozen=True, slots=True)
+class RedisSample:
+    is_up: bool
+    """Its registry and streams are followed."""
+    num_workers: int
+    num_troubles: int
+    """Times that it was lost, for whatever reason."""
 
-    def __init__(self, registry: CollectorRegistry, workers: Callable[[], Iterable[WorkerSample]]) -> None:
+
+@dataclass(frozen=True, slots=True)
+class IndexSample:
+    """The prefix index of this gateway, and what feeds it."""
+
+    num_snapshots: int = 0
+    redis: RedisSample | None = None
+
+
+class GatewayMetrics:
+    """`workers` and `index` are asked at each scrape: a worker that has left is in no gauge any more."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        workers: Callable[[], Iterable[WorkerSample]],
+        index: Callable[[], IndexSample] = IndexSample,
+    ) -> None:
         self._lost = Counter("tailrace_workers_lost", "Workers that went away.", ["role"], registry=registry)
         self._replays = Counter(
             "tailrace_replays", "Attempts started again, by why the one before ended.", ["cause"], registry=registry
@@ -56,6 +78,7 @@ class GatewayMetrics:
             "tailrace_prefix_hit_tokens", "Prompt tokens not computed, by where found.", ["tier"], registry=registry
         )
         registry.register(_WorkerGauges(workers))
+        registry.register(_IndexGauges(index))
 
     def worker_lost(self, role: Role) -> None:
         self._lost.labels(role).inc()
@@ -81,6 +104,21 @@ class _WorkerGauges(Collector):
             for sample in samples:
                 gauge.add_metric([sample.worker_id, sample.role], value(sample.load))
             yield gauge
+
+
+class _IndexGauges(Collector):
+    def __init__(self, index: Callable[[], IndexSample]) -> None:
+        self._index = index
+
+    def collect(self) -> Iterator[Metric]:
+        """Without Redis nothing is said of it."""
+        index = self._index()
+        text = "Snapshots asked of workers: one for each found, one for each gap."
+        yield CounterMetricFamily("tailrace_index_snapshots", text, value=index.num_snapshots)
+        if (redis := index.redis) is not None:
+            yield GaugeMetricFamily("tailrace_redis_up", "Redis is followed.", value=float(redis.is_up))
+            yield GaugeMetricFamily("tailrace_redis_workers", "Workers registered in Redis.", value=redis.num_workers)
+            yield CounterMetricFamily("tailrace_redis_troubles", "Times Redis was lost.", value=redis.num_troubles)
 
 
 def _by_role(samples: list[WorkerSample]) -> Metric:

@@ -146,6 +146,8 @@ class Attachments:
         self._load = Load()
         self._kv_sequence = 0
         self.is_draining = False
+        self.on_kv_events: Callable[[KvEventBatch], None] = lambda batch: None
+        """Hears of every batch, beside the sessions."""
 
     @property
     def num_legs(self) -> int:
@@ -277,3 +279,4 @@ class Attachments:
         self._kv_sequence += len(events)
         for session in self._sessions.values():
             session.add_kv_events(batch)
+        self.on_kv_events(batch)

@@ -15,6 +15,10 @@ from tailrace.checkpoint.resolve import resolve_model
 from tailrace.config import WorkerConfig
 from tailrace.engine.engine import Engine, EngineOptions, load_engine
 from tailrace.errors import ConfigError, TailraceError
+from tailrace.index.keys import KeySpace
+from tailrace.index.publisher import Publisher
+from tailrace.index.redis_client import RedisClient
+from tailrace.index.registry import Registration
 from tailrace.kv.block_pool import BlockPool
 from tailrace.kv.events import KVEvents
 from tailrace.kv.layout import KVLayout
@@ -302,6 +306,8 @@ async def serve(parts: Parts, wiring: Wiring, server: Server) -> None:
     blocks = parts.pool.num_blocks, layout.block_size
     log.info("ready on %s: %s; %d blocks of %d tokens", address, layout.arithmetic, *blocks)
     joins = [asyncio.create_task(stay_joined(gateway, address, parts.identity.secret)) for gateway in parts.config.join]
+    if (publisher := redis_publisher(parts, wiring)) is not None:
+        joins.append(asyncio.create_task(publisher.run(), name="redis"))
     try:
         await until_told(parts.config.parent_pid)
     finally:
@@ -313,6 +319,31 @@ async def serve(parts: Parts, wiring: Wiring, server: Server) -> None:
         await server.stop()
         await wiring.engine.stop()
         await parts.transfer.close()
+
+
+def redis_publisher(parts: Parts, wiring: Wiring) -> Publisher | None:
+    """None: the configuration names no Redis. Hears from here on what the worker's sessions hear."""
+    if (url := parts.config.redis_url) is None:
+        return None
+    info, pool, attachments = wiring.attachments.info, parts.pool, wiring.attachments
+
+    async def cached() -> KVEvents:
+        return KVEvents.published(await wiring.engine.call(pool.cached_hashes))
+
+    registration = Registration(
+        worker_id=info.worker_id,
+        epoch=info.epoch,
+        edition=0,
+        role=info.role,
+        address=info.address,
+        model_digest=info.layout.model_digest,
+        num_blocks=info.num_blocks,
+        sequence=attachments.kv_sequence,
+    )
+    keys = KeySpace(parts.config.redis_namespace)
+    publisher = Publisher(RedisClient(url), keys, parts.identity.secret, registration, cached=cached)
+    attachments.on_kv_events = publisher.offer
+    return publisher
 
 
 async def stay_joined(gateway: str, address: str, secret: bytes) -> None:

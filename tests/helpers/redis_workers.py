@@ -12,7 +12,7 @@ from tailrace.index.publisher import Publisher
 from tailrace.index.redis_client import RedisClient
 from tailrace.index.redis_url import RedisUrl
 from tailrace.index.registry import Registration, Registry
-from tailrace.kv.events import KVEvent, KVEventKind
+from tailrace.kv.events import KVEvents
 from tailrace.messages import KvEventBatch
 
 SECRET = b"a secret of the tests"
@@ -28,31 +28,30 @@ class PlayedWorker:
         self.cached: dict[bytes, None] = {}
         self.sequence = 0
         self.num_snapshots = 0
-        said = Registration(worker_id, epoch, 0, "prefill", "127.0.0.1:1", digest, 100, 0)
+        said = Registration(worker_id, epoch, 0, "prefill", "127.0.0.1:1", digest, 10_000, 0)
         client = RedisClient(RedisUrl.parse(url), timeout_s=TIMEOUT_S)
         self.publisher = Publisher(client, KeySpace("tailrace"), SECRET, said, cached=self._all)
 
-    async def _all(self) -> list[bytes]:
-        return list(self.cached)
+    async def _all(self) -> KVEvents:
+        return KVEvents.published(list(self.cached))
 
     def publish(self, hashes: Iterable[bytes]) -> None:
-        self._tell(KVEventKind.PUBLISH, list(hashes))
+        self.cached.update(dict.fromkeys(told := list(hashes)))
+        self._tell(KVEvents.published(told))
 
     def retract(self, hashes: Iterable[bytes]) -> None:
-        self._tell(KVEventKind.RETRACT, list(hashes))
+        for block_hash in (told := list(hashes)):
+            del self.cached[block_hash]
+        self._tell(KVEvents.retracted(told))
 
-    def _tell(self, kind: KVEventKind, hashes: list[bytes]) -> None:
-        for block_hash in hashes:
-            self.cached.pop(block_hash, None)
-            if kind is KVEventKind.PUBLISH:
-                self.cached[block_hash] = None
-        self.publisher.offer(KvEventBatch(self.epoch, self.sequence, [KVEvent(kind, h) for h in hashes]))
-        self.sequence += len(hashes)
+    def _tell(self, events: KVEvents) -> None:
+        self.publisher.offer(KvEventBatch(self.epoch, self.sequence, events))
+        self.sequence += len(events)
 
     async def snapshot(self) -> AsyncIterator[KvEventBatch]:
         self.num_snapshots += 1
         await asyncio.sleep(0)
-        yield KvEventBatch(self.epoch, self.sequence, [KVEvent(KVEventKind.PUBLISH, h) for h in self.cached])
+        yield KvEventBatch(self.epoch, self.sequence, await self._all())
 
 
 class PlayedGateway:

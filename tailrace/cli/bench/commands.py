@@ -270,5 +270,24 @@ def bench_index(
     run_index(options, as_json=as_json)
 
 
+@bench_app.command("redis")
+def bench_redis(
+    redis: Annotated[str, typer.Option(help="redis:// or rediss:// URL.")],
+    hashes: Annotated[int, typer.Option(min=1, max=100_000, help="Blocks of the prompt.")] = 256,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Holders of each block.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, max=1_000_000, help="Counted turns of each arm.")] = 200,
+    as_json: AsJson = False,
+) -> None:
+    """Looking a prompt up in Redis, beside redis-py's pipelined GETs of the same keys."""
+    from tailrace.cli.bench.redis_lookup import RedisLookupOptions, run_redis
+    from tailrace.index.redis_url import RedisUrl
+
+    try:
+        url = RedisUrl.parse(redis)
+    except ValueError as error:
+        raise ConfigError(f"redis: {error}", param="redis") from None
+    run_redis(url, RedisLookupOptions(num_hashes=hashes, num_workers=workers, rounds=rounds), as_json=as_json)
+
+
 def _quiet(settings: Settings) -> UpConfig:
     return UpConfig(**settings, port=0, log_level="warning")

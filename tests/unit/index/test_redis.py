@@ -8,13 +8,15 @@ from hashlib import blake2b
 
 import pytest
 
-from tailrace.index.keys import ENTRY_BYTES, MAX_HOLDERS, KeySpace, Life, Tier
+from tailrace.index.keys import ENTRY_BYTES, MAX_HOLDERS, KeySpace, Life
 from tailrace.index.memory import MemoryIndex
+from tailrace.index.prefix_index import PrefixHit
 from tailrace.index.redis import RedisIndex, depths
 from tailrace.index.redis_client import RedisClient
 from tailrace.index.redis_url import RedisUrl
 from tailrace.index.registry import Registration, Registry, Standing, check_version
 from tailrace.index.trouble import RedisTroubleError
+from tailrace.kv.events import Tier
 from tests.helpers.redis_servers import RedisServer, redis_cluster
 
 SECRET = b"a secret of the tests"
@@ -111,6 +113,10 @@ async def test_tiers_are_told_a_holder_and_a_block(url):
             {"store": Tier.NVME},
             {},
         ]
+        assert await it.index.longest_prefix_by_tier([first, second, third]) == {
+            "w0": PrefixHit(1, (1, 0, 0)),
+            "store": PrefixHit(2, (0, 1, 1)),
+        }
         await it.index.publish(Life("store", 1), [first], Tier.NVME)
         assert (await it.index.holders([first]))[0]["store"] is Tier.NVME
 

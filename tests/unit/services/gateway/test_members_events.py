@@ -119,11 +119,11 @@ async def test_a_worker_that_attaches_is_asked_for_all_it_has():
     worker.snapshot = published(b"a", b"b", first=7)
     async with gateway(worker) as (members, _):
         members.add("d0:1")
-        await until(lambda: members._index.num_blocks("d0") == 2)
+        await until(lambda: members.feeds._index.num_blocks("d0") == 2)
         await worker.say(StepEvents(kv_events=published(b"c", first=7)))
-        assert (members._index.num_blocks("d0"), worker.num_snapshots) == (3, 1)
+        assert (members.feeds._index.num_blocks("d0"), worker.num_snapshots) == (3, 1)
         members.remove("d0:1")
-        await until(lambda: members._index.num_blocks("d0") == 0)
+        await until(lambda: members.feeds._index.num_blocks("d0") == 0)
 
 
 async def test_a_gap_in_the_events_asks_for_a_snapshot():
@@ -135,7 +135,7 @@ async def test_a_gap_in_the_events_asks_for_a_snapshot():
         await worker.say(StepEvents(kv_events=published(b"a")))
         worker.snapshot = published(b"a", b"b", b"c", first=3)
         await worker.say(StepEvents(kv_events=published(b"d", first=3)))
-        await until(lambda: members._index.num_blocks("d0") == 4)
+        await until(lambda: members.feeds._index.num_blocks("d0") == 4)
         assert worker.num_snapshots == 2
 
 
@@ -149,7 +149,7 @@ async def test_events_that_come_while_a_snapshot_travels_wait_for_it():
         for number, block_hash in enumerate([b"b", b"c", b"d"], start=1):
             await worker.say(StepEvents(kv_events=published(block_hash, first=number)))
         worker.may_snapshot.set()
-        await until(lambda: members._index.num_blocks("d0") == 4)
+        await until(lambda: members.feeds._index.num_blocks("d0") == 4)
         await settle()
         assert worker.num_snapshots == 1, "no second snapshot is needed"
 
@@ -162,7 +162,7 @@ async def test_a_snapshot_that_fails_is_asked_for_again_at_the_next_event(caplog
         await until(lambda: "snapshot d0 failed: d0:1: reset" in caplog.text)
         worker.snapshot_error, worker.snapshot = None, published(b"a", b"b", first=5)
         await worker.say(StepEvents(kv_events=published(b"b", first=4)))
-        await until(lambda: members._index.num_blocks("d0") == 2)
+        await until(lambda: members.feeds._index.num_blocks("d0") == 2)
 
 
 async def test_a_snapshot_that_comes_after_the_worker_has_gone_brings_nothing_back():
@@ -176,5 +176,5 @@ async def test_a_snapshot_that_comes_after_the_worker_has_gone_brings_nothing_ba
         await worker.die()
         worker.may_snapshot.set()
         await settle()
-        assert members._index.num_blocks("d0") == 0
-        assert repr(members._index) == "<CompactIndex >"
+        assert members.feeds._index.num_blocks("d0") == 0
+        assert repr(members.feeds._index) == "<CompactIndex >"

@@ -1,0 +1,103 @@
+"""Gateways that know what workers cache: from the workers alone, and through Redis."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.cluster import MODEL, Cluster
+from tests.helpers.redis_servers import RedisServer
+from tests.helpers.traffic import prompt_of
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+BLOCK = 16
+
+
+def cached_tokens(cluster: Cluster, prompt: list[int], **body: Any) -> int:
+    """Prompt tokens that some worker did not compute."""
+    answer = cluster.post("/v1/completions", prompt=prompt, max_tokens=2, temperature=0, ignore_eos=True, **body)
+    assert answer.status_code == 200, answer.text
+    return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def start(model: Path, **gateway: Any) -> Cluster:
+    return Cluster(model, dtype="float32", num_blocks=1024, gateway=gateway)
+
+
+def test_gateways_without_redis_know_what_another_had_computed(small_model: Path) -> None:
+    prompts = [prompt_of(20 * BLOCK, seed) for seed in range(4)]
+    names = ("prefill-0", "prefill-1", "decode-0")
+    late = Cluster(small_model, dtype="float32", num_blocks=1024)
+    with start(small_model) as one, one.sibling() as other:
+        late.secret = one.secret
+        one.start_workers(prefill=2, join=",".join(f"127.0.0.1:{it.grpc_port}" for it in (one, other, late)))
+        other.wait_for(*names)
+        for prompt in prompts:
+            assert cached_tokens(one, prompt) == 0
+        # One of the two prefill workers has each prompt: by chance nobody finds the right one every time.
+        for prompt in prompts:
+            assert cached_tokens(other, prompt) >= 19 * BLOCK, "events of the workers have told it"
+        with late:
+            late.wait_for(*names)
+            for prompt in prompts:
+                assert cached_tokens(late, prompt) >= 19 * BLOCK, "their snapshots have told it"
+
+
+def is_degraded(cluster: Cluster) -> bool:
+    answer = cluster.get("/ready")
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    return bool(body["status"] == "degraded" and "Redis at 127.0.0.1" in body["reasons"][0])
+
+
+def is_ready(cluster: Cluster) -> bool:
+    return bool(cluster.get("/ready").json() == {"status": "ready", "reasons": []})
+
+
+def test_workers_are_found_in_redis_which_may_come_and_go(small_model: Path) -> None:
+    names = ("prefill-0", "prefill-1", "decode-0")
+    prompts = [prompt_of(20 * BLOCK, seed) for seed in range(4)]
+    with RedisServer() as redis, start(small_model, redis=redis.url) as one, one.sibling() as other:
+        one.start_workers(prefill=2, join="", redis=redis.url)
+        other.wait_for(*names)
+        for cluster in (one, other):
+            cluster.wait_until(lambda cluster=cluster: is_ready(cluster), "Redis is followed")
+            assert cluster.metric("tailrace_redis_workers") == 3
+        for prompt in prompts:
+            assert cached_tokens(one, prompt) == 0
+        for prompt in prompts:
+            assert cached_tokens(other, prompt) >= 19 * BLOCK
+        redis.kill()
+        one.wait_until(lambda: is_degraded(one), "it knows that Redis is away")
+        assert one.metric("tailrace_redis_up") == 0
+        for prompt in prompts:
+            assert cached_tokens(one, prompt) >= 19 * BLOCK, "routing goes on"
+        redis.start()
+        one.wait_until(lambda: is_ready(one), "Redis is followed again")
+        assert cached_tokens(one, prompt_of(20 * BLOCK, 99)) == 0
+        assert cached_tokens(other, prompt_of(20 * BLOCK, 99)) >= 19 * BLOCK
+        one.wait_until(lambda: one.metric("tailrace_redis_workers") == 3, "all workers are registered again")
+        assert one.metric("tailrace_workers_lost_total") == 0
+        # A worker that dies is let go of, and its address with it.
+        one.process("prefill-1").kill()
+        one.wait_for("prefill-0", "decode-0").wait_until(
+            lambda: one.metric("tailrace_redis_workers") == 2, "its registration runs out", 30.0
+        )
+        for prompt in prompts:
+            assert one.post("/v1/completions", prompt=prompt, max_tokens=2).status_code == 200
+        assert redis.url.removeprefix("redis://") in one.process("gateway").said()
+
+
+def test_a_redis_that_is_wrong_is_said_and_costs_nothing(small_model: Path) -> None:
+    with RedisServer() as redis:
+        redis.client().set("tailrace:version", "0")
+        with start(small_model, redis=f"redis://user:hunter2-hunter2@127.0.0.1:{redis.port}") as cluster:
+            cluster.start_workers(redis=redis.url)
+            assert cached_tokens(cluster, prompt_of(100, 1)) == 0
+            cluster.wait_until(lambda: is_degraded(cluster), "it says so")
+            logs = cluster.logs()
+            assert "it refuses the user or the password" in logs
+            assert "tailrace:version says '0'" in cluster.process("prefill-0").said()
+            assert "hunter2" not in "".join(process.said() for process in cluster.processes.values())
+            assert cluster.post("/v1/completions", prompt="hi", max_tokens=2).json()["model"] == MODEL
