@@ -71,10 +71,20 @@ def plan_children(
     gateway = config.gateway(**shared, port=port, grpc_host="127.0.0.1", grpc_port=grpc_port)
     children = [_child("gateway", "gateway", gateway.to_environment())]
     for name, share in zip(names, worker_shares(config, machine), strict=True):
-        worker = config.worker(**shared, worker_id=name, join=(f"127.0.0.1:{grpc_port}",), threads=share.threads)
+        worker = config.worker(
+            **shared, worker_id=_worker_id(config, name), join=(f"127.0.0.1:{grpc_port}",), threads=share.threads
+        )
         environment = {**worker.to_environment(), **thread_environment(share.threads)}
         children.append(_child(name, name.partition("-")[0], environment, share.cores))
     return tuple(children)
+
+
+def _worker_id(config: UpConfig, name: str) -> str:
+    """In Redis the workers of several such clusters meet, so there a name is this one's alone."""
+    if config.redis_url is None:
+        return name
+    host = re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname())[:32]
+    return f"{name}-{host}-{os.getpid()}"
 
 
 def worker_shares(config: UpConfig, machine: Machine) -> list[Share]:

@@ -2,7 +2,7 @@
 
 Entries are hints. One counts while its worker is registered in the same life and edition, so a worker that dies takes
 all its entries along at once; what they occupy, Redis gets back when their time to live is over
-(docs/adr/0017-redis-index.md).
+(docs/adr/0018-redis-index.md).
 """
 
 import time

@@ -67,7 +67,12 @@ def make_app(
     model: ServedModel | None = None,
     layouts: Sequence[KVLayout] = (),
 ) -> FastAPI:
-    views = Views(lambda: Readiness(tuple(not_ready), 2), lambda: b"tailrace_other 1.0\n", no_blocks, lambda: layouts)
+    views = Views(
+        lambda: Readiness(tuple(not_ready), retry_after_s=2),
+        lambda: b"tailrace_other 1.0\n",
+        no_blocks,
+        lambda: layouts,
+    )
     return create_app(
         dispatcher=dispatcher,
         model=model or served_model(),

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -107,22 +107,40 @@ def _words(value: str) -> list[str]:
 def redis_cluster(num_nodes: int = 3) -> Iterator[list[RedisServer]]:
     """Masters without replicas, all slots covered."""
     with contextlib.ExitStack() as stack:
-        nodes = [stack.enter_context(_node()) for _ in range(num_nodes)]
-        addresses = [f"127.0.0.1:{node.port}" for node in nodes]
-        command = ["redis-cli", "--cluster", "create", *addresses, "--cluster-yes"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
-        deadline = time.monotonic() + START_S
-        while not all(_is_ready(node) for node in nodes):
-            assert time.monotonic() < deadline, "the cluster does not come up"
-            time.sleep(0.02)
+        nodes = [stack.enter_context(cluster_node()) for _ in range(num_nodes)]
+        join_nodes(nodes)
         yield nodes
 
 
-def _node() -> RedisServer:
+def join_nodes(nodes: Sequence[RedisServer], *, replicas: int = 0) -> None:
+    addresses = [f"127.0.0.1:{node.port}" for node in nodes]
+    options = ["--cluster-replicas", str(replicas), "--cluster-yes"]
+    command = ["redis-cli", "--cluster", "create", *addresses, *options]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    wait_until_ready(nodes)
+
+
+def wait_until_ready(nodes: Sequence[RedisServer]) -> None:
+    deadline = time.monotonic() + START_S
+    while not all(is_cluster_ready(node) for node in nodes):
+        assert time.monotonic() < deadline, "the cluster does not come up"
+        time.sleep(0.02)
+
+
+def cluster_node() -> RedisServer:
     port, bus = free_ports(2)
     return RedisServer(port, cluster_enabled="yes", cluster_port=str(bus), cluster_node_timeout="2000")
 
 
-def _is_ready(node: RedisServer) -> bool:
+def is_cluster_ready(node: RedisServer) -> bool:
     with contextlib.closing(node.client()) as client:
-        return client.execute_command("CLUSTER INFO")["cluster_state"] == "ok"
+        info = client.execute_command("CLUSTER INFO")
+        links = client.info("replication").get("master_link_status", "up")
+        return info["cluster_state"] == "ok" and links == "up"
+
+
+def num_masters(node: RedisServer) -> int:
+    """That the node believes to be there."""
+    with contextlib.closing(node.client()) as client:
+        lines = client.execute_command("CLUSTER NODES").values()
+        return sum("master" in line["flags"] and "fail" not in line["flags"] for line in lines)

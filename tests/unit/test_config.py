@@ -155,3 +155,20 @@ def test_children_start_from_an_environment_without_our_variables(monkeypatch):
     monkeypatch.setenv("TAILRACE_PORT", "1")
     assert "TAILRACE_PORT" not in base_environment()
     assert base_environment()["PATH"]
+
+
+@pytest.mark.parametrize("url", ["http://user:hunter2@h", "redis://user:hunter2@h:99999", "redis://user:hunter2@"])
+def test_a_wrong_redis_url_is_not_repeated(url):
+    error = refusal(WorkerConfig, redis=url)
+    assert error.param == "redis"
+    assert "hunter2" not in error.message
+
+
+def test_what_logs_may_not_show_of_redis(monkeypatch):
+    monkeypatch.setenv("TAILRACE_REDIS", "redis://user:hunter2@h:1")
+    config = WorkerConfig(secret=SECRET)
+    assert "hunter2" not in repr(config)
+    assert {"hunter2", "redis://user:hunter2@h:1", SECRET} == set(config.hidden)
+    assert config.redis_url.address == "h:1"
+    assert WorkerConfig(redis="").redis_url is None
+    assert refusal(WorkerConfig, redis_namespace="a b").param == "redis_namespace"

@@ -49,6 +49,17 @@ def test_no_secret_is_in_a_command_line():
         assert not {"0123456789abcdef", "sk-1"} & set(child.command)
 
 
+def test_redis_is_passed_on_and_workers_get_names_that_no_other_cluster_has():
+    children = plan(redis="redis://u:a-password@127.0.0.1:5", redis_namespace="mine")
+    for child in children.values():
+        assert child.environment["TAILRACE_REDIS"] == "redis://u:a-password@127.0.0.1:5"
+        assert child.environment["TAILRACE_REDIS_NAMESPACE"] == "mine"
+        assert "a-password" not in " ".join(child.command)
+    assert children["decode-0"].environment["TAILRACE_WORKER_ID"].startswith("decode-0-")
+    assert plan()["decode-0"].environment["TAILRACE_WORKER_ID"] == "decode-0"
+    assert "TAILRACE_REDIS" not in plan()["decode-0"].environment
+
+
 def test_the_model_is_passed_as_a_directory_and_served_under_its_name():
     for child in plan(model="org/name").values():
         assert child.environment["TAILRACE_MODEL"] == "/models/m"

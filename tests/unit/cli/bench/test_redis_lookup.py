@@ -11,19 +11,7 @@ from tests.helpers.redis_servers import RedisServer
 
 def test_it_measures_and_leaves_nothing():
     with RedisServer() as server:
-        command = [
-            "bench",
-            "redis",
-            "--redis",
-            server.url,
-            "--hashes",
-            "32",
-            "--rounds",
-            "5",
-            "--workers",
-            "2",
-            "--json",
-        ]
+        options = ["--hashes", "32", "--rounds", "5", "--workers", "2", "--json"]
         result = CliRunner().invoke(app, ["bench", "redis", "--redis", server.url, *options])
         assert result.exit_code == 0, result.output
         with contextlib.closing(server.client()) as client:
