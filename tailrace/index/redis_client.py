@@ -210,7 +210,7 @@ class RedisClient:
             pool: Any = cast("Redis", self._opened()).connection_pool
             connection = await pool.get_connection()
             try:
-                await connection.send_packed_command(hiredis.pack_command(("MGET", *keys)))
+                await connection.send_packed_command(hiredis.pack_command(cast(Any, ("MGET", *keys))))
                 values: list[bytes | None] = await connection.read_response()
                 return values
             finally:
