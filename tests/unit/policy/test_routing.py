@@ -353,6 +353,6 @@ def test_the_choice_is_eligible_cheapest_and_independent_of_order(
         members = [views[worker_id] for worker_id in terms[:2] if worker_id is not None]
         assert not any(view.draining for view in members)
         assert len({view.fingerprint for view in members}) == 1
-        assert min(terms[2:]) >= 0
+        assert min(terms[2:-1]) >= 0
     (chosen,) = [terms for terms in found.terms if terms[:2] == (found.decode_id, found.prefill_id)]
     assert chosen.total_s <= min(terms.total_s for terms in found.terms) + 1e-5

@@ -1,0 +1,90 @@
+"""What a router has sent to workers and they have not computed yet: seconds of queue, and blocks that will be there.
+
+Counted from the moment of the decision, so that a burst does not herd and the next turn of a conversation finds the
+worker that still computes the last one. No clock in here: every call brings the time.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    prefill_s: float
+    hashes: Sequence[bytes]
+
+
+@dataclass(slots=True)
+class _Queue:
+    """One worker's, first come, first served."""
+
+    held: OrderedDict[int, _Held] = field(default_factory=OrderedDict)
+    expected: Counter[bytes] = field(default_factory=Counter)
+    waiting_s: float = 0.0
+    """Of all that is held."""
+    head_since_s: float = 0.0
+    """Since when the first of them can have been computing."""
+
+
+class Reservations:
+    """By worker id and by handle, which names one request on one worker."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, _Queue] = {}
+
+    def hold(self, worker_id: str, handle: int, hashes: Sequence[bytes], prefill_s: float, now_s: float) -> None:
+        """Raises ValueError for a handle that is held already."""
+        queue = self._queues.setdefault(worker_id, _Queue())
+        if handle in queue.held:
+            raise ValueError(f"handle {handle} of {worker_id} is held already")
+        if not queue.held:
+            queue.head_since_s = now_s
+        queue.held[handle] = _Held(prefill_s, hashes)
+        queue.expected.update(hashes)
+        queue.waiting_s += prefill_s
+
+    def release(self, worker_id: str, handle: int, now_s: float) -> None:
+        """Computed, failed or cancelled; a handle that is not held is no error."""
+        queue = self._queues.get(worker_id)
+        if queue is None or handle not in queue.held:
+            return
+        if next(iter(queue.held)) == handle:
+            queue.head_since_s = now_s
+        held = queue.held.pop(handle)
+        queue.waiting_s -= held.prefill_s
+        for block_hash in held.hashes:
+            if queue.expected[block_hash] == 1:
+                del queue.expected[block_hash]
+            else:
+                queue.expected[block_hash] -= 1
+        if not queue.held:
+            del self._queues[worker_id]
+
+    def forget(self, worker_id: str) -> None:
+        """The worker is gone, and all it was sent."""
+        self._queues.pop(worker_id, None)
+
+    def num_held(self, worker_id: str) -> int:
+        queue = self._queues.get(worker_id)
+        return len(queue.held) if queue is not None else 0
+
+    def backlog_s(self, worker_id: str, now_s: float) -> float:
+        """Until a request sent now would begin to be computed, by what was predicted for those before it."""
+        queue = self._queues.get(worker_id)
+        if queue is None:
+            return 0.0
+        head = next(iter(queue.held.values())).prefill_s
+        return max(0.0, queue.waiting_s - min(head, max(0.0, now_s - queue.head_since_s)))
+
+    def extend(self, hits: Mapping[str, int], hashes: Sequence[bytes]) -> dict[str, int]:
+        """`hits`, leading blocks of `hashes` by worker, gone on with over the blocks that will be there."""
+        found = dict(hits)
+        for worker_id, queue in self._queues.items():
+            depth = start = hits.get(worker_id, 0)
+            expected = queue.expected
+            while depth < len(hashes) and hashes[depth] in expected:
+                depth += 1
+            if depth > start:
+                found[worker_id] = depth
+        return found

@@ -1,0 +1,102 @@
+"""Hardware profiles: how long prefills, decode steps and transfers take, by the formulas of the design's section 5.
+
+Peaks and bandwidths are the vendors' (NVIDIA's data sheets: dense bfloat16, HBM). The shares of them that are reached,
+the fixed times and the sizes of host memory and NVMe are assumed, and marked so; pass others to see what they change.
+"""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareProfile:
+    name: str
+    # The model.
+    num_parameters: float
+    num_layers: int
+    hidden_size: int
+    kv_bytes_per_token: int
+    weight_bytes: float
+    # The device.
+    flops_per_s: float
+    """Of prefill, as reached: the peak times the share assumed."""
+    memory_bytes_per_s: float
+    """Of decode, as reached."""
+    link_bytes_per_s: float
+    """Between two workers, one direction."""
+    host_bytes_per_s: float
+    """Between a worker and its node's CPU tier."""
+    nvme_bytes_per_s: float
+    step_overhead_s: float
+    """Of any step, beside its arithmetic and its reads."""
+    host_memory_bytes: float
+    """Of the CPU tier, a worker."""
+    nvme_bytes: float
+    chunk_tokens: int
+    """Of prefill; what the transfer of the last one takes is not hidden."""
+
+    def prefill_s(self, cached_tokens: int, prompt_tokens: int) -> float:
+        """2 P S + 2 layers hidden S^2 floating point operations, less those of the cached prefix."""
+        linear = 2.0 * self.num_parameters * (prompt_tokens - cached_tokens)
+        square = 2.0 * self.num_layers * self.hidden_size * (prompt_tokens**2 - cached_tokens**2)
+        return self.step_overhead_s + (linear + square) / self.flops_per_s
+
+    @property
+    def step_base_s(self) -> float:
+        """A decode step of an empty batch: all weights are read once."""
+        return self.step_overhead_s + self.weight_bytes / self.memory_bytes_per_s
+
+    @property
+    def step_per_token_s(self) -> float:
+        """What one token of context adds to a decode step: its KV is read."""
+        return self.kv_bytes_per_token / self.memory_bytes_per_s
+
+    def exposed_transfer_s(self, prompt_tokens: int) -> float:
+        """The last chunk's bytes over the link: what came before moved while prefill computed."""
+        return min(prompt_tokens, self.chunk_tokens) * self.kv_bytes_per_token / self.link_bytes_per_s
+
+    def with_link(self, gbit_per_s: float) -> "HardwareProfile":
+        return replace(self, link_bytes_per_s=gbit_per_s * 1e9 / 8)
+
+
+_H100 = HardwareProfile(
+    name="h100",
+    num_parameters=8.03e9,
+    num_layers=32,
+    hidden_size=4096,
+    kv_bytes_per_token=131_072,
+    weight_bytes=16.06e9,
+    flops_per_s=0.5 * 989e12,
+    memory_bytes_per_s=0.8 * 3.35e12,
+    link_bytes_per_s=400e9 / 8,
+    host_bytes_per_s=50e9,
+    nvme_bytes_per_s=6e9,
+    step_overhead_s=0.001,
+    host_memory_bytes=256e9,
+    nvme_bytes=2e12,
+    chunk_tokens=8192,
+)
+"""Llama-3.1-8B in bfloat16. Assumed: half of the peak in prefill, 0.8 of the HBM bandwidth in decode, 1 ms a step, 50 of
+PCIe 5's 64 GB/s, one NVMe disk of 6 GB/s and 2 TB, 256 GB of host memory a GPU."""
+
+PROFILES = {
+    "h100": _H100,
+    "h200": replace(_H100, name="h200", memory_bytes_per_s=0.8 * 4.8e12),
+    # SmolLM2-135M in bfloat16 on one core of the benchmarks' machine (docs/benchmarks/2026-11-21.md).
+    "cpu": HardwareProfile(
+        name="cpu",
+        num_parameters=134.5e6,
+        num_layers=30,
+        hidden_size=576,
+        kv_bytes_per_token=23_040,
+        weight_bytes=269e6,
+        flops_per_s=0.4e12,
+        memory_bytes_per_s=27e9,
+        link_bytes_per_s=3.3e9,
+        host_bytes_per_s=3.3e9,
+        nvme_bytes_per_s=1e9,
+        step_overhead_s=0.0005,
+        host_memory_bytes=4e9,
+        nvme_bytes=16e9,
+        chunk_tokens=512,
+    ),
+}

@@ -1,0 +1,227 @@
+"""The simulation: arrivals, routing by the product's Router, prefill, fetches, decode, one event after another.
+
+Events at one instant happen in the order in which they were scheduled, so a run depends on its inputs alone.
+"""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+
+from tailrace.index.memory import MemoryIndex
+from tailrace.policy.router import Router
+from tailrace.policy.routing import RouteRequest, WorkerView
+from tailrace.sim.decode import DecodeJob, DecodeNode
+from tailrace.sim.network import Network
+from tailrace.sim.prefill import LAYOUT, PrefillJob, PrefillNode
+from tailrace.sim.profile import HardwareProfile
+from tailrace.sim.workload import SimRequest, Workload
+from tailrace.types import Role
+
+UNLIMITED = "unlimited"
+"""The decode worker that stands for as many as are needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimOptions:
+    num_workers: int
+    profile: HardwareProfile
+    num_decode: int | None = None
+    """None: as many as are needed, so that every sequence decodes alone."""
+    blocks_per_worker: int = 20_000
+    decode_max_num_seqs: int = 256
+    policy: str = "cost"
+    fetch: bool = True
+    """Prefixes may be fetched from other workers."""
+    stepwise_decode: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class RequestRecord:
+    """What became of one request. Times in seconds of virtual time; NaN for what did not happen."""
+
+    request: SimRequest
+    worker_id: str = ""
+    """Who prefilled it; empty: nobody could."""
+    hit_tokens: int = 0
+    fetched_tokens: int = 0
+    tier: str = ""
+    first_token_s: float = float("nan")
+    finished_s: float = float("nan")
+
+    @property
+    def ttft_s(self) -> float:
+        return self.first_token_s - self.request.arrival_s
+
+    @property
+    def tpot_s(self) -> float:
+        return (self.finished_s - self.first_token_s) / max(1, self.request.num_output_tokens - 1)
+
+
+@dataclass(slots=True)
+class Outcome:
+    records: list[RequestRecord] = field(default_factory=list)
+    busy_s: list[float] = field(default_factory=list)
+    """Prefill seconds of each worker."""
+
+
+class Simulator:
+    def __init__(self, workload: Workload, options: SimOptions, index: MemoryIndex | None = None) -> None:
+        self._workload = workload
+        self._options = options
+        self._profile = options.profile
+        self._index = index or MemoryIndex()
+        self._router = Router(self._index, options.policy)
+        self._network = Network()
+        width = len(str(options.num_workers - 1))
+        names = [f"p{number:0{width}}" for number in range(options.num_workers)]
+        self._prefills = {
+            name: PrefillNode(name, options.blocks_per_worker, workload.block_tokens, options.profile) for name in names
+        }
+        self._decodes = self._make_decodes()
+        self._fetch_rates = self._make_fetch_rates(names) if options.fetch else {}
+        self._pair_rates = {
+            (name, decode): options.profile.link_bytes_per_s for name in names for decode in self._decode_ids()
+        }
+        self._records = [RequestRecord(request) for request in workload.requests]
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._order = count()
+        self._versions = dict.fromkeys(self._decodes, 0)
+
+    def run(self) -> Outcome:
+        for number, record in enumerate(self._records):
+            self._at(record.request.arrival_s, partial(self._arrive, number))
+        while self._events:
+            now_s, _, act = heapq.heappop(self._events)
+            act(now_s)
+        return Outcome(self._records, [node.busy_s for node in self._prefills.values()])
+
+    # -- setting up ---------------------------------------------------------------------------------------------------
+
+    def _make_decodes(self) -> dict[str, DecodeNode]:
+        options = self._options
+        return {
+            f"d{number}": DecodeNode(
+                f"d{number}",
+                options.blocks_per_worker,
+                options.decode_max_num_seqs,
+                options.profile,
+                stepwise=options.stepwise_decode,
+            )
+            for number in range(options.num_decode or 0)
+        }
+
+    def _decode_ids(self) -> list[str]:
+        return list(self._decodes) or [UNLIMITED]
+
+    def _make_fetch_rates(self, names: list[str]) -> dict[tuple[str, str], float]:
+        rate = self._profile.link_bytes_per_s
+        return {(holder, needer): rate for holder in names for needer in names if holder != needer}
+
+    def _decode_views(self) -> list[WorkerView]:
+        if self._decodes:
+            return [node.view() for node in self._decodes.values()]
+        step_s = self._profile.step_base_s
+        return [WorkerView(UNLIMITED, Role.DECODE, LAYOUT, decode_step_s=step_s, max_num_seqs=1 << 30)]
+
+    # -- events -------------------------------------------------------------------------------------------------------
+
+    def _at(self, when_s: float, act: Callable[[float], None]) -> None:
+        heapq.heappush(self._events, (when_s, next(self._order), act))
+
+    def _arrive(self, number: int, now_s: float) -> None:
+        record = self._records[number]
+        request = record.request
+        route = self._router.route(
+            RouteRequest(request.num_prompt_tokens, self._workload.block_tokens),
+            request.hashes,
+            [node.view() for node in self._prefills.values()],
+            self._decode_views(),
+            pair_bytes_per_s=self._pair_rates,
+            fetch_bytes_per_s=self._fetch_rates,
+            bytes_per_token=self._profile.kv_bytes_per_token,
+            now_s=now_s,
+        )
+        if route is None or route.prefill_id is None:
+            return
+        self._router.hold(route, number, request.hashes, now_s, len(self._prefills))
+        record.worker_id = route.prefill_id
+        job = PrefillJob(number, request, route.decode_id)
+        if route.chosen.fetch_blocks:
+            self._fetch(job, route.prefill_id, route.chosen.holder_id, now_s)
+        node = self._prefills[route.prefill_id]
+        node.accept(job)
+        self._start(node, now_s)
+
+    def _fetch(self, job: PrefillJob, needer_id: str, holder_id: str, now_s: float) -> None:
+        """The holder lends what it really has, and the needer reads what it has not."""
+        holder = self._prefills[holder_id].pool
+        lent = holder.find_prefix(job.request.hashes)
+        own = len(self._prefills[needer_id].pool.find_prefix(job.request.hashes))
+        if len(lent) <= own:
+            return
+        lent = lent[own:]
+        num_bytes = len(lent) * self._workload.block_tokens * self._profile.kv_bytes_per_token
+        holder.lend(lent)
+        job.fetch_depth, job.fetch_tier = own + len(lent), "worker"
+        rate = self._fetch_rates[holder_id, needer_id]
+        job.fetched_at_s = self._network.transfer(holder_id, needer_id, num_bytes, rate, now_s)
+        self._at(job.fetched_at_s, lambda _: holder.unlend(lent))
+
+    def _start(self, node: PrefillNode, now_s: float) -> None:
+        done_s = node.start(now_s)
+        if done_s is not None:
+            node.publish(self._index)
+            self._at(done_s, partial(self._prefilled, node))
+
+    def _prefilled(self, node: PrefillNode, now_s: float) -> None:
+        job = node.finish()
+        node.publish(self._index)
+        self._router.release(node.worker_id, job.number, now_s)
+        record = self._records[job.number]
+        record.hit_tokens, record.fetched_tokens = job.hit_tokens, job.fetched_tokens
+        record.tier = job.fetch_tier if job.fetched_tokens else ""
+        record.first_token_s = now_s
+        self._at(
+            now_s + self._profile.exposed_transfer_s(job.request.num_prompt_tokens), partial(self._moved, node, job)
+        )
+        self._start(node, now_s)
+
+    def _moved(self, node: PrefillNode, job: PrefillJob, now_s: float) -> None:
+        """The decode worker has all of the prompt's KV."""
+        node.give_back(job)
+        self._start(node, now_s)
+        steps = job.request.num_output_tokens - 1
+        record = self._records[job.number]
+        if steps < 1:
+            record.finished_s = record.first_token_s
+        elif job.decode_id in self._decodes:
+            self._join(self._decodes[job.decode_id], job, steps, now_s)
+        else:
+            record.finished_s = now_s + self._alone_s(job.request.num_prompt_tokens, steps)
+
+    def _alone_s(self, context: int, steps: int) -> float:
+        """`steps` decode steps of a batch of one."""
+        profile = self._profile
+        return steps * profile.step_base_s + profile.step_per_token_s * (steps * context + steps * (steps - 1) / 2)
+
+    def _join(self, node: DecodeNode, job: PrefillJob, steps: int, now_s: float) -> None:
+        tokens = job.request.num_prompt_tokens + job.request.num_output_tokens
+        num_blocks = min(node.num_blocks, -(-tokens // self._workload.block_tokens))
+        node.accept(DecodeJob(job.number, job.request.num_prompt_tokens, steps, num_blocks), now_s)
+        self._plan(node, now_s)
+
+    def _plan(self, node: DecodeNode, now_s: float) -> None:
+        """The node's next event; one that was planned before is void."""
+        self._versions[node.worker_id] += 1
+        when_s = node.next_event_s(now_s)
+        if when_s is not None:
+            self._at(when_s, partial(self._step, node, self._versions[node.worker_id]))
+
+    def _step(self, node: DecodeNode, version: int, now_s: float) -> None:
+        if version != self._versions[node.worker_id]:
+            return
+        for left in node.advance(now_s):
+            self._records[left.number].finished_s = now_s
+        self._plan(node, now_s)

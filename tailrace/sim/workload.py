@@ -1,0 +1,143 @@
+"""What a simulation is run on: requests with the names of their prompts' blocks. Read from a trace, or generated."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from tailrace.errors import InvalidRequestError
+from tailrace.kv.hashing import HASH_BYTES
+from tailrace.sim.profile import HardwareProfile
+
+MAX_REQUESTS = 5_000_000
+MAX_TOKENS = 10_000_000
+MAX_TIMESTAMP_MS = 1e12
+MAX_BLOCK_ID = (1 << 64) - 1
+
+
+class WorkloadError(InvalidRequestError):
+    """A trace that cannot be simulated; `param` names the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimRequest:
+    arrival_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    hashes: tuple[bytes, ...]
+    """One a block of the prompt, a partial last one included, chained: equal hashes mean equal prefixes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    requests: Sequence[SimRequest]
+    """At least one, in the order of arrival."""
+    block_tokens: int
+
+    @property
+    def duration_s(self) -> float:
+        return self.requests[-1].arrival_s - self.requests[0].arrival_s
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(request.num_prompt_tokens for request in self.requests)
+
+    def at_load(self, load: float, num_workers: int, profile: HardwareProfile) -> "Workload":
+        """Arrivals moved closer or apart until the prefill seconds of all prompts, with no cache, are `load` of the
+        workers' time. One instant of arrivals has no duration to stretch, and stays."""
+        if not self.duration_s:
+            return self
+        offered_s = sum(profile.prefill_s(0, request.num_prompt_tokens) for request in self.requests)
+        factor = offered_s / (num_workers * load) / self.duration_s
+        begin = self.requests[0].arrival_s
+        moved = [replace(request, arrival_s=(request.arrival_s - begin) * factor) for request in self.requests]
+        return Workload(moved, self.block_tokens)
+
+    def oracle_hit_rate(self) -> float:
+        """Prompt tokens that one infinite cache would have, each prompt being there the moment it has arrived."""
+        seen: set[bytes] = set()
+        found = 0
+        for request in self.requests:
+            depth = next((i for i, name in enumerate(request.hashes) if name not in seen), len(request.hashes))
+            found += min(depth * self.block_tokens, request.num_prompt_tokens)
+            seen.update(request.hashes)
+        return found / self.num_prompt_tokens
+
+
+def read_trace(path: Path, block_tokens: int = 512) -> Workload:
+    """A trace in Mooncake's format: a JSON object a line, with `timestamp` (ms), `input_length`, `output_length` and
+    `hash_ids`, one a block of the prompt. Raises WorkloadError, which names the line and the field."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            requests = [_parse(line, number, block_tokens) for number, line in _numbered(lines)]
+    except (OSError, UnicodeDecodeError) as error:
+        raise WorkloadError(f"trace {path}: {error}", param="trace") from None
+    if not requests:
+        raise WorkloadError(f"trace {path}: no requests in it", param="trace")
+    return Workload(sorted(requests, key=lambda request: request.arrival_s), block_tokens)
+
+
+def block_name(number: int) -> bytes:
+    """A block's hash from its number in a trace: spread over all bits, as the product's are."""
+    return blake2b(number.to_bytes(8, "little"), digest_size=HASH_BYTES).digest()
+
+
+def _numbered(lines: Iterable[str]) -> Iterable[tuple[int, str]]:
+    for number, line in enumerate(lines, start=1):
+        if number > MAX_REQUESTS:
+            raise WorkloadError(f"trace line {number}: at most {MAX_REQUESTS} requests", param="trace")
+        if line.strip():
+            yield number, line
+
+
+def _parse(line: str, number: int, block_tokens: int) -> SimRequest:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise WorkloadError(f"trace line {number}: not JSON: {error}", param="trace") from None
+    if not isinstance(record, dict):
+        raise WorkloadError(f"trace line {number}: must be a JSON object", param="trace")
+    prompt = _whole(record, "input_length", number, 1, MAX_TOKENS)
+    ids = _field(record, "hash_ids", number)
+    expected = math.ceil(prompt / block_tokens)
+    if not isinstance(ids, list) or len(ids) != expected:
+        got = f"{len(ids)}" if isinstance(ids, list) else repr(ids)
+        raise _bad(
+            number, "hash_ids", f"must be a list of {expected}: {prompt} tokens in blocks of {block_tokens}", got
+        )
+    for value in ids:
+        if type(value) is not int or not 0 <= value <= MAX_BLOCK_ID:
+            raise _bad(number, "hash_ids", f"must be integers from 0 to {MAX_BLOCK_ID}", repr(value))
+    return SimRequest(
+        arrival_s=_milliseconds(record, number) / 1e3,
+        num_prompt_tokens=prompt,
+        num_output_tokens=_whole(record, "output_length", number, 0, MAX_TOKENS),
+        hashes=tuple(map(block_name, ids)),
+    )
+
+
+def _milliseconds(record: dict[str, Any], number: int) -> float:
+    value = _field(record, "timestamp", number)
+    if type(value) not in (int, float) or not 0 <= value <= MAX_TIMESTAMP_MS:
+        raise _bad(number, "timestamp", f"must be milliseconds from 0 to {MAX_TIMESTAMP_MS:g}", repr(value))
+    return float(value)
+
+
+def _whole(record: dict[str, Any], name: str, number: int, least: int, most: int) -> int:
+    value = _field(record, name, number)
+    if type(value) is not int or not least <= value <= most:
+        raise _bad(number, name, f"must be an integer from {least} to {most}", repr(value))
+    return value
+
+
+def _field(record: dict[str, Any], name: str, number: int) -> Any:
+    if name not in record:
+        raise _bad(number, name, "is missing", "")
+    return record[name]
+
+
+def _bad(number: int, name: str, rule: str, got: str) -> WorkloadError:
+    return WorkloadError(f"trace line {number}: {name} {rule}{f', got {got[:80]}' if got else ''}", param=name)
