@@ -97,6 +97,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 NumBytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1 << 20, le=1 << 46)]
 File = Annotated[Path, AfterValidator(_readable_file)]
 Transport = Literal["auto", "nixl", "stream"]
+RoutingPolicy = Literal["cost", "round-robin", "least-loaded", "prefix"]
 
 
 class CommonConfig(BaseSettings):
@@ -271,6 +272,8 @@ class GatewayConfig(ModelConfigFields):
     deadline_s: float = Field(default=600.0, gt=0, le=86_400)
     """Of a request that names none."""
     max_concurrent_requests: int = Field(default=1024, ge=1, le=1_000_000)
+    routing_policy: RoutingPolicy = "cost"
+    """How workers are chosen: by predicted time, or by one of the others to compare with."""
 
     @model_validator(mode="after")
     def _secret_where_reachable(self) -> Self:
@@ -332,6 +335,8 @@ class UpConfig(EngineFields):
     max_choices: int = Field(default=128, ge=1, le=4096)
     deadline_s: float = Field(default=600.0, gt=0, le=86_400)
     max_concurrent_requests: int = Field(default=1024, ge=1, le=1_000_000)
+    routing_policy: RoutingPolicy = "cost"
+    """How workers are chosen: by predicted time, or by one of the others to compare with."""
     restart: bool = True
     """Start a dead child again, with growing pauses."""
     pin_cores: bool = True

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Callable
 
@@ -22,7 +23,8 @@ from tailrace.index.prefix_index import PrefixIndex
 from tailrace.kv.hashing import chain_seed, hash_blocks
 from tailrace.lifecycle import RequestState
 from tailrace.messages import KvSource, Submission
-from tailrace.policy.routing import Route, RouteRequest, choose
+from tailrace.policy.router import Router
+from tailrace.policy.routing import Route, RouteRequest
 from tailrace.rpc.auth import sign_ticket
 from tailrace.types import Role
 
@@ -40,9 +42,17 @@ DEADLINE_GRACE_S = 2.0
 class PairDispatcher:
     """Event loop only."""
 
-    def __init__(self, members: Members, index: PrefixIndex, *, secret: bytes, max_concurrent: int) -> None:
+    def __init__(
+        self,
+        members: Members,
+        index: PrefixIndex,
+        *,
+        secret: bytes,
+        max_concurrent: int,
+        routing_policy: str = "cost",
+    ) -> None:
         self._members = members
-        self._index = index
+        self._router = Router(index, routing_policy)
         self._secret = secret
         self._max_concurrent = max_concurrent
         self._sessions: set[RequestSession] = set()
@@ -143,13 +153,15 @@ class PairDispatcher:
             raise UnavailableError("no decode worker is attached", retry_after_s=RETRY_AFTER_S)
         decode = self._members.get(decodes[0].worker_id)
         layout = decode.info.layout
-        route = choose(
+        seed = chain_seed(decode.fingerprint, "", request.cache_salt)
+        route = self._router.route(
             RouteRequest(len(tokens), layout.block_size, request.num_choices),
+            hash_blocks(tokens, layout.block_size, seed),
             prefills,
             decodes,
-            self._hits(tokens, request.cache_salt, decode),
-            self._pair_rates(),
-            layout.bytes_per_token,
+            pair_bytes_per_s=self._pair_rates(),
+            bytes_per_token=layout.bytes_per_token,
+            now_s=time.monotonic(),
         )
         if route is not None:
             return route
@@ -158,10 +170,6 @@ class PairDispatcher:
         if 0 <= largest < len(tokens):
             raise InvalidRequestError(f"{len(tokens)} tokens; the largest worker holds {largest}", param="prompt")
         raise UnavailableError("no pair of workers can take requests now", retry_after_s=RETRY_AFTER_S)
-
-    def _hits(self, tokens: list[int], cache_salt: str, decode: Member) -> dict[str, int]:
-        seed = chain_seed(decode.fingerprint, "", cache_salt)
-        return self._index.longest_prefix(hash_blocks(tokens, decode.info.layout.block_size, seed))
 
     def _pair_rates(self) -> dict[tuple[str, str], float]:
         """A decode worker reports one rate for all its owners."""
@@ -198,6 +206,13 @@ class PairDispatcher:
             self._submit(session, attempt.prefill, ticket=source.ticket)
         attempt.decode = Leg(session, attempt, decode, self._members.new_handle(), Role.DECODE)
         self._submit(session, attempt.decode, source=source)
+        self._reserve(attempt.prefill or attempt.decode, route)
+
+    def _reserve(self, leg: Leg, route: Route) -> None:
+        """Counts the prefill in the next decision already, until its worker has computed it or the leg has ended."""
+        worker_id, handle = leg.member.info.worker_id, leg.handle
+        self._router.hold(route, handle, time.monotonic(), max(1, len(self._members.of(leg.role))))
+        leg.member.on_computed(handle, lambda: self._router.release(worker_id, handle, time.monotonic()))
 
     def _source(self, session: RequestSession, attempt: Attempt, prefill: Member) -> KvSource:
         info = prefill.info

@@ -96,7 +96,11 @@ class Gateway:
         self.mirror = open_mirror(config, self.members, model_digest)
         """None: no Redis."""
         self.dispatcher = PairDispatcher(
-            self.members, index, secret=self.secret, max_concurrent=config.max_concurrent_requests
+            self.members,
+            index,
+            secret=self.secret,
+            max_concurrent=config.max_concurrent_requests,
+            routing_policy=config.routing_policy,
         )
         self.registry = CollectorRegistry()
         self.metrics = GatewayMetrics(self.registry, self._worker_samples, self._index_sample)

@@ -72,6 +72,8 @@ class Member:
     fingerprint: bytes = field(init=False)
     _reserved: dict[int, tuple[float, int, int]] = field(default_factory=dict)
     """By handle: when, tokens, sequences."""
+    _uncomputed: dict[int, Callable[[], None]] = field(default_factory=dict)
+    """By handle: whom to tell once its prompt is computed, or the leg is over."""
 
     def __post_init__(self) -> None:
         self.fingerprint = self.info.layout.fingerprint
@@ -109,7 +111,23 @@ class Member:
         """Who listened to it. Its sink hears nothing more."""
         self.disconnect(handle)
         self._reserved.pop(handle, None)
+        self._computed(handle)
         return self.sinks.pop(handle, None)
+
+    def on_computed(self, handle: int, tell: Callable[[], None]) -> None:
+        """`tell` is called once: when the leg reports, or is forgotten; at once where it is forgotten already."""
+        if handle in self.sinks:
+            self._uncomputed[handle] = tell
+        else:
+            tell()
+
+    def take_report(self, report: LegReport) -> None:
+        """A prompt is computed when its leg reports."""
+        self._computed(report.handle)
+
+    def _computed(self, handle: int) -> None:
+        if (tell := self._uncomputed.pop(handle, None)) is not None:
+            tell()
 
     def tell(self, handle: int, function: Callable[[LegSink], None]) -> None:
         """A defect in one request must not take the worker's stream, and with it every other request, down."""
@@ -380,6 +398,7 @@ class Members:
         member.tell_tokens(event.tokens)
         # Reports before ends: the last end of a request asks for its usage.
         for report in event.reports:
+            member.take_report(report)
             member.tell(report.handle, partial(_tell_report, report))
         for finish in event.finished:
             member.tell(finish.handle, partial(_tell_finish, finish))

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from tailrace import __version__
 from tailrace.cli.bench.commands import bench_app
 from tailrace.cli.options import Settings, with_config
+from tailrace.cli.simulate_command import simulate
 from tailrace.config import CommonConfig, GatewayConfig, KvStoreConfig, UpConfig, WorkerConfig, base_environment
 from tailrace.cores import PASSIVE_WAITING
 from tailrace.errors import ConfigError, TailraceError
@@ -114,6 +115,7 @@ app.command("demo")(with_config(UpConfig, _demo))
 app.command("doctor")(with_config(UpConfig, _doctor))
 
 app.add_typer(bench_app, name="bench")
+app.command("simulate")(simulate)
 
 
 ModelName = Annotated[str, typer.Argument(help="A directory, a built-in name, or org/name on the Hugging Face hub.")]

@@ -9,6 +9,7 @@ MEMORY_REQUESTS = 32
 MAX_BUSY = 0.9
 """A worker that was given more work than this is priced as if it had been this much: the formula has no bound."""
 _RESCALE_ABOVE = 1e200
+_FADED = 1e-6
 
 
 class PrefillFit:
@@ -59,8 +60,9 @@ class Crowding:
     """How many requests are expected to wait at each worker while it is busy: what a second of its time costs others.
 
     By Pollaczek and Khinchine, with b the share of time for which a worker is given work and S the length of a prefill,
-    b / (1 - b) x E[S^2] / (2 E[S]^2) wait on average behind the one that is computed. b is the worker's own; the lengths
-    are those of all workers. The memory is counted in requests, so that it means the same at 1 and at 1,000 a second.
+    b / (1 - b) x E[S^2] / (2 E[S]^2) wait on average behind the one that is computed. b is the worker's own; the
+    lengths are those of all workers. The memory is counted in requests, so that it means the same at 1 and at 1,000 a
+    second.
     """
 
     def __init__(self) -> None:
@@ -83,9 +85,8 @@ class Crowding:
         self._gain *= 1.0 + 1.0 / (MEMORY_REQUESTS * max(1, num_workers))
         if self._gain > _RESCALE_ABOVE:
             self._rescale()
-
-    def forget(self, worker_id: str) -> None:
-        self._given.pop(worker_id, None)
+        if len(self._given) > 2 * num_workers:
+            self._drop_faded()
 
     def waiting(self) -> dict[str, float]:
         """By worker id, requests; empty before any time has passed. Workers that were given nothing are not named."""
@@ -94,6 +95,10 @@ class Crowding:
         spread = self._squares * self._weight / (2.0 * self._sum * self._sum)
         busy = {worker_id: min(MAX_BUSY, given / self._elapsed) for worker_id, given in self._given.items()}
         return {worker_id: spread * share / (1.0 - share) for worker_id, share in busy.items()}
+
+    def _drop_faded(self) -> None:
+        """Workers that have long been given nothing have left: ids are drawn anew, and must not pile up."""
+        self._given = defaultdict(float, {k: v for k, v in self._given.items() if v > _FADED * self._sum})
 
     def _rescale(self) -> None:
         for worker_id in self._given:

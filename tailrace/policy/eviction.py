@@ -1,8 +1,8 @@
 """Which cached block goes first: recency, frequency and depth as one order, beside plain recency to compare with.
 
-Greedy dual (Cao and Irani, "Cost-aware WWW proxy caching algorithms", 1997) with frequency (Cherkasova, 1998): a block's
-rank is the clock when it was last used plus how often it was used; the clock is the rank of the last block evicted. So
-a use is worth a constant while nothing is evicted, and fades as others come and go.
+Greedy dual (Cao and Irani, "Cost-aware WWW proxy caching algorithms", 1997) with frequency (Cherkasova, 1998): a
+block's rank is the clock when it was last used plus how often it was used; the clock is the rank of the last block
+evicted. So a use is worth a constant while nothing is evicted, and fades as others come and go.
 
 Depth comes in without a term. A use of a block is a use of all before it in its prefix, so none of those is used less
 often; and `add` is called from a prefix's tail to its root, so among equals the tail goes first. A root outlives its
@@ -11,6 +11,7 @@ leaves.
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Generic, Protocol, TypeVar
 
 MAX_USES = 8
@@ -95,3 +96,9 @@ class GreedyDual(Generic[K]):
                 self._clock = max(self._clock, rank[0])
                 return key
         raise KeyError("nothing to evict")
+
+
+EVICTIONS: Mapping[str, Callable[[], EvictionOrder[bytes]]] = {
+    "lru": LeastRecentlyUsed,
+    "greedy-dual": GreedyDual,
+}

@@ -61,10 +61,6 @@ class Reservations:
         if not queue.held:
             del self._queues[worker_id]
 
-    def forget(self, worker_id: str) -> None:
-        """The worker is gone, and all it was sent."""
-        self._queues.pop(worker_id, None)
-
     def num_held(self, worker_id: str) -> int:
         queue = self._queues.get(worker_id)
         return len(queue.held) if queue is not None else 0

@@ -1,8 +1,8 @@
 """Which pair of workers serves a request, by one of four policies over the same prices.
 
-Price of a pair = queue before its prefill + fetching the prefix that others hold + computing the uncached rest + moving
-the KV that the decode worker lacks + the price of the decode worker's load + what the computing costs everyone else, all
-in seconds and from measured rates. Every candidate's terms are returned, whatever the policy.
+Price of a pair = queue before its prefill + fetching the prefix that others hold + computing the uncached rest + what
+the computing costs those who wait + moving the KV that the decode worker lacks + the price of the decode worker's load,
+all in seconds and from measured rates. Every candidate's terms are returned, whatever the policy.
 
 `cost` takes the lowest price. The deepest prefix match alone never wins: when most prompts share their first block, it
 would send all to one worker. `prefix` does just that, `least-loaded` looks at queues only and `round-robin` at nothing:
@@ -15,7 +15,7 @@ Per-worker terms are computed once a request; a pair costs a few additions, what
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -69,14 +69,16 @@ class Live:
     """What changes with every request, by worker id; what is not named is 0."""
 
     backlog_s: Mapping[str, float] = field(default_factory=dict)
-    """Prefill seconds before a new request, as predicted when each was routed. Where it is not known, the queue is
-    the worker's waiting and reserved tokens over its rate."""
+    """Prefill seconds before a new request, as predicted when this gateway routed each. The worker may say that it has
+    more: other gateways'. Where it is not known, the queue is the waiting and reserved tokens over the rate."""
     waiting: Mapping[str, float] = field(default_factory=dict)
     """Requests expected to wait while the worker computes: each second of prefill is a second for all of them."""
     fetch_bytes_per_s: Mapping[tuple[str, str], float] = field(default_factory=dict)
     """Measured, by (holder, prefill worker): who can fetch a prefix from whom. A holder may be a store's tier."""
     fetchable: Mapping[str, int] = field(default_factory=dict)
     """Leading blocks of the prompt that a holder can lend now."""
+    beside: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Holders on the worker's own node, priced for it whoever else holds more."""
     turn: int = 0
     """How many requests were routed before this one."""
 
@@ -137,6 +139,8 @@ class Route:
     terms: tuple[CostTerms, ...]
     """Of every candidate, the chosen one included."""
     chosen: CostTerms
+    hashes: tuple[bytes, ...] = ()
+    """Of the prompt's full blocks, where the router looked them up."""
 
 
 class _Prefill(NamedTuple):
@@ -185,13 +189,14 @@ class _Pricing:
     def prefill(self, view: WorkerView) -> _Prefill:
         rate = _measured(view.prefill_tokens_per_s, self.neutral.prefill_tokens_per_s)
         worker_id = view.worker_id
-        queue_s = self.live.backlog_s.get(worker_id, -1.0)
-        if queue_s < 0.0:
+        if (backlog_s := self.live.backlog_s.get(worker_id)) is not None:
+            queue_s = max(backlog_s, view.waiting_tokens / rate)
+        else:
             queue_s = (view.waiting_tokens + view.reserved_tokens) / rate
         own = self.hits.get(worker_id, 0)
         depth, fetch_s, holder_id = own, 0.0, ""
         prefill_s = self._compute_s(view, rate, own)
-        for holder, held in self.holders:
+        for holder, held in self._holders_for(worker_id):
             if held <= own or not (speed := self.live.fetch_bytes_per_s.get((holder, worker_id), 0.0)) > 0.0:
                 continue
             num_bytes = (held - own) * self.request.block_size * self.bytes_per_token
@@ -201,6 +206,11 @@ class _Pricing:
                 depth, fetch_s, prefill_s, holder_id = held, exposed_s, compute_s, holder
         crowding_s = prefill_s * self.live.waiting.get(worker_id, 0.0)
         return _Prefill(view, queue_s, prefill_s, fetch_s, crowding_s, own, depth - own, holder_id)
+
+    def _holders_for(self, worker_id: str) -> Iterator[tuple[str, int]]:
+        yield from self.holders
+        for holder in self.live.beside.get(worker_id, ()):
+            yield holder, self.live.fetchable.get(holder, 0)
 
     def _compute_s(self, view: WorkerView, rate: float, hit_blocks: int) -> float:
         total = self.request.num_prompt_tokens

@@ -1,8 +1,8 @@
 """A decode worker under virtual time: one running batch, whose steps take as long as its weights and its KV to read.
 
 A step of B sequences with C tokens of context takes a + b C seconds, and leaves C + B tokens. So n steps from C take
-n (a + b C) + b B n (n - 1) / 2, and all steps until somebody joins or leaves are one event. `stepwise` makes an event of
-each step instead; both must agree, and a test says that they do.
+n (a + b C) + b B n (n - 1) / 2, and all steps until somebody joins or leaves are one event. `stepwise` makes an event
+of each step instead; both must agree, and a test says that they do.
 """
 
 import heapq

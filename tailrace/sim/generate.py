@@ -52,8 +52,8 @@ def _shared_prefixes(random: Random, num_requests: int, block_tokens: int) -> It
 
 
 def _chat(random: Random, num_requests: int, block_tokens: int) -> Iterator[SimRequest]:
-    """Conversations of five turns on average below one system prompt of 1,500 tokens. Each turn's prompt is all that was
-    said before, answers included, and 200 tokens more; a reader takes 30 s on average."""
+    """Conversations of some five turns below one system prompt of 1,500 tokens. Each turn's prompt is all that was said
+    before, answers included, and 200 tokens more; a reader takes 30 s on average. Answers are not in the caches."""
     blocks = _Blocks(block_tokens)
     system = blocks.prompt((), 1500 // block_tokens * block_tokens)
     begin_s = 0.0

@@ -1,7 +1,10 @@
-"""A prefill worker under virtual time: its own BlockPool, and one prompt after another, as they came."""
+"""A prefill worker under virtual time: its own BlockPool, and one prompt after another, as they came.
+
+A real worker computes prompts in chunks and may mix them; their sum takes as long. A head of the queue whose fetch is
+still under way is waited for.
+"""
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tailrace.index.memory import MemoryIndex
@@ -82,7 +85,8 @@ class PrefillNode:
             raise AssertionError(f"{self.worker_id} computes nothing that could finish")
         self._running = None
         self._view = None
-        for block, name in zip(job.blocks, job.request.hashes, strict=True):
+        # A partial last block without a name is not found again.
+        for block, name in zip(job.blocks, job.request.hashes, strict=False):
             if self.pool.hash_of(block) is None:
                 self.pool.register(block, name)
         return job
@@ -120,7 +124,8 @@ class PrefillNode:
         hashes = job.request.hashes
         found = self.pool.find_prefix(hashes)
         self.pool.acquire(found)
-        rest = self.pool.allocate(len(hashes) - len(found))
+        needed = -(-job.request.num_prompt_tokens // self._block_tokens)
+        rest = self.pool.allocate(needed - len(found))
         if rest is None:
             self.pool.release(found)
             return False

@@ -75,8 +75,8 @@ _H100 = HardwareProfile(
     nvme_bytes=2e12,
     chunk_tokens=8192,
 )
-"""Llama-3.1-8B in bfloat16. Assumed: half of the peak in prefill, 0.8 of the HBM bandwidth in decode, 1 ms a step, 50 of
-PCIe 5's 64 GB/s, one NVMe disk of 6 GB/s and 2 TB, 256 GB of host memory a GPU."""
+"""Llama-3.1-8B in bfloat16. Assumed: half of the peak in prefill, 0.8 of the HBM bandwidth in decode, 1 ms a step, 50
+of PCIe 5's 64 GB/s, one NVMe disk of 6 GB/s and 2 TB, 256 GB of host memory a GPU."""
 
 PROFILES = {
     "h100": _H100,

@@ -10,17 +10,23 @@ from functools import partial
 from itertools import count
 
 from tailrace.index.memory import MemoryIndex
+from tailrace.policy.eviction import EVICTIONS
 from tailrace.policy.router import Router
 from tailrace.policy.routing import RouteRequest, WorkerView
 from tailrace.sim.decode import DecodeJob, DecodeNode
 from tailrace.sim.network import Network
 from tailrace.sim.prefill import LAYOUT, PrefillJob, PrefillNode
 from tailrace.sim.profile import HardwareProfile
+from tailrace.sim.store import StoreTier
 from tailrace.sim.workload import SimRequest, Workload
 from tailrace.types import Role
 
 UNLIMITED = "unlimited"
 """The decode worker that stands for as many as are needed."""
+
+
+TIERS = ("worker", "cpu", "nvme")
+"""Where a fetched block may come from: another worker's memory, a store's memory, a store's disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +39,11 @@ class SimOptions:
     decode_max_num_seqs: int = 256
     policy: str = "cost"
     fetch: bool = True
-    """Prefixes may be fetched from other workers."""
+    """Prefixes may be fetched from other workers and from stores."""
+    cpu_blocks: int = 0
+    """Of the CPU tier of each worker's node."""
+    nvme_blocks: int = 0
+    store_eviction: str = "greedy-dual"
     stepwise_decode: bool = False
 
 
@@ -64,6 +74,7 @@ class Outcome:
     records: list[RequestRecord] = field(default_factory=list)
     busy_s: list[float] = field(default_factory=list)
     """Prefill seconds of each worker."""
+    tiers: tuple[str, ...] = TIERS
 
 
 class Simulator:
@@ -80,6 +91,9 @@ class Simulator:
             name: PrefillNode(name, options.blocks_per_worker, workload.block_tokens, options.profile) for name in names
         }
         self._decodes = self._make_decodes()
+        self._stores = {name: self._make_store(name) for name in names} if options.fetch else {}
+        self._tiers = {tier.holder_id: tier for store in self._stores.values() for tier in store}
+        self._beside = {name: [tier.holder_id for tier in store] for name, store in self._stores.items()}
         self._fetch_rates = self._make_fetch_rates(names) if options.fetch else {}
         self._pair_rates = {
             (name, decode): options.profile.link_bytes_per_s for name in names for decode in self._decode_ids()
@@ -115,9 +129,32 @@ class Simulator:
     def _decode_ids(self) -> list[str]:
         return list(self._decodes) or [UNLIMITED]
 
+    def _make_store(self, name: str) -> list[StoreTier]:
+        """The tiers that there are on one worker's node, the upper one first."""
+        tiers: list[StoreTier] = []
+        for kind, num_blocks in (("nvme", self._options.nvme_blocks), ("cpu", self._options.cpu_blocks)):
+            if num_blocks:
+                order = EVICTIONS[self._options.store_eviction]()
+                tiers.insert(0, StoreTier(f"{name}/{kind}", num_blocks, order, tiers[0] if tiers else None))
+        return tiers
+
     def _make_fetch_rates(self, names: list[str]) -> dict[tuple[str, str], float]:
-        rate = self._profile.link_bytes_per_s
-        return {(holder, needer): rate for holder in names for needer in names if holder != needer}
+        """By (holder, needer): the slowest part of the way between them."""
+        profile = self._profile
+        sources = {
+            "worker": profile.link_bytes_per_s,
+            "cpu": profile.host_bytes_per_s,
+            "nvme": profile.nvme_bytes_per_s,
+        }
+        rates: dict[tuple[str, str], float] = {}
+        for holder in (*names, *self._tiers):
+            owner, tier = _place(holder)
+            for needer in names:
+                if needer != owner:
+                    rates[holder, needer] = min(profile.link_bytes_per_s, sources[tier])
+                elif tier != "worker":
+                    rates[holder, needer] = sources[tier]
+        return rates
 
     def _decode_views(self) -> list[WorkerView]:
         if self._decodes:
@@ -140,12 +177,13 @@ class Simulator:
             self._decode_views(),
             pair_bytes_per_s=self._pair_rates,
             fetch_bytes_per_s=self._fetch_rates,
+            beside=self._beside,
             bytes_per_token=self._profile.kv_bytes_per_token,
             now_s=now_s,
         )
         if route is None or route.prefill_id is None:
             return
-        self._router.hold(route, number, request.hashes, now_s, len(self._prefills))
+        self._router.hold(route, number, now_s, len(self._prefills))
         record.worker_id = route.prefill_id
         job = PrefillJob(number, request, route.decode_id)
         if route.chosen.fetch_blocks:
@@ -156,18 +194,24 @@ class Simulator:
 
     def _fetch(self, job: PrefillJob, needer_id: str, holder_id: str, now_s: float) -> None:
         """The holder lends what it really has, and the needer reads what it has not."""
-        holder = self._prefills[holder_id].pool
-        lent = holder.find_prefix(job.request.hashes)
         own = len(self._prefills[needer_id].pool.find_prefix(job.request.hashes))
-        if len(lent) <= own:
+        owner_id, tier = _place(holder_id)
+        lent: list[int] = []
+        if tier == "worker":
+            lent = self._prefills[owner_id].pool.find_prefix(job.request.hashes)[own:]
+            depth = own + len(lent)
+        else:
+            depth = self._tiers[holder_id].longest_prefix(job.request.hashes)
+        if depth <= own:
             return
-        lent = lent[own:]
-        num_bytes = len(lent) * self._workload.block_tokens * self._profile.kv_bytes_per_token
-        holder.lend(lent)
-        job.fetch_depth, job.fetch_tier = own + len(lent), "worker"
+        num_bytes = (depth - own) * self._workload.block_tokens * self._profile.kv_bytes_per_token
+        job.fetch_depth, job.fetch_tier = depth, tier
         rate = self._fetch_rates[holder_id, needer_id]
         job.fetched_at_s = self._network.transfer(holder_id, needer_id, num_bytes, rate, now_s)
-        self._at(job.fetched_at_s, lambda _: holder.unlend(lent))
+        if lent:
+            holder = self._prefills[owner_id].pool
+            holder.lend(lent)
+            self._at(job.fetched_at_s, lambda _: holder.unlend(lent))
 
     def _start(self, node: PrefillNode, now_s: float) -> None:
         done_s = node.start(now_s)
@@ -178,6 +222,8 @@ class Simulator:
     def _prefilled(self, node: PrefillNode, now_s: float) -> None:
         job = node.finish()
         node.publish(self._index)
+        if store := self._stores.get(node.worker_id):
+            store[0].put(job.request.hashes, self._index)
         self._router.release(node.worker_id, job.number, now_s)
         record = self._records[job.number]
         record.hit_tokens, record.fetched_tokens = job.hit_tokens, job.fetched_tokens
@@ -225,3 +271,9 @@ class Simulator:
         for left in node.advance(now_s):
             self._records[left.number].finished_s = now_s
         self._plan(node, now_s)
+
+
+def _place(holder_id: str) -> tuple[str, str]:
+    """Whose node a holder is on, and which of TIERS it is."""
+    owner, _, kind = holder_id.partition("/")
+    return owner, kind or "worker"

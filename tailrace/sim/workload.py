@@ -28,7 +28,7 @@ class SimRequest:
     num_prompt_tokens: int
     num_output_tokens: int
     hashes: tuple[bytes, ...]
-    """One a block of the prompt, a partial last one included, chained: equal hashes mean equal prefixes."""
+    """One a block of the prompt, chained: equal hashes mean equal prefixes. A partial last block may have one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -276,6 +276,8 @@ class FakeCluster:
             assert member.sinks == {}, member.info.worker_id
             assert not member.board, member.info.worker_id
             assert member._reserved == {}, member.info.worker_id
+            assert member._uncomputed == {}, member.info.worker_id
+        assert self.dispatcher._router._reservations._queues == {}
 
 
 @asynccontextmanager
