@@ -88,6 +88,8 @@ class RouteRequest:
     num_prompt_tokens: int
     block_size: int
     num_choices: int = 1
+    local_prefill: bool = True
+    """Decode workers may prefill."""
 
     def __post_init__(self) -> None:
         for name in ("num_prompt_tokens", "block_size", "num_choices"):
@@ -204,7 +206,9 @@ class _Pricing:
             compute_s = self._compute_s(view, rate, held)
             if exposed_s + compute_s < fetch_s + prefill_s:
                 depth, fetch_s, prefill_s, holder_id = held, exposed_s, compute_s, holder
-        crowding_s = prefill_s * self.live.waiting.get(worker_id, 0.0)
+        waiting = self.live.waiting.get(worker_id, 0.0)
+        # A rate that is next to nothing makes a prefill infinite, and infinity times 0 would win every comparison.
+        crowding_s = prefill_s * waiting if waiting else 0.0
         return _Prefill(view, queue_s, prefill_s, fetch_s, crowding_s, own, depth - own, holder_id)
 
     def _holders_for(self, worker_id: str) -> Iterator[tuple[str, int]]:
@@ -326,7 +330,8 @@ def choose(
         fitting = [source for source in sources if source.view.fingerprint == target.view.fingerprint]
         terms += [prices.pair(source, target) for source in fitting]
         decode_id = target.view.worker_id
-        if not fitting or request.uncached_tokens(hits.get(decode_id, 0)) <= request.block_size:
+        is_small = request.uncached_tokens(hits.get(decode_id, 0)) <= request.block_size
+        if request.local_prefill and (not fitting or is_small):
             terms.append(_terms(decode_id, None, prices.prefill(target.view), 0.0, target.load_s))
     if not terms:
         return None

@@ -57,14 +57,12 @@ class DecodeNode:
         self._boundary_s = 0.0
         """When the last step that was accounted for ended."""
         self._context = 0
-        self._view: WorkerView | None = None
 
     def accept(self, job: DecodeJob, now_s: float) -> None:
         """Its KV is here: it joins at the end of the step that runs now."""
         if not self._ends:
             self._boundary_s = max(self._boundary_s, now_s)
         self._waiting.append(job)
-        self._view = None
 
     def next_event_s(self, now_s: float) -> float | None:
         """When the batch changes next, by what is known now; None: nothing runs."""
@@ -88,25 +86,23 @@ class DecodeNode:
         if not self._ends or self._boundary_s >= now_s:
             # Not in the middle of a step.
             self._join()
-        self._view = None
         return left
 
-    def view(self) -> WorkerView:
-        if self._view is None:
-            booked = sum(job.num_blocks for job in self._waiting)
-            self._view = WorkerView(
-                worker_id=self.worker_id,
-                role=Role.DECODE,
-                fingerprint=LAYOUT,
-                num_waiting=len(self._waiting),
-                num_running=len(self._ends),
-                free_blocks=self._free,
-                total_blocks=self.num_blocks,
-                booked_blocks=booked,
-                decode_step_s=self._base_s + self._per_token_s * self._context,
-                max_num_seqs=self._max_num_seqs,
-            )
-        return self._view
+    def view(self, now_s: float) -> WorkerView:
+        """Its load report at `now_s`, whether or not each step was an event."""
+        context = self._context + (self._steps_by(now_s) * len(self._ends) if self._ends else 0)
+        return WorkerView(
+            worker_id=self.worker_id,
+            role=Role.DECODE,
+            fingerprint=LAYOUT,
+            num_waiting=len(self._waiting),
+            num_running=len(self._ends),
+            free_blocks=self._free,
+            total_blocks=self.num_blocks,
+            booked_blocks=sum(job.num_blocks for job in self._waiting),
+            decode_step_s=self._base_s + self._per_token_s * context,
+            max_num_seqs=self._max_num_seqs,
+        )
 
     def _join(self) -> None:
         while self._waiting and len(self._ends) < self._max_num_seqs and self._waiting[0].num_blocks <= self._free:

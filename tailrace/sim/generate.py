@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from random import Random
 
-from tailrace.errors import InvalidRequestError
-from tailrace.sim.workload import MAX_REQUESTS, SimRequest, Workload, block_name
+from tailrace.sim.workload import MAX_REQUESTS, SimRequest, Workload, WorkloadError, block_name
 
 MEAN_GAP_S = 0.25
 """Between requests, before a load stretches it."""
@@ -27,11 +26,11 @@ class _Blocks:
 
 
 def generate(kind: str, num_requests: int, block_tokens: int, seed: int) -> Workload:
-    """`kind`: one of GENERATORS. Raises InvalidRequestError for another, and for a count beyond its limit."""
+    """`kind`: one of GENERATORS. Raises WorkloadError for another, and for a count beyond its limit."""
     if kind not in GENERATORS:
-        raise InvalidRequestError(f"workload: must be one of {', '.join(GENERATORS)}, got {kind!r}", param="workload")
+        raise WorkloadError(f"workload: must be one of {', '.join(GENERATORS)}, got {kind!r}", param="workload")
     if not 1 <= num_requests <= MAX_REQUESTS:
-        raise InvalidRequestError(f"num_requests: must be from 1 to {MAX_REQUESTS}, got {num_requests}")
+        raise WorkloadError(f"num_requests: must be from 1 to {MAX_REQUESTS}, got {num_requests}")
     requests = list(GENERATORS[kind](Random(seed), num_requests, block_tokens))  # noqa: S311 - no secret hangs on it
     return Workload(sorted(requests, key=lambda request: request.arrival_s), block_tokens)
 

@@ -156,9 +156,9 @@ class Simulator:
                     rates[holder, needer] = sources[tier]
         return rates
 
-    def _decode_views(self) -> list[WorkerView]:
+    def _decode_views(self, now_s: float) -> list[WorkerView]:
         if self._decodes:
-            return [node.view() for node in self._decodes.values()]
+            return [node.view(now_s) for node in self._decodes.values()]
         step_s = self._profile.step_base_s
         return [WorkerView(UNLIMITED, Role.DECODE, LAYOUT, decode_step_s=step_s, max_num_seqs=1 << 30)]
 
@@ -171,10 +171,10 @@ class Simulator:
         record = self._records[number]
         request = record.request
         route = self._router.route(
-            RouteRequest(request.num_prompt_tokens, self._workload.block_tokens),
+            RouteRequest(request.num_prompt_tokens, self._workload.block_tokens, local_prefill=False),
             request.hashes,
             [node.view() for node in self._prefills.values()],
-            self._decode_views(),
+            self._decode_views(now_s),
             pair_bytes_per_s=self._pair_rates,
             fetch_bytes_per_s=self._fetch_rates,
             beside=self._beside,

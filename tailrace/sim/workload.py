@@ -102,12 +102,11 @@ def _parse(line: str, number: int, block_tokens: int) -> SimRequest:
         raise WorkloadError(f"trace line {number}: must be a JSON object", param="trace")
     prompt = _whole(record, "input_length", number, 1, MAX_TOKENS)
     ids = _field(record, "hash_ids", number)
-    expected = math.ceil(prompt / block_tokens)
-    if not isinstance(ids, list) or len(ids) != expected:
+    whole, most = prompt // block_tokens, math.ceil(prompt / block_tokens)
+    if not isinstance(ids, list) or not whole <= len(ids) <= most:
         got = f"{len(ids)}" if isinstance(ids, list) else repr(ids)
-        raise _bad(
-            number, "hash_ids", f"must be a list of {expected}: {prompt} tokens in blocks of {block_tokens}", got
-        )
+        rule = f"must be a list of {most} ids ({prompt} tokens in blocks of {block_tokens})"
+        raise _bad(number, "hash_ids", rule, got)
     for value in ids:
         if type(value) is not int or not 0 <= value <= MAX_BLOCK_ID:
             raise _bad(number, "hash_ids", f"must be integers from 0 to {MAX_BLOCK_ID}", repr(value))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailrace.policy import routing
-from tailrace.policy.routing import CostTerms, Route, RouteRequest, WorkerView, choose
+from tailrace.policy.routing import POLICIES, CostTerms, Live, Route, RouteRequest, WorkerView, choose
 from tailrace.types import Role
 
 BLOCK = 16
@@ -356,3 +356,91 @@ def test_the_choice_is_eligible_cheapest_and_independent_of_order(
         assert min(terms[2:-1]) >= 0
     (chosen,) = [terms for terms in found.terms if terms[:2] == (found.decode_id, found.prefill_id)]
     assert chosen.total_s <= min(terms.total_s for terms in found.terms) + 1e-5
+
+
+# -- what changes with every request ----------------------------------------------------------------------------------
+
+
+def live_route(live: Live, *prefills: WorkerView, hits: Mapping[str, int] | None = None, policy: str = "cost") -> Route:
+    request = RouteRequest(1600, BLOCK)
+    found = choose(request, prefills, [make_decode()], hits or {}, {}, BYTES_PER_TOKEN, live=live, policy=policy)
+    assert found is not None
+    return found
+
+
+def test_a_known_backlog_takes_the_place_of_reserved_tokens() -> None:
+    live = Live(backlog_s={"p0": 0.25})
+    assert live_route(live, make_prefill(reserved_tokens=9000)).chosen.queue_s == 0.25
+    # Other gateways have sent more than this one knows of.
+    assert live_route(live, make_prefill(waiting_tokens=9000)).chosen.queue_s == 9.0
+
+
+def test_attention_makes_a_long_prefill_cost_more_than_its_tokens() -> None:
+    view = make_prefill(prefill_curve_s=1e-6)
+    assert live_route(Live(), view).chosen.prefill_s == pytest.approx(1.6 + 1e-6 * 1600**2)
+    assert live_route(Live(), view, hits={"p0": 50}).chosen.prefill_s == pytest.approx(0.8 + 1e-6 * (1600**2 - 800**2))
+
+
+def test_computing_where_others_wait_costs_their_time_too() -> None:
+    live = Live(waiting={"p0": 2.0}, backlog_s={"p0": 0.0, "p1": 1.0})
+    found = live_route(live, make_prefill("p0"), make_prefill("p1"))
+    assert found.prefill_id == "p1"
+    crowded = next(terms for terms in found.terms if terms.prefill_id == "p0")
+    assert crowded.crowding_s == pytest.approx(3.2)
+
+
+def test_a_prefix_is_fetched_where_that_beats_computing_it() -> None:
+    fast = {("p1", "p0"): 1e7, ("p0", "p1"): 1e7}
+    live = Live(fetch_bytes_per_s=fast, fetchable={"p1": 50}, backlog_s={"p0": 0.0, "p1": 5.0})
+    found = live_route(live, make_prefill("p0"), make_prefill("p1"), hits={"p1": 50})
+    chosen = found.chosen
+    assert (found.prefill_id, chosen.hit_blocks, chosen.fetch_blocks, chosen.holder_id) == ("p0", 0, 50, "p1")
+    assert chosen.fetch_s == pytest.approx(50 * BLOCK * BYTES_PER_TOKEN / 1e7)
+    assert chosen.prefill_s == pytest.approx(0.8)
+
+
+def test_a_slow_link_or_none_leaves_it_to_be_computed() -> None:
+    for rates in ({("p1", "p0"): 1e5}, {("p1", "p0"): 0.0}, {("p1", "p9"): 1e9}):
+        live = Live(fetch_bytes_per_s=rates, fetchable={"p1": 50})
+        chosen = live_route(live, make_prefill("p0")).chosen
+        assert (chosen.fetch_blocks, chosen.holder_id, chosen.prefill_s) == (0, "", 1.6)
+
+
+def test_a_fetch_is_hidden_by_the_queue() -> None:
+    live = Live(fetch_bytes_per_s={("s", "p0"): 1e6}, fetchable={"s": 50}, backlog_s={"p0": 0.5})
+    assert live_route(live, make_prefill("p0")).chosen.fetch_s == pytest.approx(0.3)
+
+
+def test_a_tier_of_its_own_node_is_priced_however_many_hold_more() -> None:
+    held = {f"x{number}": 60 for number in range(9)} | {"p0/cpu": 40}
+    live = Live(fetch_bytes_per_s={("p0/cpu", "p0"): 1e9}, fetchable=held, beside={"p0": ["p0/cpu"]})
+    chosen = live_route(live, make_prefill("p0")).chosen
+    assert (chosen.holder_id, chosen.fetch_blocks) == ("p0/cpu", 40)
+
+
+# -- the other policies -----------------------------------------------------------------------------------------------
+
+
+def test_round_robin_takes_turns_whatever_is_cached_or_queued() -> None:
+    views = [make_prefill("p0", waiting_tokens=10**6), make_prefill("p1"), make_prefill("p2")]
+    taken = [live_route(Live(turn=turn), *views, hits={"p2": 99}, policy="round-robin").prefill_id for turn in range(6)]
+    assert taken == ["p0", "p1", "p2", "p0", "p1", "p2"]
+
+
+def test_least_loaded_looks_at_queues_only() -> None:
+    views = [make_prefill("p0", waiting_tokens=2), make_prefill("p1", waiting_tokens=1)]
+    assert live_route(Live(), *views, hits={"p0": 99}, policy="least-loaded").prefill_id == "p1"
+
+
+def test_prefix_takes_the_deepest_match_and_among_equals_the_shortest_queue() -> None:
+    views = [make_prefill("p0", waiting_tokens=10**6), make_prefill("p1"), make_prefill("p2", waiting_tokens=5)]
+    assert live_route(Live(), *views, hits={"p0": 9, "p1": 8}, policy="prefix").prefill_id == "p0"
+    assert live_route(Live(), *views, hits={"p0": 9, "p1": 9, "p2": 9}, policy="prefix").prefill_id == "p1"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_explains_every_candidate_by_the_same_prices(policy: str) -> None:
+    views = [make_prefill("p0"), make_prefill("p1", waiting_tokens=5)]
+    found = live_route(Live(), *views, hits={"p1": 3}, policy=policy)
+    assert found.terms == live_route(Live(), *views, hits={"p1": 3}).terms
+    assert found.chosen in found.terms

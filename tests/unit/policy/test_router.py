@@ -1,0 +1,79 @@
+from collections.abc import Sequence
+
+import pytest
+
+from tailrace.config import GatewayConfig
+from tailrace.index.memory import MemoryIndex
+from tailrace.policy.router import Router
+from tailrace.policy.routing import POLICIES, Route, RouteRequest, WorkerView
+from tailrace.types import Role
+
+PREFILLS = [WorkerView(f"p{n}", Role.PREFILL, b"", prefill_tokens_per_s=1000.0) for n in range(3)]
+DECODES = [WorkerView("d0", Role.DECODE, b"", decode_step_s=0.01, max_num_seqs=1000)]
+CHAIN = [b"a", b"b", b"c", b"d"]
+
+
+def decide(router: Router, hashes: Sequence[bytes] = CHAIN, now_s: float = 0.0) -> Route:
+    request = RouteRequest(16 * len(hashes) + 1, 16)
+    route = router.route(request, hashes, PREFILLS, DECODES, pair_bytes_per_s={}, bytes_per_token=1, now_s=now_s)
+    assert route is not None
+    return route
+
+
+def test_the_next_turn_finds_the_worker_that_still_computes_the_last_one() -> None:
+    router = Router(MemoryIndex())
+    turn = [f"{n}".encode() for n in range(64)]
+    first = decide(router, turn)
+    router.hold(first, 1, 0.0, 3)
+    later = decide(router, [*turn, b"next"], now_s=0.9)
+    assert (later.prefill_id, later.chosen.hit_blocks) == (first.prefill_id, 64)
+    # At once, the wait for it costs more than the 64 blocks elsewhere.
+    assert decide(router, [*turn, b"next"], now_s=0.0).prefill_id != first.prefill_id
+
+
+def test_a_burst_of_equal_requests_does_not_herd() -> None:
+    router = Router(MemoryIndex())
+    taken = []
+    for handle in range(6):
+        route = decide(router, [f"{handle}".encode()])
+        router.hold(route, handle, 0.0, 3)
+        taken.append(route.prefill_id)
+    assert sorted(taken) == ["p0", "p0", "p1", "p1", "p2", "p2"]
+
+
+def test_what_is_released_counts_no_more() -> None:
+    router = Router(MemoryIndex())
+    route = decide(router)
+    router.hold(route, 1, 0.0, 3)
+    assert route.prefill_id is not None
+    router.release(route.prefill_id, 1, 0.01)
+    after = decide(router, now_s=0.01)
+    assert all(terms.hit_blocks == 0 and terms.queue_s == 0.0 for terms in after.terms)
+
+
+def test_what_is_only_expected_is_no_source_of_a_fetch() -> None:
+    router = Router(MemoryIndex())
+    router.hold(decide(router), 1, 0.0, 3)
+    rates = {(a.worker_id, b.worker_id): 1e12 for a in PREFILLS for b in PREFILLS if a is not b}
+    route = router.route(
+        RouteRequest(65, 16),
+        CHAIN,
+        PREFILLS,
+        DECODES,
+        pair_bytes_per_s={},
+        bytes_per_token=1,
+        now_s=0.0,
+        fetch_bytes_per_s=rates,
+    )
+    assert route is not None
+    assert {terms.fetch_blocks for terms in route.terms} == {0}
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match="policy: must be one of cost, round-robin, least-loaded, prefix, got 'best'"):
+        Router(MemoryIndex(), "best")
+
+
+def test_the_configuration_knows_every_policy() -> None:
+    for policy in POLICIES:
+        assert GatewayConfig(routing_policy=policy).routing_policy == policy

@@ -1,0 +1,136 @@
+import dataclasses
+import math
+
+import pytest
+
+from tailrace.policy.routing import POLICIES
+from tailrace.sim.generate import generate
+from tailrace.sim.profile import PROFILES
+from tailrace.sim.result import SimResult, Slo
+from tailrace.sim.simulator import SimOptions, Simulator
+from tailrace.sim.workload import SimRequest, Workload, block_name
+
+H100 = PROFILES["h100"]
+BLOCK = 512
+
+
+def make_request(arrival_s: float, *blocks: int, output: int = 1) -> SimRequest:
+    return SimRequest(arrival_s, len(blocks) * BLOCK, output, tuple(map(block_name, blocks)))
+
+
+def simulate(workload: Workload, **changes: object) -> SimResult:
+    options = dataclasses.replace(SimOptions(num_workers=2, profile=H100, fetch=False), **changes)
+    simulator = Simulator(workload, options)
+    result = SimResult.of(workload, simulator.run(), Slo())
+    for node in simulator._prefills.values():
+        node.pool.check_integrity()
+        ledger = node.pool.ledger()
+        assert ledger.free + ledger.cached == ledger.total, "nothing is held when all is over"
+    assert all(simulator._router._reservations.num_held(name) == 0 for name in simulator._prefills)
+    return result
+
+
+def of(*requests: SimRequest) -> Workload:
+    return Workload(requests, BLOCK)
+
+
+def test_one_request_takes_its_prefill() -> None:
+    result = simulate(of(make_request(0.0, 1, 2, 3)))
+    assert result.ttft_mean_s == result.ttft_p99_s == pytest.approx(H100.prefill_s(0, 3 * BLOCK))
+    assert (result.hit_rate, result.oracle_hit_rate, result.refused) == (0.0, 0.0, 0)
+    assert result.imbalance == 2.0
+
+
+def test_a_later_request_finds_what_the_first_one_left() -> None:
+    result = simulate(of(make_request(0.0, 1, 2, 3), make_request(5.0, 1, 2, 4)))
+    assert result.hit_rate == result.oracle_hit_rate == pytest.approx(2 / 6)
+    second = H100.prefill_s(2 * BLOCK, 3 * BLOCK)
+    assert result.ttft_mean_s == pytest.approx((H100.prefill_s(0, 3 * BLOCK) + second) / 2)
+
+
+def test_the_last_token_of_a_whole_hit_is_computed() -> None:
+    result = simulate(of(make_request(0.0, 1, 2), make_request(5.0, 1, 2)), num_workers=1)
+    assert result.hit_rate == 0.5
+    both = H100.prefill_s(0, 2 * BLOCK) + H100.prefill_s(2 * BLOCK - 1, 2 * BLOCK)
+    assert result.ttft_mean_s == pytest.approx(both / 2)
+
+
+def test_a_small_pool_evicts() -> None:
+    requests = of(make_request(0.0, 1, 2, 3), make_request(5.0, 4, 5, 6), make_request(9.0, 1, 2, 3))
+    assert simulate(requests, num_workers=1, blocks_per_worker=6).hit_rate == pytest.approx(1 / 3)
+    # The tail of the first goes first: one block of room leaves two of its three.
+    assert simulate(requests, num_workers=1, blocks_per_worker=5).hit_rate == pytest.approx(2 / 9)
+
+
+def test_a_prompt_that_no_pool_can_hold_is_refused() -> None:
+    result = simulate(of(make_request(0.0, 1), make_request(1.0, 1, 2, 3, 4)), blocks_per_worker=3)
+    assert (result.requests, result.refused) == (2, 1)
+
+
+def test_what_another_worker_has_is_fetched_when_its_owner_is_busy() -> None:
+    prefix = range(20)
+    requests = of(
+        make_request(0.0, *prefix),
+        make_request(10.0, *prefix, *range(100, 300)),
+        make_request(10.001, *prefix, 999),
+    )
+    alone = simulate(requests)
+    fetched = simulate(requests, fetch=True)
+    assert (alone.fetch_rate, alone.hit_rate) == (0.0, pytest.approx(20 / 261))
+    assert fetched.fetch_rate == pytest.approx(20 / 261)
+    assert fetched.tier_hits == {"own": pytest.approx(20 / 261), "worker": fetched.fetch_rate, "cpu": 0.0, "nvme": 0.0}
+    assert fetched.ttft_p50_s < alone.ttft_p50_s
+
+
+def test_tiers_bring_back_what_a_pool_evicted() -> None:
+    requests = of(*(make_request(i * 5.0, *range(100 * (i % 3), 100 * (i % 3) + 40)) for i in range(9)))
+    few = {"num_workers": 1, "blocks_per_worker": 45, "fetch": True}
+    assert simulate(requests, **few).fetch_rate == 0.0
+    from_memory = simulate(requests, **few, cpu_blocks=200)
+    assert from_memory.tier_hits["cpu"] == pytest.approx(6 / 9)
+    from_disk = simulate(requests, **few, cpu_blocks=1, nvme_blocks=200)
+    assert from_disk.tier_hits["nvme"] > 0.5
+    assert from_disk.tier_hits["cpu"] == 0.0
+    assert simulate(requests, **few).ttft_mean_s > from_disk.ttft_mean_s > from_memory.ttft_mean_s
+
+
+@pytest.mark.parametrize("num_decode", [None, 2])
+@pytest.mark.parametrize("fetch", [True, False])
+def test_a_run_depends_on_its_inputs_alone(fetch: bool, num_decode: int | None) -> None:
+    workload = generate("shared-prefix", 400, BLOCK, seed=5).at_load(0.9, 4, H100)
+    first, second = (
+        simulate(workload, num_workers=4, blocks_per_worker=300, fetch=fetch, num_decode=num_decode) for _ in range(2)
+    )
+    assert first == second
+    assert first.hit_rate + first.fetch_rate <= first.oracle_hit_rate + 1e-9
+    assert math.isfinite(first.goodput)
+
+
+def test_decode_by_formula_and_step_by_step_agree_in_a_whole_run() -> None:
+    workload = generate("chat", 300, BLOCK, seed=6).at_load(0.5, 2, H100)
+    fast, slow = (simulate(workload, num_decode=2, stepwise_decode=stepwise) for stepwise in (False, True))
+    for field in dataclasses.fields(fast):
+        assert getattr(fast, field.name) == pytest.approx(getattr(slow, field.name), rel=1e-6), field.name
+
+
+@pytest.mark.parametrize("kind", ["chat", "shared-prefix"])
+def test_cost_beats_the_other_policies_where_prefixes_are_shared(kind: str) -> None:
+    workload = generate(kind, 1500, BLOCK, seed=7).at_load(1.5, 8, H100)
+    results = {policy: simulate(workload, num_workers=8, policy=policy) for policy in POLICIES}
+    cost = results["cost"]
+    assert cost.hit_rate > 0.97 * cost.oracle_hit_rate
+    assert cost.hit_rate > results["round-robin"].hit_rate + 0.02
+    for other in ("round-robin", "least-loaded", "prefix"):
+        assert cost.ttft_mean_s < results[other].ttft_mean_s, other
+    assert cost.imbalance < 1.6
+
+
+def test_goodput_counts_what_meets_every_objective() -> None:
+    workload = of(*(make_request(i * 10.0, i, output=3) for i in range(4)))
+    options = SimOptions(num_workers=1, profile=H100, fetch=False)
+    outcome = Simulator(workload, options).run()
+    everything, nothing = (
+        SimResult.of(workload, outcome, slo).goodput for slo in (Slo(), Slo(ttft_s=10.0, tpot_s=1e-9))
+    )
+    assert everything == pytest.approx(4 / outcome.records[-1].finished_s)
+    assert nothing == 0.0
