@@ -78,25 +78,29 @@ _H100 = HardwareProfile(
 """Llama-3.1-8B in bfloat16. Assumed: half of the peak in prefill, 0.8 of the HBM bandwidth in decode, 1 ms a step, 50
 of PCIe 5's 64 GB/s, one NVMe disk of 6 GB/s and 2 TB, 256 GB of host memory a GPU."""
 
+_CPU = HardwareProfile(
+    name="cpu",
+    num_parameters=134.5e6,
+    num_layers=30,
+    hidden_size=576,
+    kv_bytes_per_token=23_040,
+    weight_bytes=269e6,
+    flops_per_s=0.49e12,
+    memory_bytes_per_s=35.5e9,
+    link_bytes_per_s=9.2e9,
+    host_bytes_per_s=9.2e9,
+    nvme_bytes_per_s=1e9,
+    step_overhead_s=0.0005,
+    host_memory_bytes=4e9,
+    nvme_bytes=16e9,
+    chunk_tokens=512,
+)
+"""SmolLM2-135M in bfloat16 on one core of the benchmarks' machine: rates from the prefill of 1,024 tokens, the decode
+step at batch 1 and the hand-off over nixl on the pages of 2026-11-21. The store's rates and sizes are assumed."""
+
 PROFILES = {
     "h100": _H100,
+    # The same arithmetic, more and faster memory.
     "h200": replace(_H100, name="h200", memory_bytes_per_s=0.8 * 4.8e12),
-    # SmolLM2-135M in bfloat16 on one core of the benchmarks' machine (docs/benchmarks/2026-11-21.md).
-    "cpu": HardwareProfile(
-        name="cpu",
-        num_parameters=134.5e6,
-        num_layers=30,
-        hidden_size=576,
-        kv_bytes_per_token=23_040,
-        weight_bytes=269e6,
-        flops_per_s=0.4e12,
-        memory_bytes_per_s=27e9,
-        link_bytes_per_s=3.3e9,
-        host_bytes_per_s=3.3e9,
-        nvme_bytes_per_s=1e9,
-        step_overhead_s=0.0005,
-        host_memory_bytes=4e9,
-        nvme_bytes=16e9,
-        chunk_tokens=512,
-    ),
+    "cpu": _CPU,
 }

@@ -77,6 +77,13 @@ def test_every_room_that_opens_redis_asks_for_it():
         assert undeclared(imported_by("tailrace/index"), declared(extra)) == set()
 
 
+def test_the_simulator_draws_with_what_the_plot_extra_has_and_needs_no_more_than_the_base():
+    names = imported_by("tailrace/sim")
+    assert "matplotlib" in names
+    assert undeclared(names, declared("plot")) == set()
+    assert undeclared(names - {"matplotlib"}, declared()) == set()
+
+
 def test_benchmarks_import_what_they_measure_and_no_more():
     names = imported_by("tailrace/cli/bench")
     assert "fastapi" in names

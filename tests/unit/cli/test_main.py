@@ -38,7 +38,7 @@ import sys
 from typer.testing import CliRunner
 from tailrace.cli.main import app
 BENCHES = ("bench engine", "bench serve", "bench handoff", "bench gateway", "bench interference", "bench accuracy")
-for name in ("up", "gateway", "prefill", "decode", "chat", "demo", "doctor", "model", "bench", *BENCHES):
+for name in ("up", "gateway", "prefill", "decode", "chat", "demo", "doctor", "model", "bench", "simulate", *BENCHES):
     result = CliRunner().invoke(app, [*name.split(), "--help"])
     assert result.exit_code == 0 and "Usage" in result.output, (name, result.output)
 print([name for name in ("torch", "transformers", "grpc", "fastapi") if name in sys.modules])
