@@ -31,7 +31,10 @@ def describe(route: Route, num_prompt_tokens: int) -> dict[str, Any]:
 
 
 def _describe(terms: CostTerms) -> dict[str, Any]:
-    described = {**terms._asdict(), "total_s": terms.total_s}
+    """Without the terms that do not apply to it: nothing cached, nothing fetched, nobody who would wait."""
+    plain = terms._field_defaults
+    known = {name: value for name, value in terms._asdict().items() if name not in plain or value != plain[name]}
+    described = {**known, "total_s": terms.total_s}
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in described.items()}
 
 

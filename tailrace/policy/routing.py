@@ -140,9 +140,13 @@ class Route:
     """None: the decode worker prefills."""
     terms: tuple[CostTerms, ...]
     """Of every candidate, the chosen one included."""
-    chosen: CostTerms
     hashes: tuple[bytes, ...] = ()
     """Of the prompt's full blocks, where the router looked them up."""
+
+    @property
+    def chosen(self) -> CostTerms:
+        """The terms of the chosen pair."""
+        return next(t for t in self.terms if (t.decode_id, t.prefill_id) == (self.decode_id, self.prefill_id))
 
 
 class _Prefill(NamedTuple):
@@ -336,7 +340,7 @@ def choose(
     if not terms:
         return None
     best = _best(terms, prefills, decodes, POLICIES[policy], live.turn)
-    return Route(best.decode_id, best.prefill_id, tuple(terms), best)
+    return Route(best.decode_id, best.prefill_id, tuple(terms))
 
 
 def _best(

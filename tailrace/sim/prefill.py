@@ -7,7 +7,7 @@ still under way is waited for.
 from collections import deque
 from dataclasses import dataclass, field
 
-from tailrace.index.memory import MemoryIndex
+from tailrace.index.prefix_index import PrefixIndex
 from tailrace.kv.block_pool import BlockPool
 from tailrace.policy.estimates import PrefillFit
 from tailrace.policy.routing import WorkerView
@@ -91,7 +91,7 @@ class PrefillNode:
                 self.pool.register(block, name)
         return job
 
-    def publish(self, index: MemoryIndex) -> None:
+    def publish(self, index: PrefixIndex) -> None:
         """Tells the index what changed in the cache, as a worker does after each step."""
         if events := self.pool.drain_events():
             index.apply(self.worker_id, EPOCH, self.next_sequence, events)

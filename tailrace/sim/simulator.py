@@ -10,6 +10,7 @@ from functools import partial
 from itertools import count
 
 from tailrace.index.memory import MemoryIndex
+from tailrace.index.prefix_index import PrefixIndex
 from tailrace.policy.eviction import EVICTIONS
 from tailrace.policy.router import Router
 from tailrace.policy.routing import RouteRequest, WorkerView
@@ -78,11 +79,12 @@ class Outcome:
 
 
 class Simulator:
-    def __init__(self, workload: Workload, options: SimOptions, index: MemoryIndex | None = None) -> None:
+    def __init__(self, workload: Workload, options: SimOptions, index: PrefixIndex | None = None) -> None:
         self._workload = workload
         self._options = options
         self._profile = options.profile
-        self._index = index or MemoryIndex()
+        largest = max(options.blocks_per_worker, options.cpu_blocks, options.nvme_blocks)
+        self._index = MemoryIndex(largest) if index is None else index
         self._router = Router(self._index, options.policy)
         self._network = Network()
         width = len(str(options.num_workers - 1))

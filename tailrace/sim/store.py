@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from tailrace.index.memory import MemoryIndex
+from tailrace.index.prefix_index import PrefixIndex
 from tailrace.policy.eviction import EvictionOrder
 from tailrace.sim.prefill import EPOCH
 
@@ -25,7 +25,7 @@ class StoreTier:
     def longest_prefix(self, hashes: Sequence[bytes]) -> int:
         return next((depth for depth, name in enumerate(hashes) if name not in self._order), len(hashes))
 
-    def put(self, hashes: Sequence[bytes], index: MemoryIndex) -> None:
+    def put(self, hashes: Sequence[bytes], index: PrefixIndex) -> None:
         """Blocks of one prompt, root first; those that are here already were used once more."""
         fresh = [name for name in hashes if name not in self._order]
         for name in reversed(hashes):

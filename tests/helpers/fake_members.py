@@ -26,6 +26,7 @@ from tailrace.messages import (
     Submission,
     WorkerInfo,
 )
+from tailrace.policy.routing import Route
 from tailrace.types import FinishReason, Role, SamplingParams, TokenLogprob
 from tests.helpers.gateway_app import step_writer
 from tests.helpers.index import compact_index
@@ -261,6 +262,9 @@ class FakeCluster:
     async def submit(self, prompt: Sequence[int] = (1, 2, 3, 4, 5), **fields: object) -> RequestSession:
         return await self.dispatcher.submit(make_request(prompt, **fields))
 
+    def dry_run(self, prompt: Sequence[int]) -> Route:
+        return self.dispatcher.route(make_request(prompt))
+
     def pair_of(self, session: RequestSession) -> tuple[FakeWorker | None, FakeWorker]:
         """Where the newest attempt runs."""
         attempts = session._attempts
@@ -282,7 +286,13 @@ class FakeCluster:
 
 @asynccontextmanager
 async def fake_cluster(
-    prefill: int = 1, decode: int = 1, *, max_concurrent: int = 10, load: Load = IDLE, reattach_s: float = 0.001
+    prefill: int = 1,
+    decode: int = 1,
+    *,
+    max_concurrent: int = 10,
+    load: Load = IDLE,
+    reattach_s: float = 0.001,
+    routing_policy: str = "cost",
 ) -> AsyncIterator[FakeCluster]:
     """Leaving it without an error asserts that no request left anything behind."""
     prefills = [FakeWorker(worker_info(f"p{i}", Role.PREFILL), load) for i in range(prefill)]
@@ -293,7 +303,9 @@ async def fake_cluster(
         members = Members(
             gateway_id="g", epoch=1, secret=SECRET, index=index, model_digest=DIGEST, step_writer=step_writer()
         )
-        dispatcher = PairDispatcher(members, index, secret=SECRET, max_concurrent=max_concurrent)
+        dispatcher = PairDispatcher(
+            members, index, secret=SECRET, max_concurrent=max_concurrent, routing_policy=routing_policy
+        )
         for address in network.workers:
             members.add(address)
         await until(lambda: len(members.all()) == prefill + decode)

@@ -105,6 +105,29 @@ async def test_submissions_that_no_report_knows_of_yet_count_as_load():
             await session.aclose()
 
 
+async def test_a_prompt_counts_as_queue_and_as_cached_until_its_worker_has_computed_it():
+    async with fake_cluster(prefill=2) as cluster:
+        first = await cluster.submit(range(200))
+        worker, _ = cluster.pair_of(first)
+        queues = lambda: {t.prefill_id: (t.queue_s > 0, t.hit_blocks) for t in cluster.dry_run(range(204)).terms}  # noqa: E731
+        other = next(w for w in cluster.prefills if w is not worker)
+        ids = worker.info.worker_id, other.info.worker_id
+        assert queues() == {ids[0]: (True, 200 // BLOCK), ids[1]: (False, 0)}
+        await worker.tokens([11], report=LegReport(0, prefill_s=0.1))
+        # No event says yet that the blocks are cached.
+        assert queues() == {ids[0]: (False, 0), ids[1]: (False, 0)}
+        await first.aclose()
+
+
+async def test_another_policy_routes_by_its_own_rule():
+    async with fake_cluster(prefill=3, routing_policy="round-robin") as cluster:
+        sessions = [await cluster.submit(range(n)) for n in (200, 8, 8, 8)]
+        taken = [cluster.pair_of(session)[0] for session in sessions]
+        assert taken == [*cluster.prefills, cluster.prefills[0]]
+        for session in sessions:
+            await session.aclose()
+
+
 # -- lost and started again -------------------------------------------------------------------------------------------
 
 
