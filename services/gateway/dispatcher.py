@@ -50,7 +50,10 @@ class PairDispatcher:
         secret: bytes,
         max_concurrent: int,
         routing_policy: str = "cost",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`clock`: seconds, of how long workers have had what they were sent."""
+        self._clock = clock
         self._members = members
         self._router = Router(index, routing_policy)
         self._secret = secret
@@ -161,7 +164,7 @@ class PairDispatcher:
             decodes,
             pair_bytes_per_s=self._pair_rates(),
             bytes_per_token=layout.bytes_per_token,
-            now_s=time.monotonic(),
+            now_s=self._clock(),
         )
         if route is not None:
             return route
@@ -211,8 +214,8 @@ class PairDispatcher:
     def _reserve(self, leg: Leg, route: Route) -> None:
         """Counts the prefill in the next decision already, until its worker has computed it or the leg has ended."""
         worker_id, handle = leg.member.info.worker_id, leg.handle
-        self._router.hold(route, handle, time.monotonic(), max(1, len(self._members.of(leg.role))))
-        leg.member.on_computed(handle, lambda: self._router.release(worker_id, handle, time.monotonic()))
+        self._router.hold(route, handle, self._clock(), max(1, len(self._members.of(leg.role))))
+        leg.member.on_computed(handle, lambda: self._router.release(worker_id, handle, self._clock()))
 
     def _source(self, session: RequestSession, attempt: Attempt, prefill: Member) -> KvSource:
         info = prefill.info

@@ -304,7 +304,13 @@ async def fake_cluster(
             gateway_id="g", epoch=1, secret=SECRET, index=index, model_digest=DIGEST, step_writer=step_writer()
         )
         dispatcher = PairDispatcher(
-            members, index, secret=SECRET, max_concurrent=max_concurrent, routing_policy=routing_policy
+            members,
+            index,
+            secret=SECRET,
+            max_concurrent=max_concurrent,
+            routing_policy=routing_policy,
+            # Time stands still: the same events are routed in the same way each time.
+            clock=lambda: 0.0,
         )
         for address in network.workers:
             members.add(address)
