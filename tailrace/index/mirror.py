@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tailrace.index.backoff import Backoff
+from tailrace.index.backoff import Backoff, keep_trying
 from tailrace.index.feeds import Feed, Feeds, Holder, Snapshot, Source
 from tailrace.index.keys import KeySpace, StreamMessage
 from tailrace.index.redis_client import RedisClient
@@ -63,17 +63,8 @@ class Mirror:
 
     async def run(self) -> None:
         """Until it is cancelled."""
-        backoff = Backoff()
         try:
-            while True:
-                try:
-                    await self._session(backoff)
-                except RedisTroubleError as error:
-                    self._note(error)
-                except Exception:
-                    log.exception("following Redis failed; it is begun anew")
-                await self._client.close()
-                await backoff.pause()
+            await keep_trying(self._client, self._session, self._note, "following Redis")
         finally:
             await self._client.close()
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 
-from tailrace.index.backoff import Backoff
+from tailrace.index.backoff import Backoff, keep_trying
 from tailrace.index.keys import MAX_EVENTS, MAX_MESSAGES, KeySpace, StreamMessage
 from tailrace.index.redis import ENTRY_TTL_S, RedisIndex
 from tailrace.index.redis_client import Command, RedisClient, ScriptCall
@@ -92,17 +92,8 @@ class Publisher:
     # -- life ---------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        backoff = Backoff()
         try:
-            while True:
-                try:
-                    await self._session(backoff)
-                except RedisTroubleError as error:
-                    self._note(error)
-                except Exception:
-                    log.exception("telling Redis failed; it is begun anew")
-                await self._client.close()
-                await backoff.pause()
+            await keep_trying(self._client, self._session, self._note, "telling Redis")
         finally:
             await self._leave()
 
