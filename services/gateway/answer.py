@@ -59,9 +59,9 @@ class Answer:
         return [describe(dispatcher.route(request), len(request.prompt_tokens)) for request in requests]
 
     def explain(self) -> list[dict[str, Any]]:
-        """Where each prompt went, and why."""
+        """Where each prompt went, and why. Before anybody follows."""
         pairs = zip(self._generations, self.job.prompts, strict=True)
-        return [describe(generation.route, len(prompt.tokens)) for generation, prompt in pairs]
+        return [describe(g.route, len(prompt.tokens)) for g, prompt in pairs if g.route is not None]
 
     @property
     def num_choices(self) -> int:

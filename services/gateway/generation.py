@@ -70,8 +70,8 @@ class Listener(Protocol):
 class Generation(Protocol):
     """One request being answered."""
 
-    route: Route
-    """The first one; where a worker is lost others follow."""
+    route: Route | None
+    """The first one, until somebody listens: it names every pair that there was, and a request may live long."""
 
     def listen(self, listener: Listener) -> None:
         """What has come so far is told before this returns, the rest as it comes. Called once."""

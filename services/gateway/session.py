@@ -123,7 +123,7 @@ class RequestSession:
 
     def __init__(self, request: GenerationRequest, wire_id: str, recovery: "Recovery", route: Route) -> None:
         self.request = request
-        self.route = route
+        self.route: Route | None = route
         self.wire_id = wire_id
         """The request's id among the workers: unique, whatever the client called it."""
         self.began = time.monotonic()
@@ -155,6 +155,7 @@ class RequestSession:
     # -- Generation ---------------------------------------------------------------------------------------------------
 
     def listen(self, listener: Listener) -> None:
+        self.route = None
         # Not the listener yet: it may finish a choice while others have not been told all.
         while self._untold:
             self._untold.popleft().tell(listener)

@@ -42,7 +42,7 @@ ROUTE = Route(
 class FakeGeneration:
     def __init__(self, request: GenerationRequest, script: Script) -> None:
         self.request = request
-        self.route = ROUTE
+        self.route: Route | None = ROUTE
         self.finished: list[int] = []
         self.outlets: dict[int, Outlet] = {}
         self.num_events = 0
