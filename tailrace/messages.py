@@ -61,6 +61,16 @@ class KvSource:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixSource:
+    """Who is thought to hold blocks `first_block` to `first_block + num_blocks - 1` of a prompt's chain, cached."""
+
+    source: KvSource
+    """Without a ticket: cached blocks are named by their hashes."""
+    first_block: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Submission:
     """One leg of one attempt of a request. `handle` is its short name on the stream that carries it."""
 
@@ -76,6 +86,8 @@ class Submission:
     ticket: bytes = b""
     cache_salt: str = ""
     source: KvSource | None = None
+    prefix_sources: tuple[PrefixSource, ...] = ()
+    """For whoever computes the prompt. Hints: what is not there, late or refused is computed."""
     traceparent: str = ""
     tracestate: str = ""
 
@@ -126,6 +138,18 @@ class LegFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Fetch:
+    """Cached blocks that were pulled from one holder: how many were asked for, and how many landed well."""
+
+    holder_id: str
+    num_asked: int
+    num_blocks: int
+    num_bytes: int
+    seconds: float
+    """From asking until the last block had landed, or nothing more was to come."""
+
+
+@dataclass(frozen=True, slots=True)
 class LegReport:
     """Where a leg's time went, in seconds; sent once."""
 
@@ -139,6 +163,9 @@ class LegReport:
     join_s: float = 0.0
     cached_tokens: int = 0
     cached_by_tier: dict[str, int] = field(default_factory=dict)
+    """Tokens by where they were found: "worker" (the memory of whoever computed the prompt), "peer" (another worker's),
+    "cpu" and "nvme" (a store's). They add up to `cached_tokens`."""
+    fetches: tuple[Fetch, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +200,8 @@ class LentBlocks:
     blocks: list[int]
     addresses: list[int]
     generations: list[int]
+    tiers: bytes = b""
+    """The Tier that each was found on, a byte each; empty: all in the memory that the owner computes in."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
+    KVSTORE = "kvstore"
+    """Keeps blocks, computes nothing."""
 
 
 class FinishReason(IntEnum):

@@ -360,7 +360,7 @@ class Members:
                 f"model_digest: gateway={self._model_digest} worker={info.layout.model_digest}"
             )
         for other in self.all():
-            if other.info.role is info.role:
+            if other.info.role is info.role or Role.KVSTORE in (other.info.role, info.role):
                 continue
             owner, needer = (other.info, info) if info.role is Role.DECODE else (info, other.info)
             if differences := owner.layout.differences(needer.layout):

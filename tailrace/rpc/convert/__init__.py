@@ -28,6 +28,7 @@ from tailrace.rpc.convert.sampling import (
 )
 from tailrace.rpc.convert.worker import (
     MAX_CHOICES,
+    MAX_PREFIX_SOURCES,
     columns_from_proto,
     info_from_proto,
     info_to_proto,
@@ -43,6 +44,7 @@ from tailrace.rpc.convert.worker import (
 
 __all__ = [
     "MAX_CHOICES",
+    "MAX_PREFIX_SOURCES",
     "columns_from_proto",
     "done_to_proto",
     "endpoints_from_proto",

@@ -140,7 +140,11 @@ def _hashes(values: Sequence[bytes]) -> tuple[bytes, ...]:
 def lent_to_proto(lent: LentBlocks) -> kv_pb2.LendResponse:
     return kv_pb2.LendResponse(
         ready=kv_pb2.LendReady(
-            first_index=lent.first_index, blocks=lent.blocks, addresses=lent.addresses, generations=lent.generations
+            first_index=lent.first_index,
+            blocks=lent.blocks,
+            addresses=lent.addresses,
+            generations=lent.generations,
+            tiers=lent.tiers,
         )
     )
 
@@ -168,9 +172,12 @@ def done_to_proto(done: LendDone) -> kv_pb2.LendResponse:
 def lend_event_from_proto(message: kv_pb2.LendResponse) -> LentBlocks | LendDone:
     if message.HasField("ready"):
         ready = message.ready
-        lent = LentBlocks(ready.first_index, list(ready.blocks), list(ready.addresses), list(ready.generations))
-        if not len(lent.blocks) == len(lent.addresses) == len(lent.generations):
-            raise InvalidRequestError("blocks, addresses and generations differ in length", param="ready")
+        lent = LentBlocks(
+            ready.first_index, list(ready.blocks), list(ready.addresses), list(ready.generations), ready.tiers
+        )
+        lengths = {len(lent.blocks), len(lent.addresses), len(lent.generations)}
+        if len(lengths) != 1 or len(lent.tiers) not in (0, len(lent.blocks)):
+            raise InvalidRequestError("blocks, addresses, generations and tiers differ in length", param="ready")
         return lent
     done = message.done
     return LendDone(

@@ -5,10 +5,12 @@ import math
 from tailrace.errors import InvalidRequestError
 from tailrace.messages import (
     ChoiceFinished,
+    Fetch,
     KvSource,
     LegFailed,
     LegReport,
     Load,
+    PrefixSource,
     StepEvents,
     Submission,
     TokenColumns,
@@ -29,9 +31,12 @@ from tailrace.types import FinishReason, Role
 
 MAX_CHOICES = 1024
 """No worker takes more choices of one request, whatever its gateway allows."""
+MAX_PREFIX_SOURCES = 64
+"""Of one request."""
 _ROLES = {
     worker_pb2.WORKER_ROLE_PREFILL: Role.PREFILL,
     worker_pb2.WORKER_ROLE_DECODE: Role.DECODE,
+    worker_pb2.WORKER_ROLE_KVSTORE: Role.KVSTORE,
 }
 _ROLE_NUMBERS = {role: number for number, role in _ROLES.items()}
 
@@ -40,7 +45,6 @@ _ROLE_NUMBERS = {role: number for number, role in _ROLES.items()}
 
 
 def submission_to_proto(submission: Submission) -> worker_pb2.Submit:
-    source = submission.source
     return worker_pb2.Submit(
         handle=submission.handle,
         request_id=submission.request_id,
@@ -55,12 +59,24 @@ def submission_to_proto(submission: Submission) -> worker_pb2.Submit:
         trace=generation_pb2.TraceContext(traceparent=submission.traceparent, tracestate=submission.tracestate),
         ticket=submission.ticket,
         cache_salt=submission.cache_salt,
-        source=None
-        if source is None
-        else worker_pb2.KvSource(
-            worker_id=source.worker_id, epoch=source.epoch, address=source.address, ticket=source.ticket
-        ),
+        source=_source_to_proto(submission.source) if submission.source is not None else None,
+        prefix_sources=[
+            worker_pb2.PrefixSource(
+                source=_source_to_proto(piece.source), first_block=piece.first_block, num_blocks=piece.num_blocks
+            )
+            for piece in submission.prefix_sources
+        ],
     )
+
+
+def _source_to_proto(source: KvSource) -> worker_pb2.KvSource:
+    return worker_pb2.KvSource(
+        worker_id=source.worker_id, epoch=source.epoch, address=source.address, ticket=source.ticket
+    )
+
+
+def _source_from_proto(message: worker_pb2.KvSource) -> KvSource:
+    return KvSource(message.worker_id, message.epoch, message.address, message.ticket)
 
 
 def submission_from_proto(message: worker_pb2.Submit) -> Submission:
@@ -73,7 +89,10 @@ def submission_from_proto(message: worker_pb2.Submit) -> Submission:
         raise InvalidRequestError(f"num_choices={message.num_choices}, not 1 to {MAX_CHOICES}", param="num_choices")
     if not (math.isfinite(message.deadline_s) and message.deadline_s >= 0):
         raise InvalidRequestError(f"deadline_s={message.deadline_s}, not 0 or more seconds", param="deadline_s")
-    source = message.source
+    if len(message.prefix_sources) > MAX_PREFIX_SOURCES:
+        raise InvalidRequestError(
+            f"{len(message.prefix_sources)} prefix sources, not 0 to {MAX_PREFIX_SOURCES}", param="prefix_sources"
+        )
     return Submission(
         handle=message.handle,
         request_id=message.request_id,
@@ -86,9 +105,11 @@ def submission_from_proto(message: worker_pb2.Submit) -> Submission:
         deadline_s=message.deadline_s,
         ticket=message.ticket,
         cache_salt=message.cache_salt,
-        source=KvSource(source.worker_id, source.epoch, source.address, source.ticket)
-        if message.HasField("source")
-        else None,
+        source=_source_from_proto(message.source) if message.HasField("source") else None,
+        prefix_sources=tuple(
+            PrefixSource(_source_from_proto(piece.source), piece.first_block, piece.num_blocks)
+            for piece in message.prefix_sources
+        ),
         traceparent=message.trace.traceparent,
         tracestate=message.trace.tracestate,
     )
@@ -237,6 +258,16 @@ def report_to_proto(report: LegReport) -> worker_pb2.LegReport:
         ),
         cached_tokens=report.cached_tokens,
         cached_tokens_by_tier=report.cached_by_tier,
+        fetches=[
+            worker_pb2.Fetch(
+                holder_id=fetch.holder_id,
+                num_asked=fetch.num_asked,
+                num_blocks=fetch.num_blocks,
+                num_bytes=fetch.num_bytes,
+                seconds=fetch.seconds,
+            )
+            for fetch in report.fetches
+        ],
     )
 
 
@@ -253,4 +284,8 @@ def report_from_proto(message: worker_pb2.LegReport) -> LegReport:
         join_s=timing.join_s,
         cached_tokens=message.cached_tokens,
         cached_by_tier=dict(message.cached_tokens_by_tier),
+        fetches=tuple(
+            Fetch(fetch.holder_id, fetch.num_asked, fetch.num_blocks, fetch.num_bytes, fetch.seconds)
+            for fetch in message.fetches
+        ),
     )

@@ -27,7 +27,7 @@ from tailrace.rpc.gen import generation_pb2 as tailrace_dot_v1_dot_generation__p
 from tailrace.rpc.gen import kv_pb2 as tailrace_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tailrace/v1/worker.proto\x12\x0btailrace.v1\x1a\x17tailrace/v1/error.proto\x1a\x1ctailrace/v1/generation.proto\x1a\x14tailrace/v1/kv.proto\"\x93\x01\n\rAttachRequest\x12)\n\x08greeting\x18\x01 \x01(\x0b\x32\x15.tailrace.v1.GreetingH\x00\x12%\n\x06submit\x18\x02 \x01(\x0b\x32\x13.tailrace.v1.SubmitH\x00\x12%\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x13.tailrace.v1.CancelH\x00\x42\t\n\x07\x63ommand\"5\n\x08Greeting\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x15\n\rgateway_epoch\x18\x02 \x01(\x04\"\xda\x02\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12\'\n\x08sampling\x18\x06 \x01(\x0b\x32\x15.tailrace.v1.Sampling\x12\x14\n\x0c\x66irst_choice\x18\x07 \x01(\r\x12\x13\n\x0bnum_choices\x18\x08 \x01(\r\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x12\n\ndeadline_s\x18\n \x01(\x01\x12(\n\x05trace\x18\x0b \x01(\x0b\x32\x19.tailrace.v1.TraceContext\x12\x0e\n\x06ticket\x18\x0c \x01(\x0c\x12\x12\n\ncache_salt\x18\r \x01(\t\x12%\n\x06source\x18\x0e \x01(\x0b\x32\x15.tailrace.v1.KvSource\"M\n\x08KvSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06ticket\x18\x04 \x01(\x0c\")\n\x06\x43\x61ncel\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0f\n\x07\x63hoices\x18\x02 \x03(\r\"\x83\x03\n\x0e\x41ttachResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12%\n\x04info\x18\x03 \x01(\x0b\x32\x17.tailrace.v1.WorkerInfo\x12\x1f\n\x04load\x18\x04 \x01(\x0b\x32\x11.tailrace.v1.Load\x12)\n\x06tokens\x18\x05 \x01(\x0b\x32\x19.tailrace.v1.TokenColumns\x12-\n\x08\x66inished\x18\x06 \x03(\x0b\x32\x1b.tailrace.v1.ChoiceFinished\x12&\n\x06\x66\x61iled\x18\x07 \x03(\x0b\x32\x16.tailrace.v1.LegFailed\x12\'\n\x07reports\x18\x08 \x03(\x0b\x32\x16.tailrace.v1.LegReport\x12(\n\tkv_events\x18\t \x01(\x0b\x32\x15.tailrace.v1.KvEvents\x12#\n\x04line\x18\n \x01(\x0b\x32\x15.tailrace.v1.StepLine\x12\x12\n\nnum_before\x18\x0b \x01(\x04\"%\n\x08StepLine\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0b\n\x03key\x18\x02 \x01(\x0c\"\x83\x01\n\x0cTokenColumns\x12\x0f\n\x07handles\x18\x01 \x03(\x04\x12\x0f\n\x07\x63hoices\x18\x02 \x03(\r\x12\x11\n\tpositions\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.tailrace.v1.TokenLogprob\"[\n\x0e\x43hoiceFinished\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12)\n\x06reason\x18\x03 \x01(\x0e\x32\x19.tailrace.v1.FinishReason\">\n\tLegFailed\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.tailrace.v1.Error\"\xe1\x01\n\tLegReport\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12#\n\x06timing\x18\x02 \x01(\x0b\x32\x13.tailrace.v1.Timing\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12M\n\x15\x63\x61\x63hed_tokens_by_tier\x18\x04 \x03(\x0b\x32..tailrace.v1.LegReport.CachedTokensByTierEntry\x1a\x39\n\x17\x43\x61\x63hedTokensByTierEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"\x83\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12%\n\x04role\x18\x03 \x01(\x0e\x32\x17.tailrace.v1.WorkerRole\x12%\n\x06layout\x18\x04 \x01(\x0b\x32\x15.tailrace.v1.KvLayout\x12\r\n\x05model\x18\x05 \x01(\t\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x07 \x01(\r\x12\x12\n\nnum_blocks\x18\x08 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\t \x01(\t\x12\x0f\n\x07version\x18\n \x01(\t\x12\x13\n\x0bmax_choices\x18\x0b \x01(\r\"\xe6\x02\n\x04Load\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\x04\x12\x15\n\rcached_blocks\x18\x05 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x06 \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\x07 \x01(\x01\x12\x15\n\rdecode_step_s\x18\x08 \x01(\x01\x12\x1c\n\x14transfer_bytes_per_s\x18\t \x01(\x01\x12\x15\n\rbooked_blocks\x18\n \x01(\x04\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x15\n\ractive_blocks\x18\x0c \x01(\x04\x12\x13\n\x0blent_blocks\x18\r \x01(\x04\x12\x16\n\x0elanding_blocks\x18\x0e \x01(\x04\x12\x1a\n\x12quarantined_blocks\x18\x0f \x01(\x04*Z\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x32V\n\rWorkerService\x12\x45\n\x06\x41ttach\x12\x1a.tailrace.v1.AttachRequest\x1a\x1b.tailrace.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tailrace/v1/worker.proto\x12\x0btailrace.v1\x1a\x17tailrace/v1/error.proto\x1a\x1ctailrace/v1/generation.proto\x1a\x14tailrace/v1/kv.proto\"\x93\x01\n\rAttachRequest\x12)\n\x08greeting\x18\x01 \x01(\x0b\x32\x15.tailrace.v1.GreetingH\x00\x12%\n\x06submit\x18\x02 \x01(\x0b\x32\x13.tailrace.v1.SubmitH\x00\x12%\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32\x13.tailrace.v1.CancelH\x00\x42\t\n\x07\x63ommand\"5\n\x08Greeting\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x15\n\rgateway_epoch\x18\x02 \x01(\x04\"\x8d\x03\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x05 \x01(\r\x12\'\n\x08sampling\x18\x06 \x01(\x0b\x32\x15.tailrace.v1.Sampling\x12\x14\n\x0c\x66irst_choice\x18\x07 \x01(\r\x12\x13\n\x0bnum_choices\x18\x08 \x01(\r\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x12\n\ndeadline_s\x18\n \x01(\x01\x12(\n\x05trace\x18\x0b \x01(\x0b\x32\x19.tailrace.v1.TraceContext\x12\x0e\n\x06ticket\x18\x0c \x01(\x0c\x12\x12\n\ncache_salt\x18\r \x01(\t\x12%\n\x06source\x18\x0e \x01(\x0b\x32\x15.tailrace.v1.KvSource\x12\x31\n\x0eprefix_sources\x18\x0f \x03(\x0b\x32\x19.tailrace.v1.PrefixSource\"^\n\x0cPrefixSource\x12%\n\x06source\x18\x01 \x01(\x0b\x32\x15.tailrace.v1.KvSource\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\"M\n\x08KvSource\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06ticket\x18\x04 \x01(\x0c\")\n\x06\x43\x61ncel\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0f\n\x07\x63hoices\x18\x02 \x03(\r\"\x83\x03\n\x0e\x41ttachResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12%\n\x04info\x18\x03 \x01(\x0b\x32\x17.tailrace.v1.WorkerInfo\x12\x1f\n\x04load\x18\x04 \x01(\x0b\x32\x11.tailrace.v1.Load\x12)\n\x06tokens\x18\x05 \x01(\x0b\x32\x19.tailrace.v1.TokenColumns\x12-\n\x08\x66inished\x18\x06 \x03(\x0b\x32\x1b.tailrace.v1.ChoiceFinished\x12&\n\x06\x66\x61iled\x18\x07 \x03(\x0b\x32\x16.tailrace.v1.LegFailed\x12\'\n\x07reports\x18\x08 \x03(\x0b\x32\x16.tailrace.v1.LegReport\x12(\n\tkv_events\x18\t \x01(\x0b\x32\x15.tailrace.v1.KvEvents\x12#\n\x04line\x18\n \x01(\x0b\x32\x15.tailrace.v1.StepLine\x12\x12\n\nnum_before\x18\x0b \x01(\x04\"%\n\x08StepLine\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0b\n\x03key\x18\x02 \x01(\x0c\"\x83\x01\n\x0cTokenColumns\x12\x0f\n\x07handles\x18\x01 \x03(\x04\x12\x0f\n\x07\x63hoices\x18\x02 \x03(\r\x12\x11\n\tpositions\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.tailrace.v1.TokenLogprob\"[\n\x0e\x43hoiceFinished\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12)\n\x06reason\x18\x03 \x01(\x0e\x32\x19.tailrace.v1.FinishReason\">\n\tLegFailed\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.tailrace.v1.Error\"\x86\x02\n\tLegReport\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12#\n\x06timing\x18\x02 \x01(\x0b\x32\x13.tailrace.v1.Timing\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12M\n\x15\x63\x61\x63hed_tokens_by_tier\x18\x04 \x03(\x0b\x32..tailrace.v1.LegReport.CachedTokensByTierEntry\x12#\n\x07\x66\x65tches\x18\x05 \x03(\x0b\x32\x12.tailrace.v1.Fetch\x1a\x39\n\x17\x43\x61\x63hedTokensByTierEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"e\n\x05\x46\x65tch\x12\x11\n\tholder_id\x18\x01 \x01(\t\x12\x11\n\tnum_asked\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\"\x83\x02\n\nWorkerInfo\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12%\n\x04role\x18\x03 \x01(\x0e\x32\x17.tailrace.v1.WorkerRole\x12%\n\x06layout\x18\x04 \x01(\x0b\x32\x15.tailrace.v1.KvLayout\x12\r\n\x05model\x18\x05 \x01(\t\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x07 \x01(\r\x12\x12\n\nnum_blocks\x18\x08 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\t \x01(\t\x12\x0f\n\x07version\x18\n \x01(\t\x12\x13\n\x0bmax_choices\x18\x0b \x01(\r\"\xe6\x02\n\x04Load\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ree_blocks\x18\x04 \x01(\x04\x12\x15\n\rcached_blocks\x18\x05 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x06 \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\x07 \x01(\x01\x12\x15\n\rdecode_step_s\x18\x08 \x01(\x01\x12\x1c\n\x14transfer_bytes_per_s\x18\t \x01(\x01\x12\x15\n\rbooked_blocks\x18\n \x01(\x04\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x15\n\ractive_blocks\x18\x0c \x01(\x04\x12\x13\n\x0blent_blocks\x18\r \x01(\x04\x12\x16\n\x0elanding_blocks\x18\x0e \x01(\x04\x12\x1a\n\x12quarantined_blocks\x18\x0f \x01(\x04*s\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x17\n\x13WORKER_ROLE_KVSTORE\x10\x03\x32V\n\rWorkerService\x12\x45\n\x06\x41ttach\x12\x1a.tailrace.v1.AttachRequest\x1a\x1b.tailrace.v1.AttachResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,36 +36,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LEGREPORT_CACHEDTOKENSBYTIERENTRY']._loaded_options = None
   _globals['_LEGREPORT_CACHEDTOKENSBYTIERENTRY']._serialized_options = b'8\001'
-  _globals['_WORKERROLE']._serialized_start=2365
-  _globals['_WORKERROLE']._serialized_end=2455
+  _globals['_WORKERROLE']._serialized_start=2652
+  _globals['_WORKERROLE']._serialized_end=2767
   _globals['_ATTACHREQUEST']._serialized_start=119
   _globals['_ATTACHREQUEST']._serialized_end=266
   _globals['_GREETING']._serialized_start=268
   _globals['_GREETING']._serialized_end=321
   _globals['_SUBMIT']._serialized_start=324
-  _globals['_SUBMIT']._serialized_end=670
-  _globals['_KVSOURCE']._serialized_start=672
-  _globals['_KVSOURCE']._serialized_end=749
-  _globals['_CANCEL']._serialized_start=751
-  _globals['_CANCEL']._serialized_end=792
-  _globals['_ATTACHRESPONSE']._serialized_start=795
-  _globals['_ATTACHRESPONSE']._serialized_end=1182
-  _globals['_STEPLINE']._serialized_start=1184
-  _globals['_STEPLINE']._serialized_end=1221
-  _globals['_TOKENCOLUMNS']._serialized_start=1224
-  _globals['_TOKENCOLUMNS']._serialized_end=1355
-  _globals['_CHOICEFINISHED']._serialized_start=1357
-  _globals['_CHOICEFINISHED']._serialized_end=1448
-  _globals['_LEGFAILED']._serialized_start=1450
-  _globals['_LEGFAILED']._serialized_end=1512
-  _globals['_LEGREPORT']._serialized_start=1515
-  _globals['_LEGREPORT']._serialized_end=1740
-  _globals['_LEGREPORT_CACHEDTOKENSBYTIERENTRY']._serialized_start=1683
-  _globals['_LEGREPORT_CACHEDTOKENSBYTIERENTRY']._serialized_end=1740
-  _globals['_WORKERINFO']._serialized_start=1743
-  _globals['_WORKERINFO']._serialized_end=2002
-  _globals['_LOAD']._serialized_start=2005
-  _globals['_LOAD']._serialized_end=2363
-  _globals['_WORKERSERVICE']._serialized_start=2457
-  _globals['_WORKERSERVICE']._serialized_end=2543
+  _globals['_SUBMIT']._serialized_end=721
+  _globals['_PREFIXSOURCE']._serialized_start=723
+  _globals['_PREFIXSOURCE']._serialized_end=817
+  _globals['_KVSOURCE']._serialized_start=819
+  _globals['_KVSOURCE']._serialized_end=896
+  _globals['_CANCEL']._serialized_start=898
+  _globals['_CANCEL']._serialized_end=939
+  _globals['_ATTACHRESPONSE']._serialized_start=942
+  _globals['_ATTACHRESPONSE']._serialized_end=1329
+  _globals['_STEPLINE']._serialized_start=1331
+  _globals['_STEPLINE']._serialized_end=1368
+  _globals['_TOKENCOLUMNS']._serialized_start=1371
+  _globals['_TOKENCOLUMNS']._serialized_end=1502
+  _globals['_CHOICEFINISHED']._serialized_start=1504
+  _globals['_CHOICEFINISHED']._serialized_end=1595
+  _globals['_LEGFAILED']._serialized_start=1597
+  _globals['_LEGFAILED']._serialized_end=1659
+  _globals['_LEGREPORT']._serialized_start=1662
+  _globals['_LEGREPORT']._serialized_end=1924
+  _globals['_LEGREPORT_CACHEDTOKENSBYTIERENTRY']._serialized_start=1867
+  _globals['_LEGREPORT_CACHEDTOKENSBYTIERENTRY']._serialized_end=1924
+  _globals['_FETCH']._serialized_start=1926
+  _globals['_FETCH']._serialized_end=2027
+  _globals['_WORKERINFO']._serialized_start=2030
+  _globals['_WORKERINFO']._serialized_end=2289
+  _globals['_LOAD']._serialized_start=2292
+  _globals['_LOAD']._serialized_end=2650
+  _globals['_WORKERSERVICE']._serialized_start=2769
+  _globals['_WORKERSERVICE']._serialized_end=2855
 # @@protoc_insertion_point(module_scope)

@@ -31,12 +31,16 @@ class _WorkerRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerRole
     WORKER_ROLE_UNSPECIFIED: _WorkerRole.ValueType  # 0
     WORKER_ROLE_PREFILL: _WorkerRole.ValueType  # 1
     WORKER_ROLE_DECODE: _WorkerRole.ValueType  # 2
+    WORKER_ROLE_KVSTORE: _WorkerRole.ValueType  # 3
+    """A store: it computes nothing and takes no submissions."""
 
 class WorkerRole(_WorkerRole, metaclass=_WorkerRoleEnumTypeWrapper): ...
 
 WORKER_ROLE_UNSPECIFIED: WorkerRole.ValueType  # 0
 WORKER_ROLE_PREFILL: WorkerRole.ValueType  # 1
 WORKER_ROLE_DECODE: WorkerRole.ValueType  # 2
+WORKER_ROLE_KVSTORE: WorkerRole.ValueType  # 3
+"""A store: it computes nothing and takes no submissions."""
 Global___WorkerRole: _TypeAlias = WorkerRole  # noqa: Y015
 
 @_typing.final
@@ -111,6 +115,7 @@ class Submit(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    PREFIX_SOURCES_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """Short name of (request, attempt) on this stream; chosen by the gateway, never used twice."""
     request_id: _builtins.str
@@ -139,6 +144,12 @@ class Submit(_message.Message):
     def source(self) -> Global___KvSource:
         """For a decode worker: where the prompt's blocks come from. Absent: it prefills locally."""
 
+    @_builtins.property
+    def prefix_sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefixSource]:
+        """For whoever computes the prompt: who is thought to hold leading blocks of it, cached. Hints: what is not there, late
+        or refused is computed.
+        """
+
     def __init__(
         self,
         *,
@@ -156,14 +167,43 @@ class Submit(_message.Message):
         ticket: _builtins.bytes = ...,
         cache_salt: _builtins.str = ...,
         source: Global___KvSource | None = ...,
+        prefix_sources: _abc.Iterable[Global___PrefixSource] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "source", b"source", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "deadline_s", b"deadline_s", "first_choice", b"first_choice", "handle", b"handle", "num_choices", b"num_choices", "num_prompt_tokens", b"num_prompt_tokens", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "source", b"source", "ticket", b"ticket", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "deadline_s", b"deadline_s", "first_choice", b"first_choice", "handle", b"handle", "num_choices", b"num_choices", "num_prompt_tokens", b"num_prompt_tokens", "prefix_sources", b"prefix_sources", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "source", b"source", "ticket", b"ticket", "token_ids", b"token_ids", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
+
+@_typing.final
+class PrefixSource(_message.Message):
+    """Blocks first_block to first_block + num_blocks - 1 of the prompt's chain, named by their hashes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    first_block: _builtins.int
+    num_blocks: _builtins.int
+    @_builtins.property
+    def source(self) -> Global___KvSource: ...
+    def __init__(
+        self,
+        *,
+        source: Global___KvSource | None = ...,
+        first_block: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "num_blocks", b"num_blocks", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixSource: _TypeAlias = PrefixSource  # noqa: Y015
 
 @_typing.final
 class KvSource(_message.Message):
@@ -433,12 +473,17 @@ class LegReport(_message.Message):
     TIMING_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_BY_TIER_FIELD_NUMBER: _builtins.int
+    FETCHES_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     cached_tokens: _builtins.int
     @_builtins.property
     def timing(self) -> _generation_pb2.Timing: ...
     @_builtins.property
     def cached_tokens_by_tier(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]: ...
+    @_builtins.property
+    def fetches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Fetch]:
+        """What came of the prefix sources that were asked."""
+
     def __init__(
         self,
         *,
@@ -446,14 +491,50 @@ class LegReport(_message.Message):
         timing: _generation_pb2.Timing | None = ...,
         cached_tokens: _builtins.int = ...,
         cached_tokens_by_tier: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        fetches: _abc.Iterable[Global___Fetch] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "cached_tokens_by_tier", b"cached_tokens_by_tier", "handle", b"handle", "timing", b"timing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "cached_tokens_by_tier", b"cached_tokens_by_tier", "fetches", b"fetches", "handle", b"handle", "timing", b"timing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LegReport: _TypeAlias = LegReport  # noqa: Y015
+
+@_typing.final
+class Fetch(_message.Message):
+    """Cached blocks that were pulled from one holder."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDER_ID_FIELD_NUMBER: _builtins.int
+    NUM_ASKED_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    holder_id: _builtins.str
+    num_asked: _builtins.int
+    """Asked of it, and landed well."""
+    num_blocks: _builtins.int
+    num_bytes: _builtins.int
+    seconds: _builtins.float
+    """From asking until the last block had landed or nothing more was to come."""
+    def __init__(
+        self,
+        *,
+        holder_id: _builtins.str = ...,
+        num_asked: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+        num_bytes: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder_id", b"holder_id", "num_asked", b"num_asked", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fetch: _TypeAlias = Fetch  # noqa: Y015
 
 @_typing.final
 class WorkerInfo(_message.Message):

@@ -13,6 +13,7 @@ from tailrace.kv.events import KVEvent, KVEventKind, KVEvents, Tier
 from tailrace.kv.layout import LayerGroup
 from tailrace.messages import (
     ChoiceFinished,
+    Fetch,
     FirstToken,
     Holding,
     HoldingState,
@@ -24,6 +25,7 @@ from tailrace.messages import (
     LendTerms,
     LentBlocks,
     Load,
+    PrefixSource,
     StepEvents,
     Submission,
     TokenColumns,
@@ -172,6 +174,9 @@ def test_columns_of_different_lengths_are_refused_by_field() -> None:
 # -- attach -----------------------------------------------------------------------------------------------------------
 
 
+sources = st.builds(make_source, worker_id=text, epoch=u64, address=text, ticket=st.binary())
+
+
 @given(
     st.builds(
         make_submission,
@@ -186,7 +191,8 @@ def test_columns_of_different_lengths_are_refused_by_field() -> None:
         deadline_s=st.floats(0, 1e6),
         ticket=st.binary(max_size=4),
         cache_salt=text,
-        source=st.none() | st.builds(make_source, worker_id=text, epoch=u64, address=text, ticket=st.binary()),
+        source=st.none() | sources,
+        prefix_sources=st.lists(st.builds(PrefixSource, sources, u32, u32), max_size=2).map(tuple),
         traceparent=text,
         tracestate=text,
     )
@@ -213,6 +219,14 @@ def test_a_submission_that_no_gateway_sends_is_refused_by_field(field: str, valu
     with pytest.raises(InvalidRequestError) as refusal:
         convert.submission_from_proto(message)
     assert refusal.value.param == field
+
+
+def test_more_prefix_sources_than_any_gateway_names_are_refused() -> None:
+    piece = PrefixSource(make_source(), 0, 1)
+    message = convert.submission_to_proto(make_submission(prefix_sources=(piece,) * (convert.MAX_PREFIX_SOURCES + 1)))
+    with pytest.raises(InvalidRequestError, match="65 prefix sources, not 0 to 64") as refusal:
+        convert.submission_from_proto(message)
+    assert refusal.value.param == "prefix_sources"
 
 
 @pytest.mark.parametrize("role", Role)
@@ -250,6 +264,7 @@ def columns(draw: st.DrawFn) -> TokenColumns:
 reports = st.builds(
     LegReport,
     u64, f64, f64, f64, u64, text, f64, f64, u32, st.dictionaries(text, u32, max_size=2),
+    st.lists(st.builds(Fetch, text, u32, u32, u64, f64), max_size=2).map(tuple),
 )  # fmt: skip
 
 
@@ -318,17 +333,21 @@ def test_lending_by_hash_is_refused() -> None:
     assert refusal.value.param == "block_hashes"
 
 
-@given(u32, st.lists(st.tuples(u32, u64, u64), max_size=4))
-def test_lent_blocks(first: int, table: list[tuple[int, int, int]]) -> None:
-    lent = LentBlocks(first, *[[row[at] for row in table] for at in range(3)])
+@given(u32, st.lists(st.tuples(u32, u64, u64, st.sampled_from(Tier)), max_size=4), st.booleans())
+def test_lent_blocks(first: int, table: list[tuple[int, int, int, Tier]], has_tiers: bool) -> None:
+    tiers = bytes(row[3] for row in table) if has_tiers else b""
+    lent = LentBlocks(first, *[[row[at] for row in table] for at in range(3)], tiers)
     assert convert.lend_event_from_proto(wired(convert.lent_to_proto(lent))) == lent
 
 
 def test_lent_blocks_of_different_lengths_are_refused() -> None:
-    message = kv_pb2.LendResponse(ready=kv_pb2.LendReady(blocks=[1, 2], addresses=[1], generations=[1, 2]))
-    with pytest.raises(InvalidRequestError) as refusal:
-        convert.lend_event_from_proto(message)
-    assert refusal.value.param == "ready"
+    for message in (
+        kv_pb2.LendReady(blocks=[1, 2], addresses=[1], generations=[1, 2]),
+        kv_pb2.LendReady(blocks=[1, 2], addresses=[1, 2], generations=[1, 2], tiers=b"\0"),
+    ):
+        with pytest.raises(InvalidRequestError) as refusal:
+            convert.lend_event_from_proto(kv_pb2.LendResponse(ready=message))
+        assert refusal.value.param == "ready"
 
 
 firsts = st.builds(FirstToken, u32, u32, st.none() | logprobs, st.none() | st.sampled_from(FinishReason))
