@@ -249,6 +249,38 @@ def bench_idle(
     run_idle(_quiet({"model": model, "transport": transport}), IdleOptions(seconds=seconds), as_json=as_json)
 
 
+@bench_app.command("reuse")
+def bench_reuse(
+    model: Model = DEFAULT_MODEL,
+    transport: Transport = "auto",
+    prefix_tokens: Annotated[int, typer.Option(min=64, max=100_000, help="Kept somewhere.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(min=1, max=100_000, help="After them.")] = 64,
+    prefixes: Annotated[int, typer.Option(min=8, max=1000, help="That take turns.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Counted, of all prefixes.")] = 3,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Compute threads a worker.")] = 1,
+    cpu_memory: Annotated[str, typer.Option(help="Of the store that keeps all in memory.")] = "1GiB",
+    nvme_memory: Annotated[str, typer.Option(help="Of the store that keeps nearly all on disk.")] = "28MiB",
+    disk_bytes: Annotated[str, typer.Option(help="Of the latter's file.")] = "2GiB",
+    directory: Annotated[str, typer.Option(help="Where the file is made; default: that of temporary files.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """TTFT of a prompt whose prefix is in the worker's memory, in a store's memory or on its disk, beside a new one."""
+    from tailrace.cli.bench.reuse import ReuseOptions, run_reuse
+
+    options = ReuseOptions(
+        prefix_tokens=prefix_tokens,
+        new_tokens=new_tokens,
+        prefixes=prefixes,
+        rounds=rounds,
+        threads=threads,
+        cpu_memory=cpu_memory,
+        nvme_memory=nvme_memory,
+        disk_bytes=disk_bytes,
+        directory=directory,
+    )
+    run_reuse(_quiet({"model": model, "transport": transport}), options, as_json=as_json)
+
+
 @bench_app.command("index")
 def bench_index(
     blocks: Annotated[

@@ -28,6 +28,8 @@ class RequestTimes:
     prompt_tokens: int = 0
     output_tokens: int = 0
     """As `usage` says."""
+    cached_by_tier: dict[str, int] = field(default_factory=dict)
+    """Of the prompt's tokens, where this product says where they were found."""
     error: str = ""
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     """The first content is there, or there will be none."""
@@ -126,6 +128,7 @@ class Asker:
             times.error = str(event["error"].get("message", "the answer broke off"))
         if usage := event.get("usage"):
             times.prompt_tokens, times.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+            times.cached_by_tier = (usage.get("tailrace") or {}).get("cached_tokens_by_tier", {})
         if any(choice.get("text") or choice.get("logprobs") for choice in event.get("choices", ())):
             times.chunks_at.append(self.now())
             times.begun.set()
