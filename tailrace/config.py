@@ -8,16 +8,30 @@ at run time (the number of blocks, the port that the kernel chose) lives elsewhe
 
 import difflib
 import os
-import re
 import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from tailrace.config_values import (
+    Address,
+    Addresses,
+    BlockSize,
+    Device,
+    File,
+    Names,
+    NumBytes,
+    Port,
+    RedisSecret,
+    RoutingPolicy,
+    Secret,
+    Secrets,
+    Transport,
+)
 from tailrace.cores import this_machine
 from tailrace.errors import ConfigError
 from tailrace.index.redis_url import RedisUrl
@@ -25,79 +39,7 @@ from tailrace.index.redis_url import RedisUrl
 PREFIX = "TAILRACE_"
 CONFIG_FILE_VARIABLE = "TAILRACE_CONFIG"
 DEFAULT_MODEL = "smollm2-135m-instruct"
-MIN_SECRET_BYTES = 16
-BLOCK_SIZES = (16, 32, 64, 128)
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+):(\d{1,5})")
 _LOOPBACK = ("127.", "localhost", "::1", "[::1]")
-
-
-def parse_bytes(value: object) -> object:
-    """Bytes of "1GiB", "512MiB", "2GB" or "1048576"; what is not a string is returned as it is."""
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    if match is None:
-        raise ValueError("must be a number of bytes, or one with a unit like 512MiB or 1GiB")
-    number, unit, binary = match.groups()
-    exponent = " KMGT".index(unit.upper()) if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** exponent)
-
-
-def _split(value: object) -> object:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
-
-
-def _block_size(value: int) -> int:
-    if value not in BLOCK_SIZES:
-        raise ValueError(f"must be one of {', '.join(map(str, BLOCK_SIZES))}")
-    return value
-
-
-def _device(value: str) -> str:
-    if value.startswith("cuda:"):
-        raise ValueError("must be cuda: a worker uses one GPU, the first that it sees; CUDA_VISIBLE_DEVICES says which")
-    if value not in ("auto", "cpu", "cuda"):
-        raise ValueError("must be auto, cpu or cuda")
-    return value
-
-
-def _address(value: str) -> str:
-    match = _ADDRESS.fullmatch(value)
-    if match is None or not 0 < int(match[2]) < 65536:
-        raise ValueError("must be host:port")
-    return value
-
-
-def _secret(value: SecretStr) -> SecretStr:
-    if 0 < len(value.get_secret_value().encode()) < MIN_SECRET_BYTES:
-        raise ValueError(f"must have at least {MIN_SECRET_BYTES} bytes")
-    return value
-
-
-def _redis(value: SecretStr) -> SecretStr:
-    if text := value.get_secret_value():
-        RedisUrl.parse(text)
-    return value
-
-
-def _readable_file(value: Path) -> Path:
-    if not value.is_file():
-        raise ValueError("no such file")
-    return value
-
-
-Address = Annotated[str, AfterValidator(_address)]
-Addresses = Annotated[tuple[Address, ...], NoDecode, BeforeValidator(_split)]
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-NumBytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1 << 20, le=1 << 46)]
-File = Annotated[Path, AfterValidator(_readable_file)]
-Transport = Literal["auto", "nixl", "stream"]
-RoutingPolicy = Literal["cost", "round-robin", "least-loaded", "prefix"]
 
 
 class CommonConfig(BaseSettings):
@@ -110,14 +52,14 @@ class CommonConfig(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "text", "json"] = "auto"
     """auto: text; in colour on a terminal."""
-    secret: Annotated[SecretStr, AfterValidator(_secret)] = SecretStr("")
+    secret: Secret = SecretStr("")
     """Shared by the gateway and the workers of one cluster. Empty: none, which is allowed on the loopback interface
     only, and with which no KV moves between workers."""
     cache_dir: Path | None = None
     """Where fetched and converted models are kept; None: tailrace in the user's cache directory."""
     parent_pid: int | None = Field(default=None, ge=1)
     """End when this process is gone."""
-    redis: Annotated[SecretStr, AfterValidator(_redis)] = SecretStr("")
+    redis: RedisSecret = SecretStr("")
     """redis:// or rediss:// URL of the Redis or Redis Cluster that gateways and workers share; empty: none
     (docs/redis.md)."""
     redis_namespace: str = Field(default="tailrace", pattern=r"^[A-Za-z0-9_.-]{1,32}$")
@@ -191,8 +133,8 @@ class EngineFields(ModelConfigFields):
     """int8: the matrices of the layers and the head are rounded to 8 bits as they load, and on a CPU multiplied in 8
     bits: faster, and a little less exact (docs/adr/0012-int8-weights.md). All workers of a cluster must agree."""
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
-    device: Annotated[str, AfterValidator(_device)] = "auto"
-    block_size: Annotated[int, AfterValidator(_block_size)] = 16
+    device: Device = "auto"
+    block_size: BlockSize = 16
     """Tokens a KV block."""
     kv_cache_memory: NumBytes = 1 << 30
     """Bytes of KV blocks a worker keeps ("1GiB")."""
@@ -292,6 +234,8 @@ class KvStoreConfig(CommonConfig):
     """0: the kernel chooses."""
     advertise: str = Field(default="", max_length=300)
     """host or host:port that peers dial; empty: host and the bound port."""
+    join: Addresses = ()
+    """gRPC addresses of the gateways to join, once it is known what a block is."""
     data_host: str = Field(default="", max_length=255)
     """Interface of the stream transport; empty: host."""
     transport: Transport = "auto"
@@ -337,10 +281,26 @@ class UpConfig(EngineFields):
     max_concurrent_requests: int = Field(default=1024, ge=1, le=1_000_000)
     routing_policy: RoutingPolicy = "cost"
     """How workers are chosen: by predicted time, or by one of the others to compare with."""
+    store_memory: NumBytes | None = None
+    """Run a store that keeps computed prompts in so much memory ("2GiB"); none, and no store_disk: no store."""
+    store_disk: Path | None = None
+    """A file in which the store keeps them as well, over a restart. Alone it means a store_memory of 1GiB."""
+    store_disk_size: NumBytes = 8 << 30
+    """Size of that file, which is made at once."""
     restart: bool = True
     """Start a dead child again, with growing pauses."""
     pin_cores: bool = True
     """Keep each worker to cores of its own, where there are enough for all compute threads."""
+
+    @property
+    def has_store(self) -> bool:
+        return self.store_memory is not None or self.store_disk is not None
+
+    def store(self, **values: Any) -> KvStoreConfig:
+        sizes = {"disk_path": self.store_disk, "disk_bytes": self.store_disk_size}
+        if self.store_memory is not None:
+            sizes["cpu_memory"] = self.store_memory
+        return KvStoreConfig(**{**_shared(self, KvStoreConfig), "host": "127.0.0.1", "port": 0, **sizes, **values})
 
     def gateway(self, **values: Any) -> GatewayConfig:
         return GatewayConfig(**{**_shared(self, GatewayConfig), **values})

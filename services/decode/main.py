@@ -1,43 +1,24 @@
 """The decode worker's process."""
 
-import asyncio
-import sys
-
-from setproctitle import setproctitle
-
 from services.decode.service import DecodeService
 from services.decode.worker import DecodeWorker
 from tailrace.config import WorkerConfig
 from tailrace.engine.engine import Engine
-from tailrace.errors import TailraceError
 from tailrace.kv.block_pool import BlockPool
 from tailrace.policy.decode_scheduler import DecodeScheduler
 from tailrace.rpc.server import Server
-from tailrace.telemetry.log import configure_logging
 from tailrace.types import Role
 from tailrace.worker.attach import Attachments
 from tailrace.worker.engine_thread import EngineThread
-from tailrace.worker.host import Identity, Parts, Wiring, die, load_parts, open_plane, serve, worker_info
-from tailrace.worker.life import leave
+from tailrace.worker.host import Parts, Wiring, die, load_parts, open_plane, serve, worker_info
+from tailrace.worker.life import run_process
+from tailrace.worker.member import Identity
 from tailrace.worker.peers import OwnerPeers
 from tailrace.worker.requests import RequestMaker
 
 
 def main() -> None:
-    setproctitle("tailrace decode")
-    config = WorkerConfig.or_exit()
-    configure_logging(
-        role="decode",
-        worker_id=config.worker_id,
-        level=config.log_level,
-        style=config.log_format,
-        secrets=config.hidden,
-    )
-    try:
-        asyncio.run(run(config, *load_parts(config, Role.DECODE)))
-    except TailraceError as error:
-        sys.exit(f"tailrace decode: {error.message}")
-    leave()
+    run_process(Role.DECODE, WorkerConfig, lambda config: run(config, *load_parts(config, Role.DECODE)))
 
 
 async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: BlockPool) -> None:

@@ -7,7 +7,8 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
-from services.kvstore.storage import Storage, StoreIdentity, open_storage
+from services.kvstore.membership import NO_BLOCKS_YET, StoreMembership
+from services.kvstore.storage import Storage, open_storage
 from tailrace.config import KvStoreConfig
 from tailrace.errors import LayoutMismatchError, OverloadedError, TailraceError, TransferError, UnavailableError
 from tailrace.kv.events import KVEvents, Tier
@@ -25,7 +26,9 @@ from tailrace.messages import (
     Load,
 )
 from tailrace.transfer import BlockRead, PeerEndpoints, PendingRead, ReadOutcome
+from tailrace.worker.member import Identity
 from tailrace.worker.peers import OwnerPeers
+from tailrace.worker.report import StepReport
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ class _OpenLoan:
 class StoreNode:
     """Event loop only. Answers Meet, Lend, Offer and Control."""
 
-    def __init__(self, config: KvStoreConfig, identity: StoreIdentity) -> None:
+    def __init__(self, config: KvStoreConfig, identity: Identity, membership: StoreMembership) -> None:
         self._config = config
         self._identity = identity
         self._loop = asyncio.get_running_loop()
@@ -62,6 +65,8 @@ class StoreNode:
         """Stalled ones."""
         self._is_draining = False
         self._refused: set[str] = set()
+        self.membership = membership
+        self._will_tell = False
 
     @property
     def storage(self) -> Storage | None:
@@ -82,12 +87,15 @@ class StoreNode:
 
     async def close(self) -> None:
         """Ends what is open, brings the file up to date."""
+        await self.membership.close()
         for task in self._pulls:
             task.cancel()
         await asyncio.gather(*self._pulls, *([self._opening] if self._opening else []), return_exceptions=True)
         if self._peers is not None:
             await self._peers.close()
         if self._storage is not None:
+            # What is written from here on is written by another thread, and nobody listens.
+            self._storage.store.news.on_first = _do_nothing
             await self._storage.close()
 
     # -- Owning -------------------------------------------------------------------------------------------------------
@@ -111,6 +119,7 @@ class StoreNode:
         news = asyncio.Event()
         loan = storage.store.borrow(terms.block_hashes, news.set)
         self._loans.add(entry)
+        self._changed()
         base = storage.plane.owner.pool_address
         try:
             with storage.plane.owner.lending(terms.transport):
@@ -133,6 +142,7 @@ class StoreNode:
             self._loans.remove(entry)
             loan.close()
             storage.store.pump()
+            self._changed()
 
     # -- offers -------------------------------------------------------------------------------------------------------
 
@@ -149,8 +159,13 @@ class StoreNode:
         if wanted:
             task = asyncio.create_task(self._pull(storage, offer, wanted), name=f"pull from {offer.source.worker_id}")
             self._pulls.add(task)
-            task.add_done_callback(self._pulls.discard)
+            self._changed()
+            task.add_done_callback(self._pulled)
         return tuple(piece.block_hash for piece in wanted)
+
+    def _pulled(self, task: "asyncio.Task[None]") -> None:
+        self._pulls.discard(task)
+        self._changed()
 
     def _say_once(self, worker_id: str, error: TailraceError) -> None:
         if worker_id not in self._refused:
@@ -213,6 +228,7 @@ class StoreNode:
         """Nothing more is taken; what is there is lent on."""
         log.info("draining: %d pulls left", len(self._pulls))
         self._is_draining = True
+        self._changed()
 
     def load(self) -> Load:
         if self._storage is None:
@@ -250,14 +266,20 @@ class StoreNode:
             holdings=tuple(self._holdings()),
         )
 
-    async def snapshot(self) -> AsyncIterator[KvEventBatch]:
-        """Every block that could be lent. The store numbers no events yet: each batch begins at 0."""
+    async def cached(self) -> KVEvents:
+        """Publications of all that could be lent."""
         events = KVEvents()
         if self._storage is not None:
             for tier in (Tier.CPU, Tier.NVME):
                 events += KVEvents.published(self._storage.store.held_hashes(tier), tier)
+        return events
+
+    async def snapshot(self) -> AsyncIterator[KvEventBatch]:
+        """`cached`, in pieces; each is numbered with the event that comes after all of it."""
+        self._tell()
+        sequence, events = self.membership.sequence, await self.cached()
         for start in range(0, max(1, len(events)), SNAPSHOT_BLOCKS):
-            yield KvEventBatch(self._identity.epoch, 0, events[start : start + SNAPSHOT_BLOCKS])
+            yield KvEventBatch(self._identity.epoch, sequence, events[start : start + SNAPSHOT_BLOCKS])
 
     def _holdings(self) -> list[Holding]:
         now = time.monotonic()
@@ -280,12 +302,26 @@ class StoreNode:
             epoch=identity.epoch,
             secret=identity.secret,
         )
+        storage.store.news.on_first = self._changed
+        self.membership.begin(storage, self.load())
         return storage
 
     def _ready(self) -> Storage:
         if self._storage is None:
-            raise UnavailableError("this store has no blocks yet; it learns what a block is from the first offer")
+            raise UnavailableError(NO_BLOCKS_YET)
         return self._storage
+
+    def _changed(self) -> None:
+        """Gateways are told of this turn of the loop at its end, once."""
+        if not self._will_tell:
+            self._will_tell = True
+            self._loop.call_soon(self._tell)
+
+    def _tell(self) -> None:
+        self._will_tell = False
+        if self._storage is not None:
+            events = self._storage.store.news.drain()
+            self.membership.tell(StepReport(load=self.load(), kv_events=events))
 
     def _on_disk_news(self) -> None:
         """On a thread of the disk's."""
@@ -295,6 +331,10 @@ class StoreNode:
     def _pump(self) -> None:
         if self._storage is not None:
             self._storage.store.pump()
+
+
+def _do_nothing() -> None:
+    """Hears news that nobody tells on."""
 
 
 def _reads(arrivals: list[Arrival], names: tuple[bytes, ...], lent: LentBlocks) -> list[BlockRead]:

@@ -3,8 +3,8 @@
 from services.kvstore.node import StoreNode
 from tailrace.errors import TailraceError
 from tailrace.rpc import convert
-from tailrace.rpc.gen import control_pb2_grpc, kv_pb2, kv_pb2_grpc
-from tailrace.rpc.server import Context, ControlServicer, KvOwnerServicer, Server, abort
+from tailrace.rpc.gen import kv_pb2, kv_pb2_grpc
+from tailrace.rpc.server import Context, KvOwnerServicer, Server, abort, add_worker
 
 
 class KvStoreServicer(kv_pb2_grpc.KvStoreServiceServicer):
@@ -22,4 +22,4 @@ def add_store(server: Server, node: StoreNode) -> None:
     """All that a store answers."""
     kv_pb2_grpc.add_KvStoreServiceServicer_to_server(KvStoreServicer(node), server.grpc)
     kv_pb2_grpc.add_KvOwnerServiceServicer_to_server(KvOwnerServicer(node), server.grpc)
-    control_pb2_grpc.add_ControlServiceServicer_to_server(ControlServicer(node), server.grpc)
+    add_worker(server, lambda: node.membership.attachments, node)

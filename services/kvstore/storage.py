@@ -13,19 +13,11 @@ from tailrace.kv.layout import KVLayout
 from tailrace.kvstore.slab_file import num_slots_in, open_slab
 from tailrace.kvstore.slab_header import peek
 from tailrace.kvstore.store import KvStore
-from tailrace.transfer import PoolMemory, TlsFiles, TransferOptions, TransferPlane, open_transfer
+from tailrace.transfer import PoolMemory, TransferPlane, open_transfer
 from tailrace.transfer.memory import address_of
+from tailrace.worker.member import Identity, transfer_options
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StoreIdentity:
-    """`epoch` names this life of the store: 32 bits that go up with every restart."""
-
-    worker_id: str
-    epoch: int
-    secret: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +48,7 @@ def known_layout(path: Path | None) -> KVLayout | None:
 
 
 async def open_storage(
-    config: KvStoreConfig, identity: StoreIdentity, layout: KVLayout, on_done: Callable[[], None]
+    config: KvStoreConfig, identity: Identity, layout: KVLayout, on_done: Callable[[], None]
 ) -> Storage:
     """Raises ConfigError for a memory too small, for a file that is refused and for a transport that cannot be had.
 
@@ -72,7 +64,7 @@ async def open_storage(
     if config.disk_path is not None:
         why_no_disk = await asyncio.to_thread(_open_disk, store, config.disk_path, config.disk_bytes, layout, on_done)
     try:
-        plane = await open_transfer(_memory_of(store), _options(config, identity))
+        plane = await open_transfer(_memory_of(store), transfer_options(config, identity))
     except BaseException:
         await asyncio.to_thread(store.close)
         raise
@@ -104,23 +96,6 @@ def _memory_of(store: KvStore) -> PoolMemory:
         num_blocks=store.memory.num_slots,
         view=store.view,
         stamps=store.memory.stamps,
-    )
-
-
-def _options(config: KvStoreConfig, identity: StoreIdentity) -> TransferOptions:
-    tls = None
-    if config.tls_cert is not None and config.tls_key is not None:
-        tls = TlsFiles(config.tls_cert, config.tls_key, config.tls_ca or config.tls_cert)
-    return TransferOptions(
-        worker_id=identity.worker_id,
-        epoch=identity.epoch,
-        role="kvstore",
-        secret=identity.secret,
-        preference=config.transport,
-        net_device=config.net_device,
-        tls=tls,
-        stream_host=config.data_host or config.host,
-        advertised_host=config.advertise.partition(":")[0],
     )
 
 

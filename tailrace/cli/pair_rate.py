@@ -16,7 +16,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from tailrace.cli.processes import answer, claim_stdout, start, tell
-from tailrace.config import Transport, UpConfig
+from tailrace.config import UpConfig
+from tailrace.config_values import Transport
 from tailrace.errors import TailraceError, TransferError, UnavailableError
 from tailrace.host_memory import map_memory
 from tailrace.transfer import (

@@ -12,6 +12,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from tailrace.kv.events import Tier
 from tailrace.policy.store_eviction import EvictionOrder, Usage
 
 _COUNT_BITS = 32
@@ -65,6 +66,15 @@ class StoredBlock:
     disk_slot: int | None = None
     is_arriving: bool = False
     """A read into a memory slot is in flight: from a peer, or from the disk."""
+    told: Tier | None = None
+    """The tier that others were told last; None: they do not know of it. Written by `StoreNews`."""
+
+    @property
+    def tier(self) -> Tier | None:
+        """The nearest one that it can be lent from; None: it cannot be."""
+        if self.memory_slot is not None:
+            return Tier.CPU
+        return Tier.NVME if self.disk_slot is not None else None
 
     @property
     def usage(self) -> Usage:

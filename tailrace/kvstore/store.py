@@ -14,6 +14,7 @@ from tailrace.kvstore.counters import StoreCounters
 from tailrace.kvstore.disk_io import ReadJob, WriteJob
 from tailrace.kvstore.disk_tier import DiskTier
 from tailrace.kvstore.loan import Loan, LoanedBlock
+from tailrace.kvstore.news import StoreNews
 from tailrace.kvstore.slab_file import MAX_TENANT_BYTES, SlabFile
 from tailrace.kvstore.slots import SlotTable, StoredBlock, TierLedger
 from tailrace.kvstore.values import Arrival, OfferedBlock, StoreLedger
@@ -38,6 +39,7 @@ class KvStore:
         self.memory = SlotTable(num_slots, epoch=epoch)
         self.disk: DiskTier | None = None
         self.counters = StoreCounters()
+        self.news = StoreNews()
         self._slab: mmap.mmap = map_memory(num_slots * block_bytes)
         self.view = memoryview(self._slab)
         """The bytes of the memory tier, slot after slot."""
@@ -61,6 +63,8 @@ class KvStore:
             raise ValueError("a disk tier is opened first of all, for blocks of the same size")
         disk = DiskTier(file, on_done)
         blocks, num_bad = disk.restore()
+        for block in blocks:
+            self.news.skip(block)
         self.disk = disk
         self._blocks = {block.block_hash: block for block in blocks}
         self._moment = 1 + max((block.moment for block in blocks), default=0)
@@ -78,11 +82,11 @@ class KvStore:
 
     def find_prefix(self, hashes: Sequence[bytes]) -> list[Tier]:
         """Where each block of the longest prefix is that could be lent. Changes nothing."""
-        return [_tier_of(block) for block in self._prefix(hashes)]
+        return [tier for block in self._prefix(hashes) if (tier := block.tier) is not None]
 
     def held_hashes(self, tier: Tier) -> list[bytes]:
         """Every block that could be lent, and is nearest on this tier."""
-        return [b.block_hash for b in self._blocks.values() if _can_be_lent(b) and _tier_of(b) is tier]
+        return [block.block_hash for block in self._blocks.values() if block.tier is tier]
 
     def slot_bytes(self, slot: int) -> memoryview:
         """Of the memory tier."""
@@ -158,7 +162,7 @@ class KvStore:
     def pin(self, hashes: Sequence[bytes]) -> bool:
         """Never give these blocks up, in the tiers where they are. False, and nothing pinned, when that would be more
         than half of the memory tier, or when one of them is not there."""
-        blocks = [block for name in hashes if (block := self._blocks.get(name)) is not None and _can_be_lent(block)]
+        blocks = [block for name in hashes if (block := self._blocks.get(name)) is not None and block.tier is not None]
         fresh = sum(1 for block in blocks if not block.num_pins)
         if len(blocks) < len(hashes) or (self._num_pinned + fresh) * PIN_SHARE > self.memory.num_slots:
             return False
@@ -238,6 +242,7 @@ class KvStore:
             self.disk.slots.check_integrity()
             _expect(on_disk == self.disk.slots.blocks(), "blocks on disk", len(on_disk))
         _expect(all(block.is_held for block in self._blocks.values()), "blocks", len(self._blocks))
+        _expect(all(block.told is block.tier for block in self._blocks.values()), "what was told", len(self._blocks))
         _expect(self._num_pinned == sum(1 for b in self._blocks.values() if b.num_pins), "pins", self._num_pinned)
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -246,7 +251,7 @@ class KvStore:
         blocks: list[StoredBlock] = []
         for name in hashes:
             block = self._blocks.get(name)
-            if block is None or not _can_be_lent(block):
+            if block is None or block.tier is None:
                 break
             blocks.append(block)
         return blocks
@@ -277,21 +282,23 @@ class KvStore:
             taken.evicted.memory_slot = None
             if self._unwritten_later.pop(taken.evicted.block_hash, None) is not None:
                 self.counters.unwritten += 1
-            self._forget_if_gone(taken.evicted)
+            self._lost_a_copy(taken.evicted)
         return taken.slot
 
     def _settle(self, block: StoredBlock, slot: int) -> None:
         block.is_arriving = False
         block.memory_slot = slot
         self.memory.landed(slot, block)
+        self.news.note(block)
 
     def _gave_up(self, block: StoredBlock) -> None:
         if block.is_arriving:
             self.counters.failed_pulls += 1
             block.is_arriving = False
-            self._forget_if_gone(block)
+            self._lost_a_copy(block)
 
-    def _forget_if_gone(self, block: StoredBlock) -> None:
+    def _lost_a_copy(self, block: StoredBlock) -> None:
+        self.news.note(block)
         if not block.is_held:
             self._num_pinned -= bool(block.num_pins)
             del self._blocks[block.block_hash]
@@ -320,7 +327,7 @@ class KvStore:
             if taken.evicted is not None:
                 self.counters.evicted_disk += 1
                 taken.evicted.disk_slot = None
-                self._forget_if_gone(taken.evicted)
+                self._lost_a_copy(taken.evicted)
             disk.post_write(block, memory_slot, taken.slot, self.slot_bytes(memory_slot))
             self._line_up()
 
@@ -343,7 +350,7 @@ class KvStore:
                 self.counters.dropped_corrupt += 1
                 block.disk_slot = None
                 disk.forget_corrupt(block, job.disk_slot)
-            self._forget_if_gone(block)
+            self._lost_a_copy(block)
 
     def _fetch(self, loan: Loan) -> None:
         """Lend what has come to memory, post reads for the next blocks, and end the loan where neither can be."""
@@ -416,15 +423,7 @@ class KvStore:
             if block.disk_slot is not None:
                 disk.slots.drop(block.disk_slot)
             block.disk_slot = None
-            self._forget_if_gone(block)
-
-
-def _tier_of(block: StoredBlock) -> Tier:
-    return Tier.NVME if block.memory_slot is None else Tier.CPU
-
-
-def _can_be_lent(block: StoredBlock) -> bool:
-    return block.memory_slot is not None or block.disk_slot is not None
+            self._lost_a_copy(block)
 
 
 def _check_tenant(tenant: str) -> None:

@@ -123,8 +123,8 @@ class Server:
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     """`Attach`: commands of one gateway in, one message a step out."""
 
-    def __init__(self, attachments: Attachments, lines: StepLines | None = None) -> None:
-        """Without `lines` everything is said over gRPC."""
+    def __init__(self, attachments: Callable[[], Attachments], lines: StepLines | None = None) -> None:
+        """`attachments` raises TailraceError while nobody can attach. Without `lines` everything is said over gRPC."""
         self._attachments = attachments
         self._lines = lines or StepLines()
 
@@ -141,7 +141,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                         await self._write(session, convert.step_events_to_proto(event), context, line)
         finally:
             reader.cancel()
-            self._attachments.close(session)
+            self._attachments().close(session)
 
     async def _write(
         self, session: Session, message: worker_pb2.AttachResponse, context: Context, line: LineWriter
@@ -152,21 +152,24 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         """
         if line.is_open:
             if not await line.send(message, PEER_LOSS_S):
-                self._attachments.close(session)
+                self._attachments().close(session)
             return
         line.announce(message)
         write = asyncio.ensure_future(context.write(message))
         done, _ = await asyncio.wait({write}, timeout=PEER_LOSS_S)
         if not done:
             log.warning("gateway %s does not read; its session is closed", session.gateway_id)
-            self._attachments.close(session)
+            self._attachments().close(session)
         await write
 
     async def _greet(self, requests: AsyncIterator[worker_pb2.AttachRequest], context: Context) -> Session:
         first = await anext(aiter(requests), None)
         if first is None or not first.HasField("greeting"):
             await abort(context, InvalidRequestError("the first command must be a greeting", param="greeting"))
-        return self._attachments.open(first.greeting.gateway_id, first.greeting.gateway_epoch)
+        try:
+            return self._attachments().open(first.greeting.gateway_id, first.greeting.gateway_epoch)
+        except TailraceError as error:
+            await abort(context, error)
 
     async def _read(self, session: Session, requests: AsyncIterator[worker_pb2.AttachRequest]) -> None:
         """Ends the session when the gateway ends its side."""
@@ -179,11 +182,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     def _apply(self, session: Session, request: worker_pb2.AttachRequest) -> None:
         if request.HasField("submit"):
             try:
-                self._attachments.submit(session, convert.submission_from_proto(request.submit))
+                self._attachments().submit(session, convert.submission_from_proto(request.submit))
             except TailraceError as error:
                 session.add_failure(request.submit.handle, error)
         elif request.HasField("cancel"):
-            self._attachments.cancel(session, request.cancel.handle, tuple(request.cancel.choices))
+            self._attachments().cancel(session, request.cancel.handle, tuple(request.cancel.choices))
 
 
 class Owning(Protocol):
@@ -259,8 +262,8 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             yield control_pb2.SnapshotResponse(events=convert.kv_events_to_proto(batch))
 
 
-def add_worker(server: Server, attachments: Attachments, worker: Controlled) -> None:
-    """What every worker answers, whether it lends KV or not."""
+def add_worker(server: Server, attachments: Callable[[], Attachments], worker: Controlled) -> None:
+    """What every member answers, whether it computes or only keeps."""
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(attachments, server.lines), server.grpc)
     server.lines.are_wanted = True
     control_pb2_grpc.add_ControlServiceServicer_to_server(ControlServicer(worker), server.grpc)

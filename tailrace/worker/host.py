@@ -1,10 +1,8 @@
 """A worker process: what prefill and decode set up alike, from the configuration to the last goodbye."""
 
-import asyncio
 import contextlib
 import logging
 import os
-import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
@@ -14,11 +12,7 @@ from tailrace import __version__
 from tailrace.checkpoint.resolve import resolve_model
 from tailrace.config import WorkerConfig
 from tailrace.engine.engine import Engine, EngineOptions, load_engine
-from tailrace.errors import ConfigError, TailraceError
-from tailrace.index.keys import KeySpace
-from tailrace.index.publisher import Publisher
-from tailrace.index.redis_client import RedisClient
-from tailrace.index.registry import Registration
+from tailrace.errors import ConfigError
 from tailrace.kv.block_pool import BlockPool
 from tailrace.kv.events import KVEvents
 from tailrace.kv.layout import KVLayout
@@ -34,45 +28,25 @@ from tailrace.messages import (
     WorkerInfo,
 )
 from tailrace.policy.request import StopRule
-from tailrace.rpc.client import Peer
 from tailrace.rpc.gen import kv_pb2_grpc
 from tailrace.rpc.server import KvOwnerServicer, Server, add_worker
-from tailrace.transfer import PeerEndpoints, PoolMemory, TlsFiles, TransferOptions, TransferPlane, open_transfer
+from tailrace.transfer import PeerEndpoints, PoolMemory, TransferPlane, open_transfer
 from tailrace.types import Role
 from tailrace.worker.attach import Attachments
 from tailrace.worker.cached_lending import CachedLender
 from tailrace.worker.compute_thread import ComputeThread
 from tailrace.worker.engine_thread import EngineThread
 from tailrace.worker.lending import Lender
-from tailrace.worker.life import new_epoch, until_told
+from tailrace.worker.life import until_told
+from tailrace.worker.member import Identity, Membership, advertised_address, transfer_options
 from tailrace.worker.offering import StoreOffers
 from tailrace.worker.runner import Runner
 
 log = logging.getLogger(__name__)
 
-REJOIN_S = 0.5
 PROGRESS_S = 2.0
 SNAPSHOT_BLOCKS = 4096
 """Hashes in one message of a snapshot."""
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """`epoch` names this life of the worker: 32 bits that go up with every restart."""
-
-    role: Role
-    worker_id: str
-    epoch: int
-    secret: bytes
-
-    @classmethod
-    def draw(cls, config: WorkerConfig, role: Role) -> "Identity":
-        """Raises ConfigError when no cluster secret is set."""
-        secret = config.secret.get_secret_value().encode()
-        if not secret:
-            raise ConfigError("secret: set TAILRACE_SECRET to the same value for the gateway and all workers")
-        worker_id = config.worker_id or f"{role}-{socket.gethostname()}-{os.getpid()}"
-        return cls(role, worker_id, new_epoch(), secret)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,23 +156,7 @@ async def open_plane(config: WorkerConfig, identity: Identity, engine: Engine, p
         memory="dram" if on_cpu else "vram",
         device=cache.tensor.device.index or 0,
     )
-    tls = None
-    if config.tls_cert is not None and config.tls_key is not None:
-        tls = TlsFiles(config.tls_cert, config.tls_key, config.tls_ca or config.tls_cert)
-    return await open_transfer(
-        memory,
-        TransferOptions(
-            worker_id=identity.worker_id,
-            epoch=identity.epoch,
-            role=identity.role,
-            secret=identity.secret,
-            preference=config.transport,
-            net_device=config.net_device,
-            tls=tls,
-            stream_host=config.data_host or config.host,
-            advertised_host=config.advertise.partition(":")[0],
-        ),
-    )
+    return await open_transfer(memory, transfer_options(config, identity))
 
 
 class WorkerHost:
@@ -257,6 +215,10 @@ class WorkerHost:
             holdings=tuple(self._wiring.worker.holdings()),
         )
 
+    async def cached(self) -> KVEvents:
+        """Publications of all that is findable."""
+        return KVEvents.published(await self._wiring.engine.call(self._parts.pool.cached_hashes))
+
     async def snapshot(self) -> AsyncIterator[KvEventBatch]:
         hashes = await self._wiring.engine.call(self._parts.pool.cached_hashes)
         # Events of the steps before have been delivered by now, and those after it may repeat what it says.
@@ -271,13 +233,8 @@ def make_offers(parts: Parts, port: int) -> StoreOffers | None:
     config, identity = parts.config, parts.identity
     if config.store is None:
         return None
-    source = KvSource(identity.worker_id, identity.epoch, _address(config, port), b"")
+    source = KvSource(identity.worker_id, identity.epoch, advertised_address(config, port), b"")
     return StoreOffers(config.store, identity.secret, source=source, layout=parts.layout)
-
-
-def _address(config: WorkerConfig, port: int) -> str:
-    host = config.advertise or config.host
-    return host if ":" in host else f"{host}:{port}"
 
 
 def worker_info(config: WorkerConfig, identity: Identity, engine: Engine, port: int) -> WorkerInfo:
@@ -290,7 +247,7 @@ def worker_info(config: WorkerConfig, identity: Identity, engine: Engine, port: 
         max_model_len=engine.max_model_len,
         max_num_seqs=config.max_num_seqs,
         num_blocks=engine.cache.num_blocks,
-        address=_address(config, port),
+        address=advertised_address(config, port),
         version=__version__,
     )
 
@@ -298,66 +255,23 @@ def worker_info(config: WorkerConfig, identity: Identity, engine: Engine, port: 
 async def serve(parts: Parts, wiring: Wiring, server: Server) -> None:
     """Run until SIGTERM or SIGINT, or until the engine fails (then raises). Ends by closing everything, in order."""
     host = WorkerHost(parts, wiring)
-    add_worker(server, wiring.attachments, host)
+    add_worker(server, lambda: wiring.attachments, host)
     kv_pb2_grpc.add_KvOwnerServiceServicer_to_server(KvOwnerServicer(host), server.grpc)
     wiring.engine.start()
     await server.start()
     address, layout = wiring.attachments.info.address, parts.layout
     blocks = parts.pool.num_blocks, layout.block_size
     log.info("ready on %s: %s; %d blocks of %d tokens", address, layout.arithmetic, *blocks)
-    joins = [asyncio.create_task(stay_joined(gateway, address, parts.identity.secret)) for gateway in parts.config.join]
-    if (publisher := redis_publisher(parts, wiring)) is not None:
-        joins.append(asyncio.create_task(publisher.run(), name="redis"))
+    membership = Membership(parts.config, wiring.attachments, parts.identity.secret, cached=host.cached)
     try:
         await until_told(parts.config.parent_pid)
     finally:
-        for task in joins:
-            task.cancel()
-        await asyncio.gather(*joins, return_exceptions=True)
+        await membership.close()
         if wiring.offers is not None:
             await wiring.offers.close()
         await server.stop()
         await wiring.engine.stop()
         await parts.transfer.close()
-
-
-def redis_publisher(parts: Parts, wiring: Wiring) -> Publisher | None:
-    """None: the configuration names no Redis. Hears from here on what the worker's sessions hear."""
-    if (url := parts.config.redis_url) is None:
-        return None
-    info, pool, attachments = wiring.attachments.info, parts.pool, wiring.attachments
-
-    async def cached() -> KVEvents:
-        return KVEvents.published(await wiring.engine.call(pool.cached_hashes))
-
-    registration = Registration(
-        worker_id=info.worker_id,
-        epoch=info.epoch,
-        edition=0,
-        role=info.role,
-        address=info.address,
-        model_digest=info.layout.model_digest,
-        num_blocks=info.num_blocks,
-        sequence=attachments.kv_sequence,
-    )
-    keys = KeySpace(parts.config.redis_namespace)
-    publisher = Publisher(RedisClient(url), keys, parts.identity.secret, registration, cached=cached)
-    attachments.on_kv_events = publisher.offer
-    return publisher
-
-
-async def stay_joined(gateway: str, address: str, secret: bytes) -> None:
-    """A member of the gateway for as long as it is there; joins again when it comes back."""
-    peer = Peer(gateway, secret)
-    try:
-        while True:
-            try:
-                await peer.join(address, lambda name: log.info("joined gateway %s at %s", name, gateway))
-            except TailraceError as error:
-                log.info("not a member of %s: %s", gateway, error.message)
-            await asyncio.sleep(REJOIN_S)
-    finally:
-        await peer.close()
 
 
 def die(error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""How long a process of the cluster lives: its epoch, what ends it, and its last goodbye."""
+"""The life of a process of the cluster: its start, its epoch, what ends it, and its last goodbye."""
 
 import asyncio
 import logging
@@ -6,11 +6,38 @@ import os
 import signal
 import sys
 import time
-from typing import NoReturn
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn, TypeVar
 
+from setproctitle import setproctitle
+
+from tailrace.config import KvStoreConfig, WorkerConfig
+from tailrace.errors import ConfigError, TailraceError
 from tailrace.rpc.options import PEER_LOSS_S
+from tailrace.telemetry.log import configure_logging
+from tailrace.types import Role
 
 log = logging.getLogger(__name__)
+C = TypeVar("C", WorkerConfig, KvStoreConfig)
+
+
+def run_process(role: Role, kind: type[C], work: Callable[[C], Coroutine[Any, Any, None]]) -> NoReturn:
+    """A `main()`: from the configuration to the last goodbye.
+
+    `work` is called before there is an event loop, and what it returns runs on one. An error of ours is a line on
+    stderr; exit code 2 says that it will be the same the next time, 1 that it may not.
+    """
+    setproctitle(f"tailrace {role}")
+    config = kind.or_exit()
+    configure_logging(
+        role=role, worker_id=config.worker_id, level=config.log_level, style=config.log_format, secrets=config.hidden
+    )
+    try:
+        asyncio.run(work(config))
+    except TailraceError as error:
+        print(f"tailrace {role}: {error.message}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+    leave()
 
 
 def new_epoch() -> int:

@@ -21,7 +21,7 @@ class Deaf:
 async def main() -> None:
     server = Server(SECRET)
     attachments = Attachments(make_info(), Deaf(), steps=lambda: 0)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(attachments), server.grpc)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(lambda: attachments), server.grpc)
     port = server.bind("127.0.0.1", 0)
     await server.start()
     print(port, flush=True)

@@ -2,7 +2,8 @@ import os
 
 import pytest
 
-from tailrace.config import GatewayConfig, UpConfig, WorkerConfig, base_environment, parse_bytes
+from tailrace.config import GatewayConfig, UpConfig, WorkerConfig, base_environment
+from tailrace.config_values import parse_bytes
 from tailrace.errors import ConfigError
 
 SECRET = "0123456789abcdef"

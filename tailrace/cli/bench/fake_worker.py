@@ -133,7 +133,7 @@ async def serve(config: WorkerConfig, worker: FakeDecode) -> None:
     server = Server(config.secret.get_secret_value().encode())
     info = fake_info(config, server.bind(config.host, config.port))
     attachments = Attachments(info, worker, steps=lambda: worker.num_steps)
-    add_worker(server, attachments, worker)
+    add_worker(server, lambda: attachments, worker)
     await server.start()
     try:
         await worker.run(attachments)

@@ -42,7 +42,7 @@ async def test_it_loses_its_session_and_the_server_still_serves_and_stops(monkey
     handler = Handler()
     attachments = Attachments(make_info(), handler, steps=lambda: 1)
     host = server.Server(SECRET)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(server.WorkerServicer(attachments), host.grpc)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(server.WorkerServicer(lambda: attachments), host.grpc)
     port = host.bind("127.0.0.1", 0)
     await host.start()
     channel, _call = await attach_deaf(port, make_submission())

@@ -85,7 +85,7 @@ class World:
 async def serving(world: World) -> AsyncIterator[tuple[str, Attachments]]:
     server = Server(SECRET)
     attachments = Attachments(make_info(), world, steps=lambda: 1)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(attachments), server.grpc)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(lambda: attachments), server.grpc)
     kv_pb2_grpc.add_KvOwnerServiceServicer_to_server(KvOwnerServicer(world), server.grpc)
     control_pb2_grpc.add_ControlServiceServicer_to_server(ControlServicer(world), server.grpc)
     port = server.bind("127.0.0.1", 0)

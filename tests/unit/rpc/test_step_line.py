@@ -39,7 +39,7 @@ class Worker:
         self.handler = Handler()
         self.attachments = Attachments(make_info(), self.handler, steps=lambda: 1)
         self.server = Server(SECRET)
-        servicer = WorkerServicer(self.attachments, self.server.lines)
+        servicer = WorkerServicer(lambda: self.attachments, self.server.lines)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, self.server.grpc)
         self.server.lines.are_wanted = True
 
