@@ -282,9 +282,9 @@ class UpConfig(EngineFields):
     routing_policy: RoutingPolicy = "cost"
     """How workers are chosen: by predicted time, or by one of the others to compare with."""
     store_memory: NumBytes | None = None
-    """Run a store that keeps computed prompts in so much memory ("2GiB"); none, and no store_disk: no store."""
+    """Run a store, too, which keeps computed prompts in so much memory ("2GiB")."""
     store_disk: Path | None = None
-    """A file in which the store keeps them as well, over a restart. Alone it means a store_memory of 1GiB."""
+    """Run a store, too, which keeps them in this file as well, over a restart; its memory is 1GiB where not given."""
     store_disk_size: NumBytes = 8 << 30
     """Size of that file, which is made at once."""
     restart: bool = True

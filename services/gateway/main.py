@@ -82,7 +82,7 @@ class Gateway:
             raise ConfigError("secret: set TAILRACE_SECRET to the same value for the gateway and all workers")
         epoch = secrets.randbits(32)
         cache_dir = config.cache_dir or default_cache_dir()
-        index = open_index(cache_dir)
+        self._index = index = open_index(cache_dir)
         gateway_id = f"gateway-{socket.gethostname()}-{os.getpid()}"
         self.step_writer = load_step_writer(cache_dir)
         self.members = Members(
@@ -126,7 +126,13 @@ class Gateway:
 
     def _worker_samples(self) -> list[WorkerSample]:
         return [
-            WorkerSample(member.info.worker_id, member.info.role, member.load, uses_line=member.call.uses_line)
+            WorkerSample(
+                member.info.worker_id,
+                member.info.role,
+                member.load,
+                uses_line=member.call.uses_line,
+                indexed_blocks=self._index.num_blocks(member.info.worker_id),
+            )
             for member in self.members.all()
         ]
 

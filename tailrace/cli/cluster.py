@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -20,8 +21,21 @@ from tailrace.config import UpConfig, base_environment
 from tailrace.cores import Machine, Share, divide, this_machine, thread_environment, without_thread_placement
 from tailrace.errors import ConfigError
 
+STORE = "kvstore"
+"""The only one of its machine."""
 _POLL_S = 0.1
 _ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - what a client dials instead
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Of this machine, for the servers that others of the cluster dial."""
+
+    http: int
+    grpc: int
+    """Of the gateway."""
+    store: int | None = None
+    """None: no store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +63,8 @@ async def running_cluster(
     """
     began = time.monotonic()
     port = free_port(config.host, config.port)
-    specs = plan_children(config, model, port=port, grpc_port=free_port("127.0.0.1"), machine=machine or this_machine())
+    ports = Ports(port, free_port("127.0.0.1"), free_port("127.0.0.1") if config.has_store else None)
+    specs = plan_children(config, model, ports, machine=machine or this_machine())
     base_url = http_url(config.host, port)
     async with Supervisor(specs, listener, RestartPolicy(enabled=config.restart)) as supervisor:
         await supervisor.during(_until_ready(base_url, config))
@@ -57,23 +72,20 @@ async def running_cluster(
         yield Cluster(base_url, time.monotonic() - began, supervisor)
 
 
-def plan_children(
-    config: UpConfig, model: Path, *, port: int, grpc_port: int, machine: Machine
-) -> tuple[ChildSpec, ...]:
-    """The gateway, then the workers, with the cores divided among the workers."""
-    names = [f"prefill-{i}" for i in range(config.prefill)] + [f"decode-{i}" for i in range(config.decode)]
-    shared = {
-        "model": str(model),
-        "served_model_name": config.model_names,
-        "parent_pid": os.getpid(),
-        "secret": config.secret.get_secret_value() or secrets.token_hex(32),
-    }
-    gateway = config.gateway(**shared, port=port, grpc_host="127.0.0.1", grpc_port=grpc_port)
+def plan_children(config: UpConfig, model: Path, ports: Ports, *, machine: Machine) -> tuple[ChildSpec, ...]:
+    """The gateway, the store if there is one, then the workers, with the cores divided among the workers."""
+    common = {"parent_pid": os.getpid(), "secret": config.secret.get_secret_value() or secrets.token_hex(32)}
+    shared = {**common, "model": str(model), "served_model_name": config.model_names}
+    gateway = config.gateway(**shared, port=ports.http, grpc_host="127.0.0.1", grpc_port=ports.grpc)
     children = [_child("gateway", "gateway", gateway.to_environment())]
+    joining: dict[str, Any] = {"join": (f"127.0.0.1:{ports.grpc}",)}
+    if ports.store is not None:
+        store = config.store(**common, **joining, worker_id=_worker_id(config, STORE), port=ports.store)
+        children.append(_child(STORE, "kvstore", store.to_environment()))
+        joining["store"] = f"127.0.0.1:{ports.store}"
+    names = [f"prefill-{i}" for i in range(config.prefill)] + [f"decode-{i}" for i in range(config.decode)]
     for name, share in zip(names, worker_shares(config, machine), strict=True):
-        worker = config.worker(
-            **shared, worker_id=_worker_id(config, name), join=(f"127.0.0.1:{grpc_port}",), threads=share.threads
-        )
+        worker = config.worker(**shared, **joining, worker_id=_worker_id(config, name), threads=share.threads)
         environment = {**worker.to_environment(), **thread_environment(share.threads)}
         children.append(_child(name, name.partition("-")[0], environment, share.cores))
     return tuple(children)

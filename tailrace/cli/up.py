@@ -53,4 +53,4 @@ async def _serve(config: UpConfig, model: Path, console: Console) -> None:
 
 def describe(config: UpConfig) -> str:
     workers = f"{config.decode} decode" if config.prefill == 0 else f"{config.prefill} prefill, {config.decode} decode"
-    return f"1 gateway, {workers}"
+    return f"1 gateway, {workers}{', 1 store' if config.has_store else ''}"

@@ -42,6 +42,8 @@ class WorkerSample:
     load: Load
     uses_line: bool = False
     """Its steps come over a connection of their own, not over gRPC."""
+    indexed_blocks: int = 0
+    """That the gateway's prefix index thinks it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,7 @@ class _WorkerGauges(Collector):
         yield _by_role(samples)
         yield _by_carrier(samples)
         yield _blocks(samples)
+        yield _indexed(samples)
         for name, (text, value) in _GAUGES.items():
             gauge = GaugeMetricFamily(name, text, labels=["worker", "role"])
             for sample in samples:
@@ -141,6 +144,14 @@ def _blocks(samples: list[WorkerSample]) -> Metric:
     for sample in samples:
         for state in _BLOCK_STATES:
             gauge.add_metric([sample.worker_id, sample.role, state], getattr(sample.load, f"{state}_blocks"))
+    return gauge
+
+
+def _indexed(samples: list[WorkerSample]) -> Metric:
+    text = "Blocks that the prefix index thinks the worker holds."
+    gauge = GaugeMetricFamily("tailrace_index_blocks", text, labels=["worker", "role"])
+    for sample in samples:
+        gauge.add_metric([sample.worker_id, sample.role], sample.indexed_blocks)
     return gauge
 
 

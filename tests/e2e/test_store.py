@@ -1,9 +1,19 @@
 """A prefill worker and a store: what was computed is in the store when the request is over, and nobody waits for it."""
 
+import asyncio
+import os
+import re
+import signal
 from pathlib import Path
 
+import httpx
 import pytest
 
+from tailrace.cli.cluster import running_cluster
+from tailrace.cli.supervisor import Death
+from tailrace.config import UpConfig
+from tailrace.kvstore.slab_file import ENTRY_BYTES
+from tailrace.kvstore.slab_header import HEADER_BYTES, peek
 from tailrace.rpc.client import Peer
 from tests.helpers.cluster import Cluster
 
@@ -37,6 +47,103 @@ async def test_a_store_that_is_not_there_costs_a_worker_nothing(small_model: Pat
         first = cluster.complete(PROMPT, max_tokens=4)
         assert cluster.complete(PROMPT, max_tokens=4) == first
         cluster.wait_until(lambda: "the store takes no offers" in cluster.logs(), "the worker says so", 10.0)
+
+
+def test_the_gateway_knows_what_a_store_has_for_as_long_as_it_lives(small_model: Path, tmp_path: Path) -> None:
+    disk = {"cpu_memory": "8MiB", "disk_path": tmp_path / "slab", "disk_bytes": "16MiB"}
+    with Cluster(small_model, max_model_len=512) as cluster:
+        cluster.start("kvstore", "store", **disk)
+        cluster.start_workers(store=cluster.address("store"))
+        assert cluster.metric("tailrace_workers", role="kvstore") == 0, "it does not know what a block is"
+        text = cluster.complete(PROMPT, max_tokens=8)
+        cluster.wait_until(lambda: num_indexed(cluster) == NUM_FULL_BLOCKS, "the index has the prompt's blocks", 30.0)
+        cluster.wait_for("prefill-0", "decode-0", "store")
+        assert cluster.metric("tailrace_workers", role="kvstore") == 1
+        cluster.wait_until(lambda: is_on_disk(tmp_path / "slab"), "they are on disk", 30.0)
+        cluster.process("store").kill()
+        cluster.wait_for("prefill-0", "decode-0")
+        assert num_indexed(cluster) == 0
+        assert cluster.complete(PROMPT, max_tokens=8) == text
+        cluster.start("kvstore", "store", **disk)
+        cluster.wait_until(lambda: num_indexed(cluster) == NUM_FULL_BLOCKS, "they are in the index again", 30.0)
+        snapshots = cluster.metric("tailrace_index_snapshots_total")
+        assert cluster.complete([9, *PROMPT], max_tokens=8)
+        assert cluster.metric("tailrace_index_snapshots_total") == snapshots, "the events had no gap"
+        assert "Traceback" not in cluster.logs()
+
+
+def test_a_gateway_with_a_store_alone_is_not_ready(small_model: Path, tmp_path: Path) -> None:
+    disk = {"cpu_memory": "8MiB", "disk_path": tmp_path / "slab", "disk_bytes": "16MiB"}
+    with Cluster(small_model, max_model_len=512) as cluster:
+        cluster.start("kvstore", "store", **disk)
+        cluster.start_workers(store=cluster.address("store"))
+        cluster.complete(PROMPT, max_tokens=8)
+        cluster.wait_for("prefill-0", "decode-0", "store")
+        for name in ("prefill-0", "decode-0"):
+            cluster.process(name).kill()
+        cluster.wait_for("store")
+        ready = cluster.get("/ready")
+        assert (ready.status_code, ready.json()["reasons"]) == (503, ["no decode worker is attached"])
+        assert cluster.post("/v1/completions", prompt=PROMPT, max_tokens=2).status_code == 503
+
+
+async def test_a_cluster_started_with_a_store_starts_it_again_when_it_dies(small_model: Path, tmp_path: Path) -> None:
+    config = UpConfig(
+        model=str(small_model),
+        port=0,
+        max_model_len=512,
+        num_blocks=64,
+        threads=1,
+        pin_cores=False,
+        store_memory="8MiB",
+        store_disk=tmp_path / "slab",
+        store_disk_size="16MiB",
+    )
+    async with running_cluster(config, small_model, Silent()) as cluster, httpx.AsyncClient(trust_env=False) as client:
+
+        async def num_stored() -> int:
+            text = (await client.get(f"{cluster.base_url}/metrics")).text
+            found = re.search(r'^tailrace_index_blocks{.*role="kvstore".*} (\S+)$', text, re.MULTILINE)
+            return int(float(found[1])) if found else 0
+
+        async def until_stored(number: int) -> None:
+            async with asyncio.timeout(30):
+                while await num_stored() != number:  # noqa: ASYNC110 - another process: nothing to wait on
+                    await asyncio.sleep(0.02)
+
+        body = {"model": str(small_model), "prompt": PROMPT, "max_tokens": 4, "temperature": 0}
+        answer = await client.post(f"{cluster.api_url}/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        await until_stored(NUM_FULL_BLOCKS)
+        async with asyncio.timeout(30):
+            while not is_on_disk(tmp_path / "slab"):  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.02)
+        killed = cluster.supervisor.pids["kvstore"]
+        os.kill(killed, signal.SIGKILL)
+        await until_stored(0)
+        await until_stored(NUM_FULL_BLOCKS)
+        assert cluster.supervisor.pids["kvstore"] != killed
+
+
+class Silent:
+    def line(self, name: str, text: str) -> None:
+        pass
+
+    def died(self, death: Death, pause_s: float | None) -> None:
+        pass
+
+
+def num_indexed(cluster: Cluster) -> int:
+    return int(cluster.metric("tailrace_index_blocks", role="kvstore"))
+
+
+def is_on_disk(path: Path) -> bool:
+    """As the store would find it at its next start: an entry is written after its block."""
+    header = peek(path)
+    assert header is not None
+    table = path.read_bytes()[HEADER_BYTES : HEADER_BYTES + ENTRY_BYTES * header.num_slots]
+    entries = [table[at : at + ENTRY_BYTES] for at in range(0, len(table), ENTRY_BYTES)]
+    return sum(any(entry) for entry in entries) == NUM_FULL_BLOCKS
 
 
 async def hashes_in(cluster: Cluster, name: str) -> set[bytes]:

@@ -167,7 +167,8 @@ class Cluster:
         [port] = free_ports(1)
         self._addresses[name] = f"127.0.0.1:{port}"
         if role == "kvstore":
-            return {"secret": self.secret, "worker_id": name, "port": port, **options}
+            join = f"127.0.0.1:{self.grpc_port}"
+            return {"secret": self.secret, "worker_id": name, "join": join, "port": port, **options}
         mine = {"worker_id": name, "join": f"127.0.0.1:{self.grpc_port}", "port": port, "threads": 1}
         return {**common, **mine, **self._options, **options}
 
@@ -225,9 +226,11 @@ class Cluster:
         finally:
             await peer.close()
 
-    def metric(self, name: str) -> float:
-        """The sum over all label sets of a gateway metric; 0 when there is none."""
-        found = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", self.get("/metrics").text, re.MULTILINE)
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum over all label sets of a gateway metric that have these labels; 0 when there is none."""
+        wanted = "".join(rf'(?=[^}}]*{key}="{value}")' for key, value in labels.items())
+        sample = rf"^{re.escape(name)}(?:{{{wanted}[^}}]*}}){'' if labels else '?'} (\S+)$"
+        found = re.findall(sample, self.get("/metrics").text, re.MULTILINE)
         return sum(map(float, found))
 
     def client(self) -> openai.AsyncOpenAI:

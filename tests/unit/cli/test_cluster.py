@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from tailrace.cli.cluster import free_port, http_url, num_workers, plan_children, running_cluster
+from tailrace.cli.cluster import Ports, free_port, http_url, num_workers, plan_children, running_cluster
 from tailrace.cli.supervisor import ChildFailedError
 from tailrace.config import UpConfig
 from tailrace.cores import Machine
@@ -20,14 +20,39 @@ MODEL = Path("/models/m")
 
 
 def plan(cores=(0, 1, 2, 3), quota=None, **values):
-    machine = Machine(cores, quota)
-    return {c.name: c for c in plan_children(UpConfig(**values), MODEL, port=9000, grpc_port=9001, machine=machine)}
+    machine, config = Machine(cores, quota), UpConfig(**values)
+    return {
+        c.name: c
+        for c in plan_children(config, MODEL, Ports(9000, 9001, 9002 if config.has_store else None), machine=machine)
+    }
 
 
 def test_each_role_is_a_process_of_its_own():
     children = plan(prefill=1, decode=2)
     assert list(children) == ["gateway", "prefill-0", "decode-0", "decode-1"]
     assert children["decode-1"].command == (sys.executable, "-m", "services.decode.main")
+
+
+def test_a_store_is_started_where_one_is_asked_for_and_workers_are_told_of_it(tmp_path):
+    assert "kvstore" not in plan()
+    assert "TAILRACE_STORE" not in plan()["prefill-0"].environment
+    children = plan(store_memory="2GiB", store_disk=tmp_path / "slab", store_disk_size="4GiB", transport="stream")
+    assert list(children) == ["gateway", "kvstore", "prefill-0", "decode-0"]
+    store = children["kvstore"]
+    assert store.command == (sys.executable, "-m", "services.kvstore.main")
+    said = {name.removeprefix("TAILRACE_"): value for name, value in store.environment.items()}
+    assert (said["PORT"], said["JOIN"], said["TRANSPORT"]) == ("9002", "127.0.0.1:9001", "stream")
+    assert (said["CPU_MEMORY"], said["DISK_PATH"]) == (str(2 << 30), str(tmp_path / "slab"))
+    assert said["DISK_BYTES"] == str(4 << 30)
+    assert said["SECRET"] == children["gateway"].environment["TAILRACE_SECRET"]
+    for name in ("prefill-0", "decode-0"):
+        assert children[name].environment["TAILRACE_STORE"] == "127.0.0.1:9002"
+
+
+def test_a_disk_alone_makes_a_store_with_the_usual_memory(tmp_path):
+    environment = plan(store_disk=tmp_path / "slab")["kvstore"].environment
+    assert "TAILRACE_CPU_MEMORY" not in environment
+    assert environment["TAILRACE_DISK_PATH"] == str(tmp_path / "slab")
 
 
 def test_prefill_0_is_the_colocated_mode():

@@ -58,7 +58,7 @@ def test_a_worker_that_has_left_is_in_no_gauge():
     samples = [WorkerSample("d0", Role.DECODE, LOAD), WorkerSample("d1", Role.DECODE, LOAD)]
     registry = CollectorRegistry()
     GatewayMetrics(registry, lambda: samples)
-    assert render(registry).count(b'worker="d1"') == 11
+    assert render(registry).count(b'worker="d1"') == 12
     del samples[1]
     assert b"d1" not in render(registry)
     assert b'tailrace_workers{role="decode"} 1.0' in render(registry)
