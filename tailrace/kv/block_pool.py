@@ -6,7 +6,7 @@ Every operation is O(1) a block.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -27,17 +27,19 @@ class BlockState(IntEnum):
     FREE = 0
     CACHED = 1
     """Registered, held by nobody: findable and evictable."""
-    LENT = 2
+    LOANED = 2
+    """Held by revocable loans only: handed out when there is no other block."""
+    LENT = 3
     """Held by peers' reads only."""
-    ACTIVE = 3
+    ACTIVE = 4
     """Referred to by sequences of this worker, and perhaps lent as well."""
-    QUARANTINED = 4
+    QUARANTINED = 5
     """The destination of a read that stalled: it may still be written at any moment."""
-    LANDING = 5
+    LANDING = 6
     """The destination of a read in flight."""
 
 
-_HELD = frozenset({BlockState.ACTIVE, BlockState.LENT, BlockState.CACHED})
+_HELD = frozenset({BlockState.ACTIVE, BlockState.LENT, BlockState.LOANED, BlockState.CACHED})
 _ACTIVE = frozenset({BlockState.ACTIVE})
 _LANDING = frozenset({BlockState.LANDING})
 _ARRIVING = frozenset({BlockState.LANDING, BlockState.QUARANTINED})
@@ -64,6 +66,19 @@ class Ledger:
         return " ".join(f"{name}={getattr(self, name)}" for name in names if getattr(self, name))
 
 
+@dataclass(slots=True, eq=False)
+class RevocableLoan:
+    """Blocks that a peer may read until the loan is ended, by whoever made it or by the pool. The pool alone writes it.
+
+    The generation of a block goes up before anyone writes it, so a read that comes after a revocation is found out.
+    """
+
+    blocks: tuple[int, ...]
+    on_revoked: Callable[[], None]
+    """Called once, in the middle of an allocation, when the pool ends the loan."""
+    is_over: bool = False
+
+
 class BlockPool:
     """Block ids are 0 .. num_blocks - 1. A call names a block at most once.
 
@@ -88,6 +103,9 @@ class BlockPool:
         self._counts = [num_blocks] + [0] * (len(BlockState) - 1)
         self._references = [0] * num_blocks
         self._lends = [0] * num_blocks
+        self._loans = [0] * num_blocks
+        self._open_loans: dict[RevocableLoan, None] = {}
+        """The oldest first."""
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
         # A stack: a block that was just freed is warm in the caches, one never used may not even have memory yet.
@@ -103,8 +121,8 @@ class BlockPool:
 
     @property
     def num_available(self) -> int:
-        """What `allocate` can still give: free and cached blocks."""
-        return len(self._free) + len(self._evictable)
+        """What `allocate` can still give: free and cached blocks, and those on revocable loans only."""
+        return len(self._free) + len(self._evictable) + self._counts[BlockState.LOANED]
 
     def find_prefix(self, hashes: Sequence[bytes]) -> list[int]:
         """Blocks of the longest registered prefix. Changes nothing, not even the order of eviction."""
@@ -139,7 +157,10 @@ class BlockPool:
     # -- sequences of this worker -------------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` active blocks with one reference each, free ones first, then the least recently used cached ones."""
+        """`count` active blocks with one reference each: free ones first, then the least recently used cached ones.
+
+        Where these are too few, loans are revoked, the oldest first.
+        """
         blocks = self._take(count, BlockState.ACTIVE)
         for block in blocks or ():
             self._references[block] = 1
@@ -192,6 +213,26 @@ class BlockPool:
             self._lends[block] -= 1
             self._settle(block)
 
+    def lend_revocably(self, blocks: Sequence[int], on_revoked: Callable[[], None]) -> RevocableLoan:
+        """As `lend`, but sequences of this worker come first."""
+        self._require(blocks, _HELD, "lend")
+        loan = RevocableLoan(tuple(blocks), on_revoked)
+        self._open_loans[loan] = None
+        for block in blocks:
+            self._loans[block] += 1
+            self._settle(block)
+        return loan
+
+    def end_loan(self, loan: RevocableLoan) -> None:
+        """Nobody reads its blocks any more. Idempotent; one that was revoked has ended already."""
+        if loan.is_over:
+            return
+        loan.is_over = True
+        del self._open_loans[loan]
+        for block in reversed(loan.blocks):
+            self._loans[block] -= 1
+            self._settle(block)
+
     # -- blocks that a read writes ------------------------------------------------------------------------------------
 
     def allocate_landing(self, count: int) -> list[int] | None:
@@ -228,8 +269,8 @@ class BlockPool:
         return events
 
     def ledger(self) -> Ledger:
-        free, cached, lent, active, quarantined, landing = self._counts
-        return Ledger(self.num_blocks, free, active, cached, lent, landing, quarantined)
+        free, cached, loaned, lent, active, quarantined, landing = self._counts
+        return Ledger(self.num_blocks, free, active, cached, loaned + lent, landing, quarantined)
 
     def check_integrity(self) -> None:
         """Recomputes every book from the others, O(num_blocks). Raises AssertionError where they disagree."""
@@ -243,6 +284,8 @@ class BlockPool:
         for state, listed in by_state.items():
             members = [block for block, was in enumerate(self._states) if was is state]
             _expect(sorted(listed) == members, f"list of {state.name} blocks", listed)
+        loans = Counter(block for loan in self._open_loans for block in loan.blocks)
+        _expect([loans[block] for block in range(self.num_blocks)] == self._loans, "loans", len(self._open_loans))
         registered = {own: block for block, own in enumerate(self._hashes) if own is not None}
         _expect(registered == self._by_hash, "registered hashes", len(self._by_hash))
 
@@ -263,7 +306,9 @@ class BlockPool:
         return blocks
 
     def _evict(self) -> int:
-        """Frees the least recently used cached block."""
+        """Frees the least recently used cached block; revokes loans where there is none."""
+        while not self._evictable:
+            self._revoke_one()
         block = next(iter(self._evictable))
         block_hash = self._hashes[block]
         if block_hash is None:
@@ -273,6 +318,12 @@ class BlockPool:
         self._events.append(KVEvent(KVEventKind.RETRACT, block_hash))
         self._move(block, BlockState.FREE)
         return block
+
+    def _revoke_one(self) -> None:
+        """Ends the oldest loan that keeps a block from being handed out. There is one: `num_available` counts them."""
+        loan = next(loan for loan in self._open_loans if any(self._states[b] is BlockState.LOANED for b in loan.blocks))
+        self.end_loan(loan)
+        loan.on_revoked()
 
     def _bump(self, block: int) -> None:
         # Wraps inside its own half: the epoch must stay readable.
@@ -284,6 +335,8 @@ class BlockPool:
             self._move(block, BlockState.ACTIVE)
         elif self._lends[block]:
             self._move(block, BlockState.LENT)
+        elif self._loans[block]:
+            self._move(block, BlockState.LOANED)
         else:
             self._move(block, BlockState.FREE if self._hashes[block] is None else BlockState.CACHED)
 
@@ -308,12 +361,16 @@ class BlockPool:
     def _derived(self, block: int) -> BlockState:
         """What the state must be, by the other books."""
         if self._states[block] in _ARRIVING:
-            held = self._references[block] or self._lends[block] or self._hashes[block] is not None
+            held = (
+                self._references[block] or self._lends[block] or self._loans[block] or self._hashes[block] is not None
+            )
             return BlockState.ACTIVE if held else self._states[block]
         if self._references[block]:
             return BlockState.ACTIVE
         if self._lends[block]:
             return BlockState.LENT
+        if self._loans[block]:
+            return BlockState.LOANED
         return BlockState.FREE if self._hashes[block] is None else BlockState.CACHED
 
     def _known(self, block: int) -> int:

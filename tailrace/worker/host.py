@@ -212,7 +212,7 @@ class WorkerHost:
             lent=books.lent,
             landing=books.landing,
             quarantined=books.quarantined,
-            holdings=tuple(self._wiring.worker.holdings()),
+            holdings=(*self._wiring.worker.holdings(), *self._cached.holdings()),
         )
 
     async def cached(self) -> KVEvents:

@@ -146,12 +146,12 @@ async def test_before_the_first_offer_there_is_nothing_to_meet() -> None:
 async def test_blocks_that_were_given_to_somebody_else_meanwhile_are_not_kept() -> None:
     async with store_process() as store, worker() as peer:
         peer.cache(A)
-        peer.lender._take = lie(peer, generations=1)  # type: ignore[method-assign]
+        peer.lender._lent = lie(peer, generations=1)  # type: ignore[method-assign]
         await peer.offer(store, A)
         await until(store, FAILED, 6)
         assert await store.metric(TAKEN) == 0
         await all_given_back(store)
-        del peer.lender._take
+        del peer.lender._lent
         await peer.offer(store, A)
         await until(store, TAKEN, 6)
         assert await peer.pull(store, A) == 6
@@ -211,13 +211,13 @@ async def test_bad_input_is_refused_by_its_field() -> None:
 
 
 def lie(peer: Worker, *, generations: int):  # type: ignore[no-untyped-def]
-    honest = peer.lender._take
+    honest = peer.lender._lent
 
-    def take(hashes: tuple[bytes, ...]) -> LentBlocks:
-        lent = honest(hashes)
-        return LentBlocks(0, lent.blocks, lent.addresses, [g + generations for g in lent.generations])
+    def lent(taken):  # type: ignore[no-untyped-def]
+        told = honest(taken)
+        return LentBlocks(0, told.blocks, told.addresses, [g + generations for g in told.generations])
 
-    return take
+    return lent
 
 
 async def all_given_back(store) -> None:  # type: ignore[no-untyped-def]

@@ -259,3 +259,54 @@ def test_landing_takes_cached_blocks_in_the_order_of_eviction() -> None:
     assert landing(pool, 1) == [1]
     assert pool.allocate_landing(2) is None
     assert str(pool.ledger()) == "cached=1 landing=1"
+
+
+def test_what_is_free_or_cached_is_handed_out_before_any_loan_is_revoked() -> None:
+    pool, revoked = make_pool(6), []
+    pool.lend_revocably(cache_sequence(pool, "a", 2), lambda: revoked.append("a"))
+    cache_sequence(pool, "b", 2)
+    assert str(pool.ledger()) == "free=2 cached=2 lent=2"
+    assert pool.num_available == 6
+    assert pool.allocate(4) is not None
+    assert revoked == []
+    assert str(pool.ledger()) == "active=4 lent=2"
+
+
+def test_the_oldest_loan_is_revoked_first_and_its_blocks_get_new_generations() -> None:
+    pool, revoked = make_pool(4), []
+    first, second = cache_sequence(pool, "a", 2), cache_sequence(pool, "b", 2)
+    pool.lend_revocably(second, lambda: revoked.append("b"))
+    loan = pool.lend_revocably(first, lambda: revoked.append("a"))
+    was = [pool.generation(block) for block in (*first, *second)]
+    assert pool.allocate(1) == [second[1]]
+    assert revoked == ["b"]
+    assert [pool.generation(block) for block in first] == was[:2]
+    assert pool.generation(second[1]) == was[3] + 1
+    assert pool.generation(second[0]) == was[2], "it is cached, and good to read"
+    assert str(pool.ledger()) == "active=1 cached=1 lent=2"
+    pool.end_loan(loan)
+    assert str(pool.ledger()) == "active=1 cached=3"
+    pool.check_integrity()
+
+
+def test_a_loan_of_what_a_sequence_holds_is_left_alone() -> None:
+    """Revoking it would bring nothing."""
+    pool, revoked = make_pool(4), []
+    held = write_sequence(pool, "a", 2)
+    pool.lend_revocably(held, lambda: revoked.append("a"))
+    pool.lend_revocably(cache_sequence(pool, "b", 2), lambda: revoked.append("b"))
+    assert pool.allocate(3) is None
+    assert revoked == []
+    assert pool.allocate(2) is not None
+    assert revoked == ["b"]
+
+
+def test_what_is_lent_for_good_is_never_handed_out() -> None:
+    pool = make_pool(2)
+    blocks = cache_sequence(pool, "a", 2)
+    pool.lend(blocks)
+    pool.lend_revocably(blocks, lambda: None)
+    assert pool.num_available == 0
+    assert pool.allocate(1) is None
+    pool.unlend(blocks)
+    assert pool.num_available == 2

@@ -7,19 +7,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tailrace.kv.block_pool import BlockPool, BlockState, KVEventKind
+from tailrace.kv.block_pool import BlockPool, BlockState, KVEventKind, RevocableLoan
 
 NUM_BLOCKS = 6
 EPOCH = 3
 HASHES = [bytes([letter]) for letter in b"abcdefghijkl"]
 # Small ones more often, so that free and cached blocks come together.
 COUNTS = st.sampled_from([1, 1, 1, 2, 2, 3, 0, NUM_BLOCKS, NUM_BLOCKS + 1])
+HELD = (BlockState.ACTIVE, BlockState.CACHED, BlockState.LENT, BlockState.LOANED)
 
 
 @dataclass
 class ModelBlock:
     references: int = 0
     lends: int = 0
+    loans: int = 0
     block_hash: bytes | None = None
     generation: int = EPOCH << 32
     arriving: BlockState | None = None
@@ -32,6 +34,8 @@ class ModelBlock:
             return BlockState.ACTIVE
         if self.lends:
             return BlockState.LENT
+        if self.loans:
+            return BlockState.LOANED
         return BlockState.FREE if self.block_hash is None else BlockState.CACHED
 
 
@@ -42,6 +46,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.model = {block: ModelBlock() for block in range(NUM_BLOCKS)}
         self.lru: list[int] = []
         self.index: set[bytes] = set()
+        self.loans: list[RevocableLoan] = []
+        self.revoked: list[RevocableLoan] = []
 
     def blocks_in(self, *states: BlockState) -> list[int]:
         return [block for block, entry in self.model.items() if entry.state in states]
@@ -58,9 +64,11 @@ class PoolMachine(RuleBasedStateMachine):
 
     def take(self, count: int, blocks: list[int] | None) -> list[int]:
         free = self.blocks_in(BlockState.FREE)
-        if count > len(free) + len(self.lru):
+        if count > len(free) + len(self.lru) + len(self.blocks_in(BlockState.LOANED)):
             assert blocks is None
+            assert not self.revoked
             return []
+        self.revoke(count - len(free) - len(self.lru))
         assert blocks is not None
         assert len(set(blocks)) == len(blocks) == count
         expected_evicted = self.lru[: max(0, count - len(free))]
@@ -71,6 +79,25 @@ class PoolMachine(RuleBasedStateMachine):
             self.model[block].generation += 1
         self.lru = self.lru[len(expected_evicted) :]
         return blocks
+
+    def revoke(self, num_missing: int) -> None:
+        """The oldest loans that keep back what is missing, and no others."""
+        expected = []
+        while num_missing > 0:
+            before = self.blocks_in(BlockState.LOANED)
+            loan = next(loan for loan in self.loans if set(loan.blocks) & set(before))
+            expected.append(loan)
+            self.end(loan)
+            num_missing -= len(before) - len(self.blocks_in(BlockState.LOANED))
+        assert self.revoked == expected
+        assert all(loan.is_over for loan in expected)
+        self.revoked.clear()
+
+    def end(self, loan: RevocableLoan) -> None:
+        self.loans.remove(loan)
+        for block in loan.blocks:
+            self.model[block].loans -= 1
+        self.refresh_lru(list(loan.blocks)[::-1])
 
     @rule(count=COUNTS, hashes=st.lists(st.sampled_from(HASHES), max_size=NUM_BLOCKS))
     def allocate(self, count: int, hashes: list[bytes]) -> None:
@@ -85,10 +112,10 @@ class PoolMachine(RuleBasedStateMachine):
         for block in self.take(count, self.pool.allocate_landing(count)):
             self.model[block].arriving = BlockState.LANDING
 
-    @precondition(lambda self: self.blocks_in(BlockState.ACTIVE, BlockState.CACHED, BlockState.LENT))
+    @precondition(lambda self: self.blocks_in(*HELD))
     @rule(data=st.data())
     def acquire(self, data: st.DataObject) -> None:
-        blocks = self.choose(data, self.blocks_in(BlockState.ACTIVE, BlockState.CACHED, BlockState.LENT))
+        blocks = self.choose(data, self.blocks_in(*HELD))
         self.pool.acquire(blocks)
         for block in blocks:
             self.model[block].references += 1
@@ -103,10 +130,10 @@ class PoolMachine(RuleBasedStateMachine):
             self.model[block].references -= 1
         self.refresh_lru(blocks[::-1])
 
-    @precondition(lambda self: self.blocks_in(BlockState.ACTIVE, BlockState.CACHED, BlockState.LENT))
+    @precondition(lambda self: self.blocks_in(*HELD))
     @rule(data=st.data())
     def lend(self, data: st.DataObject) -> None:
-        blocks = self.choose(data, self.blocks_in(BlockState.ACTIVE, BlockState.CACHED, BlockState.LENT))
+        blocks = self.choose(data, self.blocks_in(*HELD))
         self.pool.lend(blocks)
         for block in blocks:
             self.model[block].lends += 1
@@ -120,6 +147,24 @@ class PoolMachine(RuleBasedStateMachine):
         for block in blocks:
             self.model[block].lends -= 1
         self.refresh_lru(blocks[::-1])
+
+    @precondition(lambda self: self.blocks_in(*HELD))
+    @rule(data=st.data())
+    def lend_revocably(self, data: st.DataObject) -> None:
+        blocks = self.choose(data, self.blocks_in(*HELD))
+        loan = self.pool.lend_revocably(blocks, lambda: self.revoked.append(loan))
+        self.loans.append(loan)
+        for block in blocks:
+            self.model[block].loans += 1
+        self.refresh_lru([])
+
+    @precondition(lambda self: self.loans)
+    @rule(data=st.data())
+    def end_loan(self, data: st.DataObject) -> None:
+        loan = data.draw(st.sampled_from(self.loans))
+        self.pool.end_loan(loan)
+        self.end(loan)
+        self.pool.end_loan(loan)
 
     @precondition(lambda self: self.blocks_in(BlockState.LANDING))
     @rule(data=st.data())
@@ -147,7 +192,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.register(data.draw(st.sampled_from(self.bare_blocks())), block_hash)
 
     def bare_blocks(self) -> list[int]:
-        held = self.blocks_in(BlockState.ACTIVE, BlockState.LENT)
+        held = self.blocks_in(BlockState.ACTIVE, BlockState.LENT, BlockState.LOANED)
         return [block for block in held if self.model[block].block_hash is None]
 
     def register(self, block: int, block_hash: bytes) -> None:
@@ -163,6 +208,8 @@ class PoolMachine(RuleBasedStateMachine):
         for operation in ("acquire", "release", "lend", "unlend", "landed", "abandon_landing", "quarantine"):
             with pytest.raises(ValueError, match="block"):
                 getattr(self.pool, operation)(blocks)
+        with pytest.raises(ValueError, match="block"):
+            self.pool.lend_revocably(blocks, lambda: None)
 
     @rule()
     def drain(self) -> None:
@@ -192,9 +239,11 @@ class PoolMachine(RuleBasedStateMachine):
     def ledger_counts_the_model(self) -> None:
         ledger = self.pool.ledger()
         assert ledger.balances
-        for state in BlockState:
+        loaned = self.blocks_in(BlockState.LOANED)
+        for state in set(BlockState) - {BlockState.LOANED, BlockState.LENT}:
             assert getattr(ledger, state.name.lower()) == len(self.blocks_in(state))
-        assert self.pool.num_available == ledger.free + ledger.cached
+        assert ledger.lent == len(self.blocks_in(BlockState.LENT)) + len(loaned)
+        assert self.pool.num_available == ledger.free + ledger.cached + len(loaned)
 
 
 TestBlockPool = PoolMachine.TestCase

@@ -91,6 +91,39 @@ async def test_a_needer_that_leaves_before_the_engine_has_time_holds_nothing() -
     assert str(pool.ledger()) == "free=36 cached=4"
 
 
+async def test_a_sequence_that_needs_the_blocks_gets_them_and_the_needer_is_told() -> None:
+    lender, thread, pool = make_lender()
+    blocks = cache_sequence(pool, "a", 4)
+    events = lender.lend(terms(hashes_of("a", 4)))
+    first = asyncio.ensure_future(anext(events))
+    await thread.turn()
+    lent = await first
+    assert isinstance(lent, LentBlocks)
+    await anext(events)
+    assert [(each.holder, each.blocks) for each in lender.holdings()] == [("store", tuple(blocks))]
+    assert pool.allocate(40) is not None
+    assert lender.holdings() == []
+    assert all(pool.generation(block) != was for block, was in zip(lent.blocks, lent.generations, strict=True))
+    with pytest.raises(OverloadedError, match="revoked"):
+        await anext(events)
+    await thread.turn()
+    assert str(pool.ledger()) == "active=40"
+    pool.check_integrity()
+
+
+async def test_a_needer_that_is_gone_when_its_loan_is_revoked_changes_nothing() -> None:
+    lender, thread, pool = make_lender()
+    cache_sequence(pool, "a", 4)
+    events = lender.lend(terms(hashes_of("a", 4)))
+    first = asyncio.ensure_future(anext(events))
+    await thread.turn()
+    await first
+    assert pool.allocate(40) is not None
+    await events.aclose()
+    await thread.turn()
+    assert str(pool.ledger()) == "active=40"
+
+
 async def test_a_loan_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store whose disk is slow cannot keep blocks from the sequences."""
     monkeypatch.setattr(cached_lending, "MAX_LOAN_S", 0.01)
