@@ -1,11 +1,16 @@
 """Pools that are too small for what is asked: everyone waits, gives way or is refused, and the tokens are the same."""
 
 import asyncio
+import time
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tailrace.errors import OverloadedError
+from tailrace.messages import LendDone, LendTerms, LentBlocks
+from tailrace.rpc.client import Peer
+from tailrace.worker.cached_lending import MAX_LOAN_S
 from tests.helpers.cluster import MODEL, Cluster
 from tests.helpers.traffic import complete_all, prompt_of
 
@@ -69,3 +74,33 @@ async def test_a_deadline_ends_a_request_and_frees_what_it_held(small_model: Pat
             assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
         cluster.wait_until_idle(2.0)
         assert cluster.complete(prompt_of(100, 1), max_tokens=4)
+
+
+@pytest.mark.parametrize(("role", "num_prefill"), [("prefill", 1), ("decode", 0)])
+async def test_a_needer_that_never_reads_keeps_no_blocks_from_a_request(
+    small_model: Path, role: str, num_prefill: int
+) -> None:
+    """It holds a loan of cached blocks, which would last ten seconds; a prompt comes that needs the whole pool."""
+    options = {"dtype": "float32", "num_blocks": 64, "max_model_len": 1024}
+    with Cluster(small_model, gateway={"max_model_len": 1024}, **options) as cluster:
+        cluster.start_workers(prefill=num_prefill)
+        cluster.complete(prompt_of(500, 1), max_tokens=4)
+        cluster.wait_until_idle(5.0)
+        peer = Peer(cluster.address(f"{role}-0"), cluster.secret.encode())
+        cached = [event.block_hash async for batch in peer.snapshot() for event in batch.events]
+        async with peer.lend(LendTerms("", 0, b"", "stuck", 1, "stream", block_hashes=tuple(cached))) as events:
+            lent = await anext(events)
+            assert isinstance(lent, LentBlocks)
+            assert len(lent.blocks) == 6
+            assert isinstance(await anext(events), LendDone)
+            [holding] = (await peer.ledger()).holdings
+            assert (holding.holder, len(holding.blocks)) == ("stuck", 6)
+            began = time.monotonic()
+            text = await asyncio.to_thread(cluster.complete, prompt_of(1000, 2), max_tokens=4)
+            took_s = time.monotonic() - began
+            with pytest.raises(OverloadedError, match="revoked"):
+                await anext(events)
+        await peer.close()
+        assert took_s < MAX_LOAN_S / 2
+        assert cluster.complete(prompt_of(1000, 2), max_tokens=4) == text
+        cluster.wait_until_idle(2.0)
