@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from tailrace.kv.events import Tier
 from tailrace.policy.store_eviction import EvictionOrder, Usage
 
+MAX_QUOTAS = 4096
+"""Tenants that may have one."""
 _COUNT_BITS = 32
 _COUNT_MASK = (1 << _COUNT_BITS) - 1
 
@@ -142,6 +144,22 @@ class SlotTable:
     def num_used(self, tenant: str) -> int:
         return self._used[tenant]
 
+    def tenants(self) -> dict[str, int]:
+        """Slots of each that has any."""
+        return dict(self._used)
+
+    def takes_quota(self, tenant: str) -> bool:
+        return tenant in self.quotas or len(self.quotas) < MAX_QUOTAS
+
+    def set_quota(self, tenant: str, limit: int | None) -> None:
+        """None: none. Raises ValueError for one more than MAX_QUOTAS."""
+        if limit is None:
+            self.quotas.pop(tenant, None)
+        elif self.takes_quota(tenant):
+            self.quotas[tenant] = limit
+        else:
+            raise ValueError(f"at most {MAX_QUOTAS} tenants may have a quota")
+
     def blocks(self) -> dict[int, StoredBlock]:
         """What can be found, by slot."""
         return {slot: block for slot, block in enumerate(self._blocks) if block is not None}
@@ -229,7 +247,7 @@ class SlotTable:
         evictable = [slot for slot in members[SlotState.CACHED] if not self._is_pinned(slot)]
         _expect(sorted(self._order.slots()) == evictable, "order of eviction", self._order.slots())
         used = Counter(tenant for tenant in self._tenants if tenant is not None)
-        _expect(used == +self._used, "slots by tenant", self._used)
+        _expect(used == self._used, "slots by tenant", self._used)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -262,10 +280,17 @@ class SlotTable:
             self._order.remove(slot)
         if state is SlotState.FREE:
             self._free.append(slot)
-            self._used[self._tenants[slot] or ""] -= 1
-            self._tenants[slot] = None
+            self._forget_tenant(slot)
         elif state is SlotState.CACHED:
             self._rank(slot)
+
+    def _forget_tenant(self, slot: int) -> None:
+        tenant = self._tenants[slot] or ""
+        self._tenants[slot] = None
+        self._used[tenant] -= 1
+        if not self._used[tenant]:
+            # Names come from outside: one that has nothing here any more leaves nothing.
+            del self._used[tenant]
 
     def _rank(self, slot: int) -> None:
         block = self._blocks[slot]

@@ -15,6 +15,7 @@ from tailrace.kvstore.disk_io import ReadJob, WriteJob
 from tailrace.kvstore.disk_tier import DiskTier
 from tailrace.kvstore.loan import Loan, LoanedBlock
 from tailrace.kvstore.news import StoreNews
+from tailrace.kvstore.pins import PinRefusal, Pins
 from tailrace.kvstore.slab_file import MAX_TENANT_BYTES, SlabFile
 from tailrace.kvstore.slots import SlotTable, StoredBlock, TierLedger
 from tailrace.kvstore.values import Arrival, OfferedBlock, StoreLedger
@@ -24,7 +25,7 @@ WINDOW = 8
 WRITE_LINE_SHARE = 4
 """At most one memory slot in so many is kept until its block is written: a slow disk must not freeze the tier."""
 PIN_SHARE = 2
-"""At most one slot of a tier in so many is pinned."""
+"""At most one slot of the memory tier in so many is pinned."""
 _NO_TIER = TierLedger(0, 0, 0, 0, 0, 0)
 
 
@@ -52,7 +53,7 @@ class KvStore:
         self._reading: set[bytes] = set()
         self._waiting: list[Loan] = []
         """Loans that have not all of their blocks in memory yet."""
-        self._num_pinned = 0
+        self.pins = Pins(num_slots // PIN_SHARE)
 
     def open_disk(self, file: SlabFile, on_done: Callable[[], None]) -> None:
         """Take over what the file has. `on_done`: `pump` has something to do. Raises OSError, ValueError.
@@ -159,39 +160,37 @@ class KvStore:
 
     # -- what stays ---------------------------------------------------------------------------------------------------
 
-    def pin(self, hashes: Sequence[bytes]) -> bool:
-        """Never give these blocks up, in the tiers where they are. False, and nothing pinned, when that would be more
-        than half of the memory tier, or when one of them is not there."""
-        blocks = [block for name in hashes if (block := self._blocks.get(name)) is not None and block.tier is not None]
-        fresh = sum(1 for block in blocks if not block.num_pins)
-        if len(blocks) < len(hashes) or (self._num_pinned + fresh) * PIN_SHARE > self.memory.num_slots:
-            return False
-        self._num_pinned += fresh
-        self._change_pins(blocks, 1)
-        return True
+    def pin(self, hashes: Sequence[bytes], owner: str = "") -> PinRefusal | None:
+        """Never give these blocks up, in the tiers where they are, before the owner says so. All of them, or none."""
+        found = [self._blocks.get(name) for name in hashes]
+        blocks = [block for block in found if block is not None and block.tier is not None]
+        if len(blocks) < len(found):
+            return PinRefusal(num_missing=len(found) - len(blocks))
+        if (refusal := self.pins.refusal(owner, blocks)) is None:
+            self.pins.add(owner, blocks)
+            self._rerank(blocks)
+        return refusal
 
-    def unpin(self, hashes: Sequence[bytes]) -> None:
-        """Raises ValueError for a block that is not pinned."""
-        blocks = [self._blocks.get(name) for name in hashes]
-        pinned = [block for block in blocks if block is not None and block.num_pins]
-        if len(pinned) < len(blocks):
-            raise ValueError("a block that is not pinned cannot be unpinned")
-        self._change_pins(pinned, -1)
-        self._num_pinned -= sum(1 for block in pinned if not block.num_pins)
+    def unpin(self, hashes: Sequence[bytes] | None = None, owner: str = "") -> int:
+        """Lets go of these blocks, or of all that the owner has pinned; the number that it had pinned."""
+        blocks = self.pins.remove(owner, hashes)
+        self._rerank(blocks)
+        return len(blocks)
 
-    def set_quota(self, tenant: str, memory_slots: int | None, disk_slots: int | None = None) -> None:
-        """How many slots a tenant's blocks may take in each tier; None: as many as there are.
+    def set_quota(self, tenant: str, memory_slots: int | None, disk_slots: int | None = None) -> bool:
+        """How many slots a tenant's blocks may take in each tier; None: as many as there are. False: too many quotas.
 
         From now on it replaces its own blocks where it is at its quota; what it has is not taken away.
         """
         _check_tenant(tenant)
-        for table, limit in ((self.memory, memory_slots), (self.disk.slots if self.disk else None, disk_slots)):
-            if limit is not None and limit < 0:
-                raise ValueError(f"a quota must not be negative, not {limit}")
-            if table is not None and limit is None:
-                table.quotas.pop(tenant, None)
-            elif table is not None and limit is not None:
-                table.quotas[tenant] = limit
+        if min(memory_slots or 0, disk_slots or 0) < 0:
+            raise ValueError(f"a quota must not be negative, not {memory_slots} and {disk_slots}")
+        tables = [(self.memory, memory_slots), *([(self.disk.slots, disk_slots)] if self.disk else [])]
+        if any(limit is not None and not table.takes_quota(tenant) for table, limit in tables):
+            return False
+        for table, limit in tables:
+            table.set_quota(tenant, limit)
+        return True
 
     # -- the disk -----------------------------------------------------------------------------------------------------
 
@@ -243,7 +242,7 @@ class KvStore:
             _expect(on_disk == self.disk.slots.blocks(), "blocks on disk", len(on_disk))
         _expect(all(block.is_held for block in self._blocks.values()), "blocks", len(self._blocks))
         _expect(all(block.told is block.tier for block in self._blocks.values()), "what was told", len(self._blocks))
-        _expect(self._num_pinned == sum(1 for b in self._blocks.values() if b.num_pins), "pins", self._num_pinned)
+        self.pins.check_integrity(self._blocks.values())
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -268,9 +267,8 @@ class KvStore:
         if block.disk_slot is not None and self.disk is not None:
             self.disk.slots.update(block.disk_slot)
 
-    def _change_pins(self, blocks: Sequence[StoredBlock], change: int) -> None:
+    def _rerank(self, blocks: Sequence[StoredBlock]) -> None:
         for block in blocks:
-            block.num_pins += change
             self._rank(block)
 
     def _take_memory(self, tenant: str) -> int | None:
@@ -300,7 +298,7 @@ class KvStore:
     def _lost_a_copy(self, block: StoredBlock) -> None:
         self.news.note(block)
         if not block.is_held:
-            self._num_pinned -= bool(block.num_pins)
+            self.pins.forget(block)
             del self._blocks[block.block_hash]
 
     def _line_up(self) -> None:

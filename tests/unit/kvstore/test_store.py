@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from tailrace.kv.events import Tier
+from tailrace.kvstore import pins, slots
+from tailrace.kvstore.pins import PinRefusal
 from tailrace.kvstore.store import KvStore
 from tests.helpers.stores import PAGED, bytes_of, chain_of, fetch, make_store, num_found, put, put_written
 from tests.helpers.values import make_layout
@@ -175,18 +177,70 @@ def test_a_restart_finds_contents_usage_and_tenants(tmp_path: Path, fields: dict
 def test_pinned_blocks_outlive_everything(tmp_path: Path) -> None:
     store = make_store(slots=8)
     put(store, A)
-    assert store.pin(A)
-    assert not store.pin(B)
+    assert store.pin(A) is None
+    assert store.pin(B) == PinRefusal(num_missing=4)
     for name in "xyz":
         put(store, chain_of(name, 4))
     assert num_found(store, A) == 4
-    assert not store.pin(chain_of("z", 4)[:1])
-    store.unpin(A)
-    with pytest.raises(ValueError, match="not pinned"):
-        store.unpin(A)
+    assert store.pin(chain_of("z", 4)[:1]) == PinRefusal(num_beyond=1)
+    assert store.unpin(A) == 4
+    assert store.unpin(A) == 0
     put(store, chain_of("u", 8))
     assert num_found(store, A) == 0
     store.check_integrity()
+
+
+def test_a_block_is_pinned_until_each_of_its_owners_lets_go(tmp_path: Path) -> None:
+    store = make_store(slots=8)
+    put(store, A)
+    for owner in ("one", "two", "two"):
+        assert store.pin(A[:3], owner) is None
+    assert store.pins.owners() == {"one": 3, "two": 3}
+    assert store.unpin(A, "nobody") == 0
+    assert store.unpin(A[:1], "one") == 1
+    assert store.unpin(owner="two") == 3
+    assert store.pins.owners() == {"one": 2}
+    assert store.pins.num_blocks == 2
+    store.check_integrity()
+    put(store, chain_of("x", 8))
+    assert store.find_prefix(A[1:]) == [Tier.CPU] * 2
+    assert store.unpin(owner="one") == 2
+    assert store.pins.owners() == {}
+    store.check_integrity()
+
+
+def test_a_pinned_block_that_proves_corrupt_is_nobodys(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "slab", slots=4)
+    put_written(store, A)
+    put_written(store, B)
+    assert store.find_prefix(A) == [Tier.NVME] * 4
+    assert store.pin(A[:2], "one") is None
+    assert store.disk is not None
+    slot = store._blocks[A[0]].disk_slot
+    assert slot is not None
+    store.disk._checksums[slot] ^= 1
+    assert num_found(store, A) == 0
+    assert store.pins.owners() == {"one": 1}
+    store.check_integrity()
+    store.close()
+
+
+def test_there_are_only_so_many_owners_and_quotas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pins, "MAX_OWNERS", 2)
+    monkeypatch.setattr(slots, "MAX_QUOTAS", 2)
+    store = make_store()
+    put(store, A)
+    assert [store.pin(A[:1], owner) for owner in "abc"] == [None, None, PinRefusal(num_owners=2)]
+    assert [store.set_quota(tenant, 1) for tenant in "abc"] == [True, True, False]
+    assert store.set_quota("a", None)
+    assert store.set_quota("c", 1)
+
+
+def test_a_tenant_without_blocks_leaves_nothing() -> None:
+    store = make_store(slots=4)
+    put(store, A[:2], "gone")
+    put(store, B, "here")
+    assert store.memory.tenants() == {"here": 4}
 
 
 def test_a_tenant_stays_within_its_quota_in_both_tiers(tmp_path: Path) -> None:
