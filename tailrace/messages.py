@@ -157,6 +157,7 @@ class LegReport:
     queue_s: float = 0.0
     prefill_s: float = 0.0
     transfer_s: float = 0.0
+    """Pulling the prompt from its prefill worker; of a prefill leg, waiting for the prefix that it fetched."""
     transfer_bytes: int = 0
     transport: str = ""
     decode_s: float = 0.0

@@ -1,12 +1,10 @@
 """One request's prompt, pulled from the worker that prefills it, chunk by chunk while it still computes."""
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
 
 from services.decode.worker import DecodeWorker, Pull
 from tailrace.errors import ErrorCode, InternalError, TailraceError, TransferError
@@ -14,30 +12,15 @@ from tailrace.messages import KvSource, LendDone, LendTerms, LentBlocks
 from tailrace.policy.request import Request
 from tailrace.transfer import BlockRead, Link, PendingRead, ReadOutcome, ReadResult
 from tailrace.worker.engine_thread import EngineThread
+from tailrace.worker.reading import LendEvents, Peers, stall_s
 from tailrace.worker.report import Destination
 
 log = logging.getLogger(__name__)
 
-STALL_FACTOR = 5.0
-MIN_STALL_S = 1.0
-"""A read is stalled after five times what its link's measured rate promises, and never before a second."""
 CANCEL_GRACE_S = 1.0
 """An owner that has forgotten the request was most likely told to: the cancel of this leg is on its way."""
 _FATAL = frozenset({ErrorCode.LAYOUT_MISMATCH, ErrorCode.UNAUTHENTICATED})
 """A wrong configuration: computing the prompt here would hide it."""
-
-
-LendEvents: TypeAlias = AsyncIterator[LentBlocks | LendDone]
-
-
-class Peers(Protocol):
-    """Ways to owners."""
-
-    async def link(self, source: KvSource) -> Link: ...
-
-    def lend(self, source: KvSource, terms: LendTerms) -> contextlib.AbstractAsyncContextManager[LendEvents]: ...
-
-    def identity(self) -> tuple[str, int]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,8 +192,3 @@ class PromptPull:
         self._engine.post(self._worker.recompute, self._request.id, in_flight)
         if in_flight:
             self._engine.post(self._worker.quarantine, in_flight)
-
-
-def stall_s(link: Link, num_bytes: int) -> float:
-    expected = num_bytes / link.bytes_per_s if link.bytes_per_s > 0 else 0.0
-    return max(MIN_STALL_S, STALL_FACTOR * expected)

@@ -3,10 +3,11 @@
 import asyncio
 from functools import partial
 
-from services.decode.pull import Peers, PromptPull
+from services.decode.pull import PromptPull
 from services.decode.worker import DecodeWorker
 from tailrace.worker.attach import Attachments, Leg
 from tailrace.worker.engine_thread import EngineThread
+from tailrace.worker.reading import Peers
 from tailrace.worker.report import StepReport
 from tailrace.worker.requests import RequestMaker
 

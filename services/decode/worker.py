@@ -12,6 +12,7 @@ from tailrace.plan import StepOutput, StepPlan
 from tailrace.policy.decode_scheduler import DecodeScheduler
 from tailrace.policy.request import DrawnToken, Request
 from tailrace.policy.sequence import DecodeStep
+from tailrace.worker.holdings import pending_reads
 from tailrace.worker.limits import MAX_WAITING, line_is_full, no_logits
 from tailrace.worker.rates import Ewma
 from tailrace.worker.report import Destination, StepReport, with_ledger
@@ -246,16 +247,7 @@ class DecodeWorker:
             if landing:
                 request_id = arrival.request.id
                 held.append(Holding(self._name(request_id), HoldingState.LANDING, landing, self._age(request_id, now)))
-        return [*held, *self._pending_reads(named)]
-
-    def _pending_reads(self, named: set[int]) -> list[Holding]:
-        states = ((BlockState.LANDING, HoldingState.LANDING), (BlockState.QUARANTINED, HoldingState.QUARANTINED))
-        found = []
-        for state, name in states:
-            blocks = (b for b in range(self._pool.num_blocks) if b not in named and self._pool.state(b) is state)
-            if orphans := tuple(blocks):
-                found.append(Holding("a pending read", name, orphans, 0.0))
-        return found
+        return [*held, *pending_reads(self._pool, named)]
 
     def _name(self, request_id: int) -> str:
         return self._lives[request_id].name if request_id in self._lives else f"#{request_id}"

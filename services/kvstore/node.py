@@ -130,11 +130,13 @@ class StoreNode:
                         slots = [lent.slot for lent in ready]
                         entry.slots += slots
                         addresses = [base + slot * storage.store.block_bytes for slot in slots]
-                        yield LentBlocks(ready[0].index, slots, addresses, [lent.generation for lent in ready])
+                        tiers = bytes(Tier.NVME if lent.came_from_disk else Tier.CPU for lent in ready)
+                        yield LentBlocks(ready[0].index, slots, addresses, [lent.generation for lent in ready], tiers)
                     if loan.is_complete:
                         break
                     await news.wait()
-                tokens = loan.num_told * storage.layout.block_size
+                # More than was lent where there was no memory to read the rest into: it may be asked for afterwards.
+                tokens = len(storage.store.find_prefix(terms.block_hashes)) * storage.layout.block_size
                 yield LendDone((), last_block_tokens=0, cached_tokens=tokens, queue_s=0.0, prefill_s=0.0)
                 # The needer reads on until it closes the stream.
                 await asyncio.Event().wait()

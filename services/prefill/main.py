@@ -14,6 +14,7 @@ from tailrace.worker.host import Parts, Wiring, die, load_parts, make_offers, op
 from tailrace.worker.lending import Lender
 from tailrace.worker.life import run_process
 from tailrace.worker.member import Identity
+from tailrace.worker.peers import OwnerPeers
 from tailrace.worker.requests import RequestMaker
 
 
@@ -34,8 +35,16 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         stop=parts.stop_rule,
     )
     worker = PrefillWorker(parts.step_runner(), scheduler, pool, engine.layout, pool_address=engine.cache.address)
+    peers = OwnerPeers(
+        parts.transfer.needer,
+        engine.layout,
+        worker_id=identity.worker_id,
+        epoch=identity.epoch,
+        secret=identity.secret,
+    )
     offers = make_offers(parts, port)
-    service = PrefillService(worker, RequestMaker(engine.layout, engine.config.vocab_size), offers)
+    requests = RequestMaker(engine.layout, engine.config.vocab_size)
+    service = PrefillService(worker, requests, peers, engine.layout, offers)
     thread = EngineThread(
         worker, deliver=service.deliver, died=die, overlap=parts.overlap, chore=engine.cache.touch_more
     )
@@ -48,7 +57,11 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         gave_back=service.gave_back,
     )
     service.connect(thread, attachments, lender)
-    await serve(parts, Wiring(thread, attachments, worker, lender, offers), server)
+    try:
+        await serve(parts, Wiring(thread, attachments, worker, lender, offers), server)
+    finally:
+        await service.close()
+        await peers.close()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The prefill worker as its engine thread sees it: commands in, one report a step out."""
 
+import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tailrace.errors import InvalidRequestError, TailraceError
 from tailrace.kv.block_pool import BlockPool, BlockState
+from tailrace.kv.events import Tier
 from tailrace.kv.layout import KVLayout
 from tailrace.messages import (
     ChoiceFinished,
@@ -20,18 +22,39 @@ from tailrace.messages import (
 )
 from tailrace.plan import StepOutput, StepPlan
 from tailrace.policy.prefill_scheduler import PrefillJob, PrefillScheduler
+from tailrace.policy.prefix_fetches import PrefixFetch
 from tailrace.policy.request import Request
+from tailrace.worker.holdings import pending_reads
 from tailrace.worker.limits import MAX_WAITING, line_is_full, no_logits
+from tailrace.worker.prefix_fetch import PulledPrefix, patience_s
 from tailrace.worker.rates import Ewma
-from tailrace.worker.report import LendProgress, StepReport, with_ledger
+from tailrace.worker.report import LendProgress, PrefixDestination, StepReport, with_ledger
 from tailrace.worker.runner import LaunchedStep, Runner
+
+log = logging.getLogger(__name__)
+
+_TIER_NAMES = {Tier.WORKER: "peer", Tier.CPU: "cpu", Tier.NVME: "nvme"}
+"""Of what was fetched; what was here already is of the tier "worker"."""
 
 
 @dataclass(slots=True)
-class _Times:
+class _Life:
+    """A request from its acceptance on. From there to its end it is queued, fetching or being computed."""
+
+    name: str
     accepted: float
     started: float = 0.0
     computed: float = 0.0
+    pulled: PulledPrefix = field(default_factory=PulledPrefix)
+
+    @property
+    def queue_s(self) -> float:
+        """Before its first chunk, without the fetch of its prefix."""
+        return max(0.0, self.started - self.accepted - self.pulled.seconds)
+
+    @property
+    def prefill_s(self) -> float:
+        return self.computed - self.started
 
 
 class PrefillWorker:
@@ -47,9 +70,9 @@ class PrefillWorker:
         self._block_size = layout.block_size
         self._block_bytes = layout.block_bytes
         self._pool_address = pool_address
-        self._times: dict[int, _Times] = {}
-        self._names: dict[int, str] = {}
+        self._lives: dict[int, _Life] = {}
         self._rate = Ewma()
+        self._fetch_rate = Ewma()
         self._ended: list[int] = []
         self._chains: list[Sequence[bytes]] = []
         self._failed: list[LegFailed] = []
@@ -57,14 +80,16 @@ class PrefillWorker:
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, name: str) -> None:
-        """A prompt that this pool can never hold, or one too many in line, is refused in the next report."""
+    def submit(self, request: Request, name: str, elsewhere: Sequence[range] = ()) -> None:
+        """A prompt that this pool can never hold, or one too many in line, is refused in the next report.
+
+        `elsewhere`: blocks of its chain that others hold; a later report says where they are to be read into.
+        """
         if (refusal := self._refusal(request)) is not None:
             self._failed.append(LegFailed(request.id, refusal))
             return
-        self._times[request.id] = _Times(time.monotonic())
-        self._names[request.id] = name
-        self._scheduler.submit(request)
+        self._lives[request.id] = _Life(name, time.monotonic())
+        self._scheduler.submit(request, elsewhere)
 
     def _refusal(self, request: Request) -> TailraceError | None:
         if not self._scheduler.fits(len(request.tokens)):
@@ -74,14 +99,34 @@ class PrefillWorker:
             return line_is_full()
         return None
 
-    def drop(self, request_id: int) -> None:
-        """Cancelled, or pulled. Idempotent."""
-        if self._times.pop(request_id, None) is not None:
-            del self._names[request_id]
+    def drop(self, request_id: int, in_flight: Sequence[int] = ()) -> None:
+        """Cancelled, or pulled. Idempotent. Blocks `in_flight` may still be written; `settle` follows for them."""
+        if self._lives.pop(request_id, None) is not None:
             if (job := self._scheduler.job(request_id)) is not None and job.is_computed:
                 self._chains.append(job.request.hashes)
-            self._scheduler.drop(request_id)
+            self._scheduler.drop(request_id, in_flight)
             self._ended.append(request_id)
+
+    def landed(self, request_id: int, blocks: Sequence[int]) -> None:
+        """A read ended well."""
+        self._scheduler.landed(request_id, blocks)
+
+    def end_fetch(self, request_id: int, pulled: PulledPrefix, in_flight: Sequence[int]) -> None:
+        """Nothing more of its prefix comes; blocks `in_flight` may still be written, and are quarantined."""
+        if (life := self._lives.get(request_id)) is not None:
+            life.pulled = pulled
+        for fetch in pulled.fetches:
+            if fetch.num_bytes:
+                self._fetch_rate.add(fetch.num_bytes / max(fetch.seconds, 1e-6))
+        self._scheduler.end_fetch(request_id, in_flight)
+        if in_flight:
+            self._scheduler.quarantine(in_flight)
+            held = self._pool.ledger().quarantined
+            log.warning("%d blocks are quarantined until late reads end, %d in all", len(in_flight), held)
+
+    def settle(self, blocks: Sequence[int]) -> None:
+        """A read ended into blocks that nobody waits for."""
+        self._scheduler.settle(blocks)
 
     def tell_progress(self, request_id: int) -> None:
         """A needer came: the next report says all that is ready so far."""
@@ -105,16 +150,22 @@ class PrefillWorker:
         report.ended, self._ended = self._ended, []
         report.chains, self._chains = self._chains, []
         report.failed, self._failed = [*report.failed, *self._failed], []
+        report.fetching = [self._destination(fetch) for fetch in self._scheduler.drain_granted()]
         report.kv_events = self._pool.drain_events()
         report.load = self.load()
         return report
+
+    def _destination(self, fetch: PrefixFetch) -> PrefixDestination:
+        patience = patience_s((fetch.end - fetch.num_local) * self._block_size, self._rate.value)
+        blocks = tuple(fetch.blocks[: fetch.end])
+        return PrefixDestination(fetch.request.id, fetch.request.hashes, blocks, fetch.num_local, patience)
 
     def _note_starts(self, plan: StepPlan) -> None:
         if plan.started:
             now = time.monotonic()
             for job in self._scheduler.jobs():
-                times = self._times[job.request.id]
-                times.started = times.started or now
+                life = self._lives[job.request.id]
+                life.started = life.started or now
 
     def _book(self, plan: StepPlan, out: StepOutput, report: StepReport) -> None:
         step = self._scheduler.finish(plan, out)
@@ -136,34 +187,45 @@ class PrefillWorker:
             report.tokens.add(request.id, token.choice, len(request.tokens), token.token_id, token.logprob)
             if token.finish_reason is not None:
                 report.finished.append(ChoiceFinished(request.id, token.choice, token.finish_reason))
-        times = self._times[request.id]
+        life = self._lives[request.id]
         report.reports.append(
             LegReport(
                 request.id,
-                queue_s=times.started - times.accepted,
-                prefill_s=times.computed - times.started,
+                queue_s=life.queue_s,
+                prefill_s=life.prefill_s,
+                transfer_s=life.pulled.seconds,
+                transfer_bytes=sum(fetch.num_bytes for fetch in life.pulled.fetches),
+                transport=life.pulled.transport,
                 cached_tokens=job.num_cached_tokens,
-                cached_by_tier={"worker": job.num_cached_tokens} if job.num_cached_tokens else {},
+                cached_by_tier=self._by_tier(job, life.pulled.tiers),
+                fetches=life.pulled.fetches,
             )
         )
 
+    def _by_tier(self, job: PrefillJob, fetched: dict[int, Tier]) -> dict[str, int]:
+        """What was fetched for it counts as that, even when it waited in line again and was found here then."""
+        by_tier: dict[str, int] = dict.fromkeys(("worker", *_TIER_NAMES.values()), 0)
+        for place in range(job.num_cached_tokens // self._block_size):
+            by_tier[_TIER_NAMES[fetched[place]] if place in fetched else "worker"] += self._block_size
+        return {tier: num_tokens for tier, num_tokens in by_tier.items() if num_tokens}
+
     def _progress(self, job: PrefillJob) -> LendProgress:
         if job.is_computed:
-            times = self._times[job.request.id]
-            times.computed = times.computed or time.monotonic()
+            life = self._lives[job.request.id]
+            life.computed = life.computed or time.monotonic()
         blocks = job.blocks[: job.num_ready]
         addresses = [self._pool_address + block * self._block_bytes for block in blocks]
         lent = LentBlocks(0, blocks, addresses, [self._pool.generation(b) for b in blocks])
         return LendProgress(job.request.id, lent, self._done(job) if job.is_computed and job.first_tokens else None)
 
     def _done(self, job: PrefillJob) -> LendDone:
-        times = self._times[job.request.id]
+        life = self._lives[job.request.id]
         return LendDone(
             first_tokens=tuple(FirstToken(t.choice, t.token_id, t.logprob, t.finish_reason) for t in job.first_tokens),
             last_block_tokens=len(job.request.tokens) - (len(job.blocks) - 1) * self._block_size,
             cached_tokens=job.num_cached_tokens,
-            queue_s=times.started - times.accepted,
-            prefill_s=times.computed - times.started,
+            queue_s=life.queue_s,
+            prefill_s=life.prefill_s,
         )
 
     # -- books --------------------------------------------------------------------------------------------------------
@@ -174,21 +236,30 @@ class PrefillWorker:
             num_running=self._scheduler.num_running,
             waiting_tokens=self._scheduler.waiting_tokens,
             prefill_tokens_per_s=self._rate.value,
+            transfer_bytes_per_s=self._fetch_rate.value,
         )
         return with_ledger(load, self._pool.ledger())
 
     def holdings(self) -> list[Holding]:
-        """Who holds what, and why."""
-        now = time.monotonic()
-        return [
-            Holding(
-                self._names[job.request.id],
-                HoldingState.LENT if self._pool.state(job.blocks[0]) is BlockState.LENT else HoldingState.ACTIVE,
-                tuple(job.blocks),
-                now - self._times[job.request.id].accepted,
-            )
-            for job in self._scheduler.jobs()
-        ]
+        """Who holds what, and why. What is still read into for a request that is gone is held by "a pending read"."""
+        held = []
+        for job in self._scheduler.jobs():
+            is_lent = self._pool.state(job.blocks[0]) is BlockState.LENT
+            state = HoldingState.LENT if is_lent else HoldingState.ACTIVE
+            held.append(self._holding(job.request.id, state, job.blocks))
+        landing: set[int] = set()
+        for fetch in self._scheduler.fetching():
+            arriving = [block for block in fetch.blocks if self._pool.state(block) is BlockState.LANDING]
+            landing.update(arriving)
+            active = [block for block in fetch.blocks if block not in arriving]
+            for state, blocks in ((HoldingState.LANDING, arriving), (HoldingState.ACTIVE, active)):
+                if blocks:
+                    held.append(self._holding(fetch.request.id, state, blocks))
+        return [*held, *pending_reads(self._pool, landing)]
+
+    def _holding(self, request_id: int, state: HoldingState, blocks: Sequence[int]) -> Holding:
+        life = self._lives[request_id]
+        return Holding(life.name, state, tuple(blocks), time.monotonic() - life.accepted)
 
     def check_integrity(self) -> None:
         self._pool.check_integrity()

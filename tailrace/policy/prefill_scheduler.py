@@ -1,17 +1,21 @@
 """The prefill worker's schedule: prompts in chunks under a token budget, first come, first served in each priority.
 
-A request is waiting (no blocks), running (all its blocks, partly computed) or held (computed, its blocks lent until its
-needer has pulled them). Held blocks are the buffer between prefill and decode; it is bounded by half the pool.
+A request is waiting (no blocks), fetching (all its blocks, some of them being read from elsewhere), running (all its
+blocks, partly computed) or held (computed, its blocks lent until its needer has pulled them). Held blocks are the
+buffer between prefill and decode; it is bounded by half the pool.
 
-One step may be planned behind another that still computes.
+Who fetches takes no slot and no token of the budget; others compute meanwhile. One step may be planned behind another
+that still computes.
 """
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tailrace.kv.block_pool import BlockPool
 from tailrace.plan import Chunk, SequenceStart, StepOutput, StepPlan
 from tailrace.policy.flights import Flights
+from tailrace.policy.prefix_fetches import PrefixFetch, PrefixFetches
 from tailrace.policy.request import DrawnToken, Request, StopRule, blocks_for
 from tailrace.policy.slots import Slots
 
@@ -57,7 +61,10 @@ class PrefillScheduler:
         self._slots = Slots(max_num_seqs)
         self._stop = stop
         self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._aside: list[Request] = []
+        """Out of the line until a fetch ends: it brings what they lack first."""
         self._cancelled_waiting: set[int] = set()
+        self._fetches = PrefixFetches(pool, block_size)
         self._running: dict[int, PrefillJob] = {}
         self._held: dict[int, PrefillJob] = {}
         self._flights: Flights[list[PrefillJob]] = Flights(pool)
@@ -65,7 +72,7 @@ class PrefillScheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) - len(self._cancelled_waiting)
+        return len(self._waiting) - len(self._cancelled_waiting) + len(self._aside) + len(self._fetches)
 
     @property
     def num_running(self) -> int:
@@ -73,14 +80,20 @@ class PrefillScheduler:
 
     @property
     def waiting_tokens(self) -> int:
-        """Accepted and not computed yet."""
-        return self._waiting_tokens + sum(len(j.request.tokens) - j.num_computed for j in self._running.values())
+        """Accepted and not computed yet; without what is being fetched."""
+        running = sum(len(j.request.tokens) - j.num_computed for j in self._running.values())
+        return self._waiting_tokens + self._fetches.num_tokens + running
 
     def fits(self, num_tokens: int) -> bool:
         """Could a prompt of this length ever be held?"""
         return blocks_for(num_tokens, self._block_size) <= self._pool.num_blocks
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, elsewhere: Sequence[range] = ()) -> None:
+        """`elsewhere`: blocks of its chain that others are said to hold, to be fetched where they are not here."""
+        self._fetches.offer(request.id, elsewhere)
+        self._line_up(request)
+
+    def _line_up(self, request: Request) -> None:
         heapq.heappush(self._waiting, (request.rank, request))
         self._waiting_tokens += len(request.tokens)
 
@@ -91,22 +104,64 @@ class PrefillScheduler:
         """Running, then held."""
         return [*self._running.values(), *self._held.values()]
 
-    def drop(self, request_id: int) -> None:
-        """Cancelled, or pulled: give everything back. Unknown ids are fine: a request may end twice."""
+    def fetching(self) -> list[PrefixFetch]:
+        return self._fetches.all()
+
+    def drop(self, request_id: int, in_flight: Sequence[int] = ()) -> None:
+        """Cancelled, or pulled: give everything back. Unknown ids are fine: a request may end twice.
+
+        Blocks `in_flight` may still be written by a read; `settle` follows for them.
+        """
+        self._fetches.forget(request_id)
         if (job := self._running.pop(request_id, None)) is not None:
             self._slots.give_back(job.slot)
             job.slot = -1
             self._flights.release(job.blocks)
         elif (job := self._held.pop(request_id, None)) is not None:
             self._pool.unlend(job.blocks)
+        elif self._fetches.drop(request_id, in_flight):
+            self._return_aside()
         else:
             self._drop_waiting(request_id)
 
     def _drop_waiting(self, request_id: int) -> None:
+        for request in [request for request in self._aside if request.id == request_id]:
+            self._aside.remove(request)
         for _, request in self._waiting:
             if request.id == request_id and request_id not in self._cancelled_waiting:
                 self._cancelled_waiting.add(request_id)
                 self._waiting_tokens -= len(request.tokens)
+
+    # -- fetches ------------------------------------------------------------------------------------------------------
+
+    def drain_granted(self) -> list[PrefixFetch]:
+        """Whose reads may begin since the last call. Each ends with `end_fetch` or `drop`."""
+        return self._fetches.drain_granted()
+
+    def landed(self, request_id: int, blocks: Sequence[int]) -> None:
+        """A read into these blocks ended well."""
+        self._fetches.landed(request_id, blocks)
+
+    def end_fetch(self, request_id: int, in_flight: Sequence[int] = ()) -> None:
+        """Nothing more comes. Blocks `in_flight` may still be written: the request gets others, and fetches no more."""
+        if (late := self._fetches.end(request_id, in_flight)) is not None:
+            self._line_up(late.request)
+        self._return_aside()
+
+    def settle(self, blocks: Sequence[int]) -> None:
+        """The read that kept these blocks is over, and nobody wants them."""
+        self._pool.abandon_landing(blocks)
+
+    def quarantine(self, blocks: Sequence[int]) -> None:
+        """A read that is late may still write these blocks."""
+        self._pool.quarantine(blocks)
+
+    def _return_aside(self) -> None:
+        aside, self._aside = self._aside, []
+        for request in aside:
+            self._line_up(request)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
         """Continue what runs, then admit what waits, until the token budget is used.
@@ -121,7 +176,7 @@ class PrefillScheduler:
                 break
             budget -= self._add_chunk(job, budget, chunks)
         started: list[SequenceStart] = []
-        while budget > 0 and (admitted := self._admit()) is not None:
+        while (admitted := self._admit(budget)) is not None:
             started.append(self._start(admitted))
             budget -= self._add_chunk(admitted, budget, chunks)
             jobs.append(admitted)
@@ -155,45 +210,60 @@ class PrefillScheduler:
             blocks=list(job.blocks),
         )
 
-    def _may_admit(self) -> bool:
+    def _admit(self, budget: int) -> PrefillJob | None:
+        """Whose prefix has come, then the line. Lets the head of the line fetch even when there is no budget left.
+
+        Head of the line only: a prompt that does not fit is not overtaken by a smaller one.
+        """
+        if budget > 0 and len(self._slots) and (ended := self._fetches.take_ended()) is not None:
+            return self._run(ended.request, ended.blocks, ended.num_ready)
+        while (request := self._head()) is not None and self._has_buffer():
+            # At least one token is left to compute: somebody must draw.
+            reusable = request.hashes[: (len(request.tokens) - 1) // self._block_size]
+            found = self._pool.find_prefix(reusable)
+            if self._flights.will_find(reusable, len(found)):
+                return None
+            if self._fetches.will_find(reusable, len(found)):
+                self._aside.append(self._leave_line())
+                continue
+            end = self._fetches.reach(request.id, len(found), len(reusable))
+            if end == len(found):
+                return self._start_at_once(request, found) if budget > 0 and len(self._slots) else None
+            if not self._fetches.claim(request, found, end):
+                return None
+            self._leave_line()
+        return None
+
+    def _has_buffer(self) -> bool:
         held = sum(len(job.blocks) for job in self._held.values())
-        return len(self._slots) > 0 and (held <= self._pool.num_blocks // 2 or not self._held)
+        return held <= self._pool.num_blocks // 2 or not self._held
 
-    def _admit(self) -> PrefillJob | None:
-        """Head of the line only: a prompt that does not fit is not overtaken by a smaller one."""
-        self._forget_cancelled()
-        if not self._waiting or not self._may_admit():
-            return None
-        request = self._waiting[0][1]
-        table = self._claim(request)
-        if table is None:
-            return None
-        heapq.heappop(self._waiting)
-        self._waiting_tokens -= len(request.tokens)
-        slot = self._slots.take()
-        assert slot is not None, "_may_admit counted the slots"
-        blocks, num_cached = table
-        computed = num_cached * self._block_size
-        job = PrefillJob(request, slot, blocks, computed, computed, num_cached, computed)
-        self._running[request.id] = job
-        return job
-
-    def _forget_cancelled(self) -> None:
+    def _head(self) -> Request | None:
         while self._waiting and self._waiting[0][1].id in self._cancelled_waiting:
             self._cancelled_waiting.remove(heapq.heappop(self._waiting)[1].id)
+        return self._waiting[0][1] if self._waiting else None
 
-    def _claim(self, request: Request) -> tuple[list[int], int] | None:
-        """Blocks for the whole prompt, cached ones first. At least one token is left to compute: somebody must draw."""
-        reusable = (len(request.tokens) - 1) // self._block_size
-        cached = self._pool.find_prefix(request.hashes[:reusable])
-        if self._flights.will_find(request.hashes[:reusable], len(cached)):
-            return None
-        self._pool.acquire(cached)
-        fresh = self._pool.allocate(blocks_for(len(request.tokens), self._block_size) - len(cached))
+    def _leave_line(self) -> Request:
+        request = heapq.heappop(self._waiting)[1]
+        self._waiting_tokens -= len(request.tokens)
+        return request
+
+    def _start_at_once(self, request: Request, found: Sequence[int]) -> PrefillJob | None:
+        """Blocks for the whole prompt, those that were found first. None: the pool cannot give them."""
+        self._pool.acquire(found)
+        fresh = self._pool.allocate(blocks_for(len(request.tokens), self._block_size) - len(found))
         if fresh is None:
-            self._pool.release(cached)
+            self._pool.release(found)
             return None
-        return [*cached, *fresh], len(cached)
+        self._leave_line()
+        return self._run(request, [*found, *fresh], len(found))
+
+    def _run(self, request: Request, blocks: list[int], num_ready: int) -> PrefillJob:
+        slot = self._slots.take()
+        assert slot is not None, "callers look first"
+        computed = num_ready * self._block_size
+        job = self._running[request.id] = PrefillJob(request, slot, blocks, computed, computed, num_ready, computed)
+        return job
 
     def finish(self, plan: StepPlan, out: StepOutput) -> PrefillStep:
         """Book what the runner did: blocks become findable, computed requests become held."""

@@ -2,7 +2,8 @@
 
 Loans are revocable: a sequence that needs the blocks gets them at once, the needer's stream is closed, and a read that
 comes later is caught by the blocks' stamps. They are also little and not for long, so that what is lent can be evicted
-in its turn: at most a tenth of the pool at a time, and each loan ends after some seconds whatever its needer does.
+in its turn: at most a tenth of the pool at a time, and each loan ends after some seconds whatever its needer does. A
+needer that was lent less than there is may ask for the rest when it has given that back.
 """
 
 import asyncio
@@ -44,16 +45,21 @@ class _Loan:
     loan: RevocableLoan
     generations: list[int]
     """Of its blocks, when it was made."""
+    num_found: int
+    """Blocks of what was asked that are there, lent or not."""
 
 
 class CachedLender:
     """Event loop only; the pool is touched on its own thread."""
 
-    def __init__(self, pool: BlockPool, thread: PoolThread, *, block_bytes: int, pool_address: int) -> None:
+    def __init__(
+        self, pool: BlockPool, thread: PoolThread, *, block_bytes: int, block_tokens: int, pool_address: int
+    ) -> None:
         """`pool_address`: of the first byte of block 0."""
         self._pool = pool
         self._thread = thread
         self._block_bytes = block_bytes
+        self._block_tokens = block_tokens
         self._pool_address = pool_address
         self._open: dict[RevocableLoan, _Terms] = {}
         """Changed on the pool's thread only."""
@@ -61,14 +67,17 @@ class CachedLender:
     async def lend(self, terms: LendTerms) -> AsyncGenerator[LentBlocks | LendDone, None]:
         """The longest prefix of what is asked that is cached, as far as the share goes. Closing the iterator ends it.
 
+        `cached_tokens` of what ends it counts the whole prefix.
         Raises OverloadedError when the loan is over while the needer still holds it.
         """
         revoked = asyncio.Event()
         tell = partial(_set_from_thread, asyncio.get_running_loop(), revoked)
         taking = asyncio.ensure_future(self._thread.call(self._take, terms, tell))
         try:
-            yield self._lent(await asyncio.shield(taking))
-            yield LendDone((), last_block_tokens=0, cached_tokens=0, queue_s=0.0, prefill_s=0.0)
+            taken = await asyncio.shield(taking)
+            yield self._lent(taken)
+            tokens = taken.num_found * self._block_tokens
+            yield LendDone((), last_block_tokens=0, cached_tokens=tokens, queue_s=0.0, prefill_s=0.0)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(MAX_LOAN_S):
                     await revoked.wait()
@@ -91,15 +100,16 @@ class CachedLender:
         if not taking.cancelled() and taking.exception() is None:
             self._thread.post(self._end, taking.result().loan)
 
-    def _take(self, terms: LendTerms, on_revoked: Callable[[], None]) -> "_Loan":
+    def _take(self, terms: LendTerms, on_revoked: Callable[[], None]) -> _Loan:
         num_lent = sum(len(loan.blocks) for loan in self._open if not loan.is_over)
         room = max(1, self._pool.num_blocks // POOL_SHARE) - num_lent
-        blocks = self._pool.find_prefix(terms.block_hashes[: max(0, room)])
+        found = self._pool.find_prefix(terms.block_hashes)
+        blocks = found[: max(0, room)]
         loan = self._pool.lend_revocably(blocks, on_revoked)
         self._open[loan] = _Terms(terms.needer_id, time.monotonic())
-        return _Loan(loan, [self._pool.generation(block) for block in blocks])
+        return _Loan(loan, [self._pool.generation(block) for block in blocks], len(found))
 
-    def _lent(self, taken: "_Loan") -> LentBlocks:
+    def _lent(self, taken: _Loan) -> LentBlocks:
         blocks = list(taken.loan.blocks)
         addresses = [self._pool_address + block * self._block_bytes for block in blocks]
         return LentBlocks(0, blocks, addresses, taken.generations)

@@ -167,7 +167,11 @@ class WorkerHost:
         self._parts = parts
         self._wiring = wiring
         self._cached = CachedLender(
-            parts.pool, wiring.engine, block_bytes=parts.layout.block_bytes, pool_address=parts.engine.cache.address
+            parts.pool,
+            wiring.engine,
+            block_bytes=parts.layout.block_bytes,
+            block_tokens=parts.layout.block_size,
+            pool_address=parts.engine.cache.address,
         )
 
     # -- Owning -------------------------------------------------------------------------------------------------------

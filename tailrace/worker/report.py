@@ -26,6 +26,19 @@ class Destination:
     num_local: int
 
 
+@dataclass(frozen=True, slots=True)
+class PrefixDestination:
+    """A request that waits for its prefix got blocks for it; `patience_s` is how long it may wait."""
+
+    request_id: int
+    hashes: Sequence[bytes]
+    """Of its chain, from the root on."""
+    blocks: tuple[int, ...]
+    """Entries from `num_local` on are to be read into."""
+    num_local: int
+    patience_s: float
+
+
 @dataclass(slots=True)
 class StepReport:
     computed: bool = False
@@ -42,6 +55,7 @@ class StepReport:
     chains: list[Sequence[bytes]] = field(default_factory=list)
     """Hashes of prompts that were computed and are over: a store may want their blocks."""
     granted: list[Destination] = field(default_factory=list)
+    fetching: list[PrefixDestination] = field(default_factory=list)
 
 
 def with_ledger(load: Load, ledger: Ledger) -> Load:

@@ -132,7 +132,11 @@ class Worker:
         self.peers: OwnerPeers
         self.address = ""
         self.lender = CachedLender(
-            self.pool, _ThisThread(), block_bytes=layout.block_bytes, pool_address=self.memory.address
+            self.pool,
+            _ThisThread(),
+            block_bytes=layout.block_bytes,
+            block_tokens=layout.block_size,
+            pool_address=self.memory.address,
         )
 
     def meet(self, needer_id: str, needer_epoch: int) -> PeerEndpoints:

@@ -96,6 +96,8 @@ class Rig:
 class PrefillRig(Rig):
     worker: PrefillWorker
     lender: Lender
+    service: PrefillService
+    peers: "FakePeers"
 
 
 @asynccontextmanager
@@ -111,7 +113,8 @@ async def prefill_rig(*, num_blocks: int = 16, budget: int = 16) -> AsyncIterato
         stop=StopRule(frozenset({EOS}), MAX_MODEL_LEN),
     )
     worker = PrefillWorker(_launching(runner), scheduler, pool, layout, pool_address=POOL_ADDRESS)
-    service = PrefillService(worker, RequestMaker(layout, VOCAB_SIZE))
+    peers = FakePeers(FakeLink(runner))
+    service = PrefillService(worker, RequestMaker(layout, VOCAB_SIZE), peers, layout)
     deaths: list[BaseException] = []
     engine = EngineThread(worker, deliver=service.deliver, died=deaths.append, overlap=OVERLAP)
     attachments = Attachments(make_info(Role.PREFILL), service, steps=lambda: engine.num_steps)
@@ -120,9 +123,12 @@ async def prefill_rig(*, num_blocks: int = 16, budget: int = 16) -> AsyncIterato
     )
     service.connect(engine, attachments, lender)
     gateway = Gateway(attachments.open("g", 1))
-    rig = PrefillRig(pool, runner, engine, attachments, deaths, gateway, worker, lender)
+    rig = PrefillRig(pool, runner, engine, attachments, deaths, gateway, worker, lender, service, peers)
     async with _living(rig):
-        yield rig
+        try:
+            yield rig
+        finally:
+            await service.close()
 
 
 @dataclass

@@ -41,7 +41,7 @@ class Thread:
 
 def make_lender(num_blocks: int = 40) -> tuple[CachedLender, Thread, BlockPool]:
     pool, thread = make_pool(num_blocks), Thread()
-    return CachedLender(pool, thread, block_bytes=100, pool_address=5000), thread, pool
+    return CachedLender(pool, thread, block_bytes=100, block_tokens=4, pool_address=5000), thread, pool
 
 
 def terms(hashes: Sequence[bytes]) -> LendTerms:
@@ -56,7 +56,7 @@ async def test_the_cached_prefix_is_lent_until_the_needer_leaves() -> None:
     await thread.turn()
     generations = [pool.generation(block) for block in blocks]
     assert await first == LentBlocks(0, blocks, [5000 + 100 * block for block in blocks], generations)
-    assert isinstance(await anext(events), LendDone)
+    assert await anext(events) == LendDone((), 0, 2 * 4, 0.0, 0.0)
     assert pool.ledger().lent == 2
     await events.aclose()
     await thread.turn()
@@ -73,6 +73,8 @@ async def test_no_more_than_a_tenth_of_the_pool_is_lent_at_a_time() -> None:
     await thread.turn()
     assert [len((await each).blocks) for each in told] == [4, 0]  # type: ignore[union-attr]
     assert pool.ledger().lent == 4
+    more = [await anext(events) for events in (first, second)]
+    assert [done.cached_tokens for done in more] == [40, 40]  # type: ignore[union-attr]
     for events in (first, second):
         await events.aclose()
     await thread.turn()

@@ -13,6 +13,7 @@ from tailrace.errors import ErrorCode, LayoutMismatchError, NotFoundError, Worke
 from tailrace.messages import HoldingState, Submission
 from tailrace.transfer import ReadOutcome
 from tailrace.types import FinishReason, SamplingParams
+from tailrace.worker import reading
 from tests.helpers import worker_rigs
 from tests.helpers.fake_runner import generate
 from tests.helpers.values import make_source, make_submission
@@ -48,7 +49,7 @@ def _both_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pull_module, "MIN_STALL_S", 0.05)
+    monkeypatch.setattr(reading, "MIN_STALL_S", 0.05)
     monkeypatch.setattr(pull_module, "CANCEL_GRACE_S", 0.01)
 
 

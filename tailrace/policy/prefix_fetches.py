@@ -1,0 +1,157 @@
+"""Requests whose prefix is fetched before the rest is computed: where it goes, what has come, who waits for the same.
+
+Blocks count as long as they are contiguous with what was found here: one that is missing ends the prefix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tailrace.kv.block_pool import BlockPool
+from tailrace.policy.request import Request, blocks_for
+
+MAX_QUARANTINED_SHARE = 0.25
+"""Of the pool. Past it nothing is fetched."""
+FETCHING_SHARE = 2
+"""At most one block of the pool in so many belongs to requests that wait for a fetch, unless there is only one."""
+
+
+@dataclass(slots=True, eq=False)
+class PrefixFetch:
+    """`blocks` is the whole block table: found here | read into (up to `end`) | to be computed."""
+
+    request: Request
+    blocks: list[int]
+    num_local: int
+    end: int
+    promised: frozenset[bytes]
+    num_ready: int
+    """Leading blocks that are completely written, and findable."""
+    landed: set[int] = field(default_factory=set)
+    """Blocks that were read well, in any order."""
+    is_over: bool = False
+    """Nothing is read any more: the rest can be computed."""
+
+
+class PrefixFetches:
+    """By request id. `pool` is written for these requests here only."""
+
+    def __init__(self, pool: BlockPool, block_size: int) -> None:
+        self._pool = pool
+        self._block_size = block_size
+        self._offered: dict[int, Sequence[range]] = {}
+        self._open: dict[int, PrefixFetch] = {}
+        self._granted: list[PrefixFetch] = []
+
+    def __len__(self) -> int:
+        """Requests that have blocks and compute nothing yet."""
+        return len(self._open)
+
+    @property
+    def num_tokens(self) -> int:
+        """To be computed once what is fetched has come."""
+        return sum(len(f.request.tokens) - f.end * self._block_size for f in self._open.values())
+
+    def all(self) -> list[PrefixFetch]:
+        return list(self._open.values())
+
+    # -- before -------------------------------------------------------------------------------------------------------
+
+    def offer(self, request_id: int, pieces: Sequence[range]) -> None:
+        """These blocks of its chain are said to be elsewhere."""
+        if pieces:
+            self._offered[request_id] = pieces
+
+    def forget(self, request_id: int) -> None:
+        """What was offered to it."""
+        self._offered.pop(request_id, None)
+
+    def reach(self, request_id: int, num_found: int, limit: int) -> int:
+        """Leading blocks, `limit` at most, that could be there after a fetch; `num_found` are here already."""
+        reached = num_found
+        pieces = [piece for piece in self._offered.get(request_id, ()) if piece.stop > num_found]
+        for piece in sorted(pieces, key=lambda piece: piece.start):
+            if piece.start <= reached:
+                reached = max(reached, piece.stop)
+        too_many = self._pool.ledger().quarantined > MAX_QUARANTINED_SHARE * self._pool.num_blocks
+        return num_found if too_many else min(reached, limit)
+
+    def will_find(self, hashes: Sequence[bytes], num_found: int) -> bool:
+        """Does a fetch bring the block that a prompt with these hashes lacks first?"""
+        return num_found < len(hashes) and any(
+            hashes[num_found] in fetch.promised for fetch in self._open.values() if not fetch.is_over
+        )
+
+    def claim(self, request: Request, found: Sequence[int], end: int) -> bool:
+        """The whole table at once, `found` first. False: the pool cannot give it now, or too much of it is taken."""
+        held = sum(len(fetch.blocks) for fetch in self._open.values())
+        if held * FETCHING_SHARE > self._pool.num_blocks:
+            return False
+        self._pool.acquire(found)
+        num_blocks = blocks_for(len(request.tokens), self._block_size)
+        landing = None
+        if self._pool.num_available >= num_blocks - len(found):
+            landing = self._pool.allocate_landing(end - len(found))
+        fresh = self._pool.allocate(num_blocks - end) if landing is not None else None
+        if landing is None or fresh is None:
+            self._pool.release(found)
+            return False
+        promised = frozenset(request.hashes[len(found) : end])
+        fetch = PrefixFetch(request, [*found, *landing, *fresh], len(found), end, promised, len(found))
+        self._open[request.id] = fetch
+        self._granted.append(fetch)
+        self.forget(request.id)
+        return True
+
+    def drain_granted(self) -> list[PrefixFetch]:
+        """Whose reads may begin; each once. Not those that were dropped since."""
+        granted, self._granted = self._granted, []
+        return [fetch for fetch in granted if self._open.get(fetch.request.id) is fetch]
+
+    # -- meanwhile ----------------------------------------------------------------------------------------------------
+
+    def landed(self, request_id: int, blocks: Sequence[int]) -> None:
+        """A read into these blocks ended well. The request may be gone by now: then they are free."""
+        if (fetch := self._open.get(request_id)) is None:
+            self._pool.abandon_landing(blocks)
+            return
+        self._pool.landed(blocks)
+        fetch.landed.update(blocks)
+        while fetch.num_ready < fetch.end and fetch.blocks[fetch.num_ready] in fetch.landed:
+            self._pool.register(fetch.blocks[fetch.num_ready], fetch.request.hashes[fetch.num_ready])
+            fetch.num_ready += 1
+
+    # -- after --------------------------------------------------------------------------------------------------------
+
+    def end(self, request_id: int, in_flight: Sequence[int]) -> PrefixFetch | None:
+        """Nothing more comes. What did not is computed into the same blocks, unless some of them may still be written:
+        then all is given back but those, and the request is returned, to wait in line again."""
+        if (fetch := self._open.get(request_id)) is None:
+            return None
+        if in_flight:
+            self.drop(request_id, in_flight)
+            return fetch
+        self._pool.landed(self._unread(fetch))
+        fetch.is_over = True
+        return None
+
+    def take_ended(self) -> PrefixFetch | None:
+        """The first in line of those that can go on; its blocks are the caller's now."""
+        ended = [fetch for fetch in self._open.values() if fetch.is_over]
+        return self._open.pop(min(ended, key=lambda fetch: fetch.request.rank).request.id) if ended else None
+
+    def drop(self, request_id: int, in_flight: Sequence[int]) -> bool:
+        """Gives back all but the blocks `in_flight`, which stay landing. False: no such request.
+
+        At once, whatever computes: no step knows these blocks.
+        """
+        if (fetch := self._open.pop(request_id, None)) is None:
+            return False
+        unread = [] if fetch.is_over else self._unread(fetch)
+        outside = set(unread)
+        self._pool.release([block for block in fetch.blocks if block not in outside])
+        writing = set(in_flight)
+        self._pool.abandon_landing([block for block in unread if block not in writing])
+        return True
+
+    def _unread(self, fetch: PrefixFetch) -> list[int]:
+        return [block for block in fetch.blocks[fetch.num_local : fetch.end] if block not in fetch.landed]
