@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from tailrace.kv.block_pool import BlockPool, BlockState
 from tailrace.plan import StepPlan
 from tailrace.policy.prefill_scheduler import PrefillJob, PrefillScheduler, PrefillStep
+from tailrace.policy.prefix_fetches import PrefixFetch
 from tailrace.policy.request import DrawnToken, Request, StopRule
 from tests.helpers.decode_world import expected, make_request
 from tests.helpers.fake_runner import EOS, FakeRunner, FakeStep, digests
@@ -44,22 +45,88 @@ class PrefillWorld:
         self.dropped: set[int] = set()
         self.done: dict[int, tuple[DrawnToken, ...]] = {}
         self.max_held = 0
+        self.reads: dict[int, list[tuple[int, int]]] = {}
+        """Of each request that fetches: (block, place in its chain) of what has not been read yet."""
+        self.fetched: set[int] = set()
+        """Those that left the line to fetch, and have not come back to it."""
+        self.late: list[list[int]] = []
+        """Blocks that reads may still write for nobody."""
 
-    def submit(self, tokens: Sequence[int], **options: object) -> Request:
+    def submit(self, tokens: Sequence[int], elsewhere: Sequence[range] = (), **options: object) -> Request:
         request_id = len(self.requests) + 1
         request = make_request(request_id, tokens, block_size=self.block_size, **options)  # type: ignore[arg-type]
         self.requests[request_id] = request
         self.waiting.add(request_id)
-        self.scheduler.submit(request)
+        self.scheduler.submit(request, elsewhere)
         return request
 
-    def drop(self, request_id: int) -> None:
-        """Cancelled; or, when its blocks are held, pulled: then they must still be what was computed."""
+    def drop(self, request_id: int, num_in_flight: int = 0) -> None:
+        """Cancelled; or, when its blocks are held, pulled: then they must still be what was computed.
+
+        `num_in_flight`: blocks that it fetches and that may be written afterwards.
+        """
         if (job := self.scheduler.job(request_id)) is not None:
             self.check_ready_blocks(job)
         self.waiting.discard(request_id)
         self.dropped.add(request_id)
-        self.scheduler.drop(request_id)
+        self.scheduler.drop(request_id, self._leave_late(request_id, num_in_flight))
+
+    # -- what is fetched ----------------------------------------------------------------------------------------------
+
+    def fetch(self, request_id: int) -> PrefixFetch:
+        return next(fetch for fetch in self.scheduler.fetching() if fetch.request.id == request_id)
+
+    def land(self, request_id: int, count: int = 1000, at: int = 0) -> None:
+        """Reads of so many blocks end well, from the one numbered `at` on of those that have not."""
+        reads = self.reads[request_id]
+        done, self.reads[request_id] = reads[at : at + count], [*reads[:at], *reads[at + count :]]
+        for block, place in done:
+            self.runner.land(block, place, self.requests[request_id].tokens)
+        self.scheduler.landed(request_id, [block for block, _ in done])
+
+    def end_fetch(self, request_id: int, num_in_flight: int = 0) -> None:
+        """What has not landed is rubbish, or may still be written."""
+        in_flight = self._leave_late(request_id, num_in_flight)
+        self.scheduler.end_fetch(request_id, in_flight)
+        if in_flight:
+            self.scheduler.quarantine(in_flight)
+            self.fetched.remove(request_id)
+
+    def _leave_late(self, request_id: int, count: int) -> list[int]:
+        reads = self.reads.pop(request_id, [])
+        for block, _ in reads:
+            self.runner.write(block, [-1] * self.block_size)
+        late = [block for block, _ in reads[len(reads) - min(count, len(reads)) :]]
+        if late:
+            self.late.append(late)
+        return late
+
+    def write_late(self) -> None:
+        """Nothing but rubbish: whoever uses these blocks is found out."""
+        for block in (block for late in self.late for block in late):
+            self.runner.write(block, [-2] * self.block_size)
+
+    def settle_late(self, at: int = 0) -> None:
+        self.scheduler.settle(self.late.pop(at))
+
+    def _take_granted(self) -> None:
+        for fetch in self.scheduler.drain_granted():
+            assert fetch.request.id not in self.dropped
+            places = range(fetch.num_local, fetch.end)
+            self.reads[fetch.request.id] = [(fetch.blocks[place], place) for place in places]
+
+    def check_findable(self) -> None:
+        """Whatever can be found is what its hash says."""
+        truths: dict[bytes, list[int]] = {}
+        for request in self.requests.values():
+            digest = digests(request.tokens)
+            for index, block_hash in enumerate(request.hashes):
+                truths[block_hash] = digest[index * self.block_size : (index + 1) * self.block_size]
+        for block_hash in self.pool.cached_hashes():
+            [block] = self.pool.find_prefix([block_hash])
+            assert self.runner.read(block) == truths[block_hash], f"block {block} is findable and wrong"
+
+    # -- steps --------------------------------------------------------------------------------------------------------
 
     def check_ready_blocks(self, job: PrefillJob) -> None:
         """What a needer could read at this moment."""
@@ -86,7 +153,9 @@ class PrefillWorld:
     def _launch(self) -> tuple[StepPlan, FakeStep]:
         plan = self.scheduler.schedule()
         assert plan.num_tokens <= self.budget, f"over budget: {plan}"
+        self.fetched.update(fetch.request.id for fetch in self.scheduler.fetching())
         self._check_order(plan)
+        self._take_granted()
         # What changes nothing is not launched.
         return plan, self.runner.launch(plan) if plan.changes_anything else FakeStep(self.runner, plan, plan)
 
@@ -96,12 +165,15 @@ class PrefillWorld:
             pass
 
     def _check_order(self, plan: StepPlan) -> None:
-        """Whoever started had nobody before it in line."""
+        """Whoever started had nobody before it in line. Who fetches is out of it, and who waits for another's fetch."""
         started = [job.request.id for job in self.scheduler.jobs() if job.request.id in self.waiting]
         assert len(started) == len(plan.started)
+        out = self.fetched | {request.id for request in self.scheduler._aside}
         for request_id in sorted(started, key=lambda at: self.requests[at].rank):
-            assert min(self.waiting, key=lambda at: self.requests[at].rank) == request_id, "overtaken"
+            before = [at for at in self.waiting - out if self.requests[at].rank < self.requests[request_id].rank]
+            assert request_id in self.fetched or not before, "overtaken"
             self.waiting.remove(request_id)
+            self.fetched.discard(request_id)
 
     def _take(self, step: PrefillStep) -> None:
         for job in step.progressed:
@@ -115,15 +187,25 @@ class PrefillWorld:
         self.max_held = max(self.max_held, held)
 
     def run_to_end(self, limit: int = 1000) -> None:
-        """Needers pull whatever is computed."""
+        """Needers pull whatever is computed; fetches end, each in its own way."""
         for _ in range(limit):
             self.step()
+            for request_id in list(self.reads):
+                self.land(request_id, request_id % 3)
+                self.end_fetch(request_id, request_id % 2)
+            if self.late:
+                # A prompt may need every block there is.
+                self.write_late()
+                self.settle_late()
             for job in self.scheduler.jobs():
                 if job.is_computed:
                     self.drop(job.request.id)
             if not self.scheduler.num_waiting and not self.scheduler.num_running:
                 break
         self.settle()
+        while self.late:
+            self.write_late()
+            self.settle_late()
 
     def check_answers(self) -> None:
         """Nobody waits or runs any more."""

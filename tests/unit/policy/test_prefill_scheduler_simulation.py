@@ -1,6 +1,7 @@
 """Random lives of a prefill worker in small pools: in order, computed right, and nothing held at the end."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import settings
@@ -41,8 +42,18 @@ class PrefillMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 5),
         choices=st.integers(1, 3),
         priority=st.integers(-1, 1),
+        elsewhere=st.lists(st.builds(range, st.integers(0, 6), st.integers(0, 20)), max_size=3),
     )
-    def submit(self, family: int, length: int, replayed: int, max_tokens: int, choices: int, priority: int) -> None:
+    def submit(
+        self,
+        family: int,
+        length: int,
+        replayed: int,
+        max_tokens: int,
+        choices: int,
+        priority: int,
+        elsewhere: Sequence[range] = (),
+    ) -> None:
         tokens = FAMILIES[family][: max(1, min(length, self.world.max_model_len - 1))]
         self.world.submit(
             tokens,
@@ -50,15 +61,31 @@ class PrefillMachine(RuleBasedStateMachine):
             sampling=SamplingParams(max_tokens=replayed + max_tokens, seed=len(self.world.requests)),
             choices=tuple(range(choices)),
             priority=priority,
+            elsewhere=elsewhere,
         )
 
-    @rule(pick=st.integers(0, 7))
-    def drop(self, pick: int) -> None:
-        """Any of those who are there: waiting, running or held; now and then one that is gone already."""
+    @rule(pick=st.integers(0, 7), num_in_flight=st.integers(0, 3))
+    def drop(self, pick: int, num_in_flight: int = 0) -> None:
+        """Any of those who are there: waiting, fetching, running or held; now and then one that is gone already."""
         live = [request_id for request_id in self.world.requests if request_id not in self.world.dropped]
         if live or self.world.requests:
             known = live or list(self.world.requests)
-            self.world.drop(known[pick % len(known)])
+            self.world.drop(known[pick % len(known)], num_in_flight)
+
+    @rule(pick=st.integers(0, 7), count=st.integers(1, 4), at=st.integers(0, 3))
+    def land(self, pick: int, count: int, at: int) -> None:
+        if reads := list(self.world.reads):
+            self.world.land(reads[pick % len(reads)], count, at)
+
+    @rule(pick=st.integers(0, 7), num_in_flight=st.integers(0, 2))
+    def end_fetch(self, pick: int, num_in_flight: int) -> None:
+        if reads := list(self.world.reads):
+            self.world.end_fetch(reads[pick % len(reads)], num_in_flight)
+
+    @rule(pick=st.integers(0, 7))
+    def settle(self, pick: int) -> None:
+        if self.world.late:
+            self.world.settle_late(pick % len(self.world.late))
 
     @rule(pick=st.integers(0, 7))
     def pull(self, pick: int) -> None:
@@ -76,6 +103,8 @@ class PrefillMachine(RuleBasedStateMachine):
     def adds_up(self) -> None:
         if hasattr(self, "world"):
             self.world.pool.check_integrity()
+            self.world.write_late()
+            self.world.check_findable()
             for job in self.world.scheduler.jobs():
                 self.world.check_ready_blocks(job)
 
@@ -99,7 +128,10 @@ def play(seed: int, *, overlap: bool) -> PrefillWorld:
         (4, lambda: machine.steps(rng.randint(1, 3))),
         (4, lambda: submit(machine, rng)),
         (2, lambda: machine.pull(rng.randint(0, 7))),
-        (1, lambda: machine.drop(rng.randint(0, 7))),
+        (1, lambda: machine.drop(rng.randint(0, 7), rng.randint(0, 2))),
+        (4, lambda: machine.land(rng.randint(0, 7), rng.randint(1, 4), rng.randint(0, 2))),
+        (2, lambda: machine.end_fetch(rng.randint(0, 7), rng.choice((0, 0, 1, 2)))),
+        (1, lambda: machine.settle(rng.randint(0, 7))),
     ]
     weights = [weight for weight, _ in actions]
     for _ in range(120):
@@ -111,7 +143,8 @@ def play(seed: int, *, overlap: bool) -> PrefillWorld:
 
 def submit(machine: PrefillMachine, rng: random.Random) -> None:
     lengths = (rng.randint(1, 40), rng.randint(0, 3), rng.randint(1, 4))
-    machine.submit(rng.randint(0, 2), *lengths, rng.randint(1, 3), rng.randint(-1, 1))
+    elsewhere = [range(start, start + rng.randint(1, 9)) for start in rng.choices((0, 0, 2, 4), k=rng.randint(0, 2))]
+    machine.submit(rng.randint(0, 2), *lengths, rng.randint(1, 3), rng.randint(-1, 1), elsewhere)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -1,0 +1,220 @@
+"""Prompts whose prefix is fetched, with exact plans and block ids. Blocks of 4 tokens."""
+
+import pytest
+
+from tailrace.kv.block_pool import BlockState
+from tailrace.kv.events import KVEventKind
+from tailrace.plan import Chunk
+from tests.helpers.prefill_world import PrefillWorld
+
+A = list(range(100, 140))
+B = list(range(200, 240))
+
+
+def fetching_world(**options: int) -> PrefillWorld:
+    """Request 1 fetches blocks 0 to 2 of 18 tokens, into blocks of the same numbers."""
+    world = PrefillWorld(**options)  # type: ignore[arg-type]
+    world.submit(A[:18], elsewhere=[range(3)])
+    assert world.step().is_empty
+    return world
+
+
+def states(world: PrefillWorld, blocks: range) -> list[str]:
+    return [world.pool.state(block).name.lower() for block in blocks]
+
+
+def test_blocks_are_found_read_or_computed_in_this_order() -> None:
+    world = PrefillWorld()
+    world.submit(A[:5])
+    world.step()
+    world.drop(1)
+    world.submit(A[:18], elsewhere=[range(1, 3)])
+    world.step()
+    fetch = world.fetch(2)
+    assert (fetch.blocks, fetch.num_local, fetch.end) == ([0, 1, 2, 3, 4], 1, 3)
+    assert states(world, range(5)) == ["active", "landing", "landing", "active", "active"]
+    assert (world.scheduler.num_waiting, world.scheduler.waiting_tokens) == (1, 6)
+
+
+def test_nothing_is_computed_before_the_fetch_has_ended_and_then_the_rest_is() -> None:
+    world = fetching_world()
+    world.land(1)
+    assert world.step().is_empty
+    world.end_fetch(1)
+    plan = world.step()
+    assert list(plan.started[0].blocks) == [0, 1, 2, 3, 4]
+    assert plan.chunks == [Chunk(0, 12, 18, (0,))]
+    job = world.scheduler.job(1)
+    assert job is not None
+    assert job.num_cached_tokens == 12
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
+
+
+def test_what_has_landed_can_be_found_at_once_and_is_published_in_order() -> None:
+    world = fetching_world()
+    world.land(1, 1, at=1)
+    assert world.pool.find_prefix(world.requests[1].hashes) == []
+    world.land(1, 1)
+    assert world.pool.find_prefix(world.requests[1].hashes) == [0, 1]
+    assert [(event.kind, event.block_hash) for event in world.pool.drain_events()] == [
+        (KVEventKind.PUBLISH, world.requests[1].hashes[0]),
+        (KVEventKind.PUBLISH, world.requests[1].hashes[1]),
+    ]
+
+
+@pytest.mark.parametrize(("landed", "cached"), [([0], 4), ([1, 2], 0), ([0, 2], 4), ([], 0)])
+def test_what_did_not_come_is_computed_into_the_same_blocks(landed: list[int], cached: int) -> None:
+    world = fetching_world()
+    for number, place in enumerate(landed):
+        world.land(1, 1, at=place - number)
+    world.end_fetch(1)
+    plan = world.step()
+    assert list(plan.started[0].blocks) == [0, 1, 2, 3, 4]
+    assert plan.chunks[0].start == cached
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
+
+
+def test_a_late_read_keeps_its_blocks_and_the_request_gets_others() -> None:
+    world = fetching_world()
+    world.submit(B[:4])
+    world.land(1, 1)
+    world.end_fetch(1, num_in_flight=1)
+    assert states(world, range(5)) == ["cached", "free", "quarantined", "free", "free"]
+    plan = world.step()
+    assert [start.tokens for start in plan.started] == [A[:18], B[:4]], "it has kept its rank"
+    assert 2 not in plan.started[0].blocks
+    assert plan.started[0].blocks[0] == 0, "what had landed is found"
+    assert not world.reads, "it does not fetch again"
+    world.write_late()
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
+
+
+def test_others_compute_meanwhile_and_the_head_of_the_line_fetches_without_any_budget() -> None:
+    world = PrefillWorld(budget=4)
+    world.submit(B[:8])
+    world.submit(A[:18], elsewhere=[range(3)])
+    world.submit(B[20:23])
+    assert world.step().chunks == [Chunk(0, 0, 4)]
+    assert world.fetch(2).blocks == [2, 3, 4, 5, 6]
+    assert world.step().chunks == [Chunk(0, 4, 8, (0,))]
+    assert world.step().chunks == [Chunk(0, 0, 3, (0,))]
+    world.land(2)
+    world.end_fetch(2)
+    assert world.step().chunks == [Chunk(0, 12, 16)]
+
+
+def test_the_second_with_a_prefix_waits_for_the_fetch_of_the_first() -> None:
+    world = fetching_world()
+    world.submit([*A[:12], 7], elsewhere=[range(3)])
+    world.submit(B[:4])
+    assert [start.tokens for start in world.step().started] == [B[:4]], "it is out of the way meanwhile"
+    assert list(world.reads) == [1]
+    assert world.scheduler.num_waiting == 2
+    world.land(1)
+    world.end_fetch(1)
+    plan = world.step()
+    assert [(start.tokens[-1], list(start.blocks)[:3]) for start in plan.started] == [
+        (A[17], [0, 1, 2]),
+        (7, [0, 1, 2]),
+    ]
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
+
+
+def test_the_second_fetches_itself_what_the_first_could_not() -> None:
+    world = fetching_world()
+    world.submit([*A[:12], 7], elsewhere=[range(3)])
+    world.step()
+    world.drop(1, num_in_flight=2)
+    world.step()
+    assert list(world.reads) == [2]
+    world.land(2)
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
+
+
+def test_one_that_waits_for_another_s_fetch_can_be_cancelled() -> None:
+    world = fetching_world()
+    world.submit([*A[:12], 7])
+    world.step()
+    world.drop(2)
+    assert world.scheduler.num_waiting == 1
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
+
+
+@pytest.mark.parametrize("num_landed", [0, 1, 3])
+@pytest.mark.parametrize("num_in_flight", [0, 1, 3])
+@pytest.mark.parametrize("ended", [False, True])
+def test_cancelled_at_any_moment_only_what_is_written_is_kept(num_landed: int, num_in_flight: int, ended: bool) -> None:
+    world = fetching_world()
+    world.land(1, num_landed)
+    if ended:
+        world.end_fetch(1)
+    world.drop(1, num_in_flight)
+    in_flight = 0 if ended else min(num_in_flight, 3 - num_landed)
+    ledger = world.pool.ledger()
+    assert (ledger.landing, ledger.cached, ledger.active) == (in_flight, num_landed, 0)
+    world.run_to_end()
+    world.check_empty()
+
+
+def test_past_the_share_of_quarantine_everything_is_computed() -> None:
+    world = fetching_world(num_blocks=16)
+    world.end_fetch(1, num_in_flight=3)
+    world.submit(A[20:38], elsewhere=[range(4)])
+    world.run_to_end()
+    world = fetching_world(num_blocks=11)
+    world.end_fetch(1, num_in_flight=3)
+    world.submit(B[:18], elsewhere=[range(4)])
+    world.drop(1)
+    assert world.step().chunks == [Chunk(0, 0, 16)]
+    assert not world.reads
+
+
+def test_no_more_than_half_of_the_pool_waits_for_fetches() -> None:
+    world = PrefillWorld(num_blocks=12)
+    for tokens in (A[:18], A[20:38], B[:18]):
+        world.submit(tokens, elsewhere=[range(4)])
+    world.step()
+    assert list(world.reads) == [1, 2]
+    world.run_to_end()
+    world.check_answers()
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "end"),
+    [
+        ([range(2)], 2),
+        ([range(2, 4), range(2)], 4),
+        ([range(1), range(2, 4)], 1),
+        ([range(900)], 4),
+        ([range(1, 3)], 0),
+        ([range(3, 1)], 0),
+    ],
+)
+def test_only_what_is_contiguous_is_fetched_and_a_token_is_left(elsewhere: list[range], end: int) -> None:
+    world = PrefillWorld()
+    world.submit(A[:20], elsewhere=elsewhere)
+    world.step()
+    assert [fetch.end for fetch in world.scheduler.fetching()] == ([end] if end else [])
+    world.run_to_end()
+    world.check_answers()
+
+
+def test_what_is_here_is_not_fetched() -> None:
+    world = PrefillWorld()
+    world.submit(A[:12])
+    world.run_to_end()
+    world.submit([*A[:12], 3], elsewhere=[range(3)])
+    assert world.step().chunks == [Chunk(0, 12, 13, (0,))]
+    assert world.pool.state(0) is BlockState.LENT
