@@ -141,6 +141,7 @@ class PrefillScheduler:
     def landed(self, request_id: int, blocks: Sequence[int]) -> None:
         """A read into these blocks ended well."""
         self._fetches.landed(request_id, blocks)
+        self._return_aside()
 
     def end_fetch(self, request_id: int, in_flight: Sequence[int] = ()) -> None:
         """Nothing more comes. Blocks `in_flight` may still be written: the request gets others, and fetches no more."""

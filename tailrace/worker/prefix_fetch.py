@@ -192,7 +192,7 @@ class PrefixPull:
             holder.ended = time.monotonic()
 
     async def _borrow(self, peers: Peers, link: Link, share: _Share) -> bool:
-        """Whether the holder has more of its share than it lent: some lend little at a time."""
+        """Whether the holder may be asked again: it lent all of its share, or less than it has."""
         names = tuple(self._wanted.hashes[share.places.start : share.places.stop])
         terms = LendTerms("", 0, b"", *peers.identity(), link.transport, block_hashes=names)
         flights: list[_Flight] = []
@@ -206,7 +206,7 @@ class PrefixPull:
             await self._landed(flights)
         num_there = min(done.cached_tokens // self._wanted.block_tokens, len(share.places))
         if num_there <= num_told:
-            return False
+            return num_told == len(share.places)
         share.holder.num_empty = 0 if num_told else share.holder.num_empty + 1
         if not num_told:
             await asyncio.sleep(ASK_AGAIN_S)

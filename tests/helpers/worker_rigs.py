@@ -33,7 +33,8 @@ from tailrace.worker.lending import Lender
 from tailrace.worker.requests import RequestMaker
 from tailrace.worker.runner import Runner
 from tests.helpers.fake_runner import EOS, FakeRunner, generate
-from tests.helpers.values import SECRET, VOCAB_SIZE, make_info, make_layout
+from tests.helpers.prefix_holders import FakeHolder, FakeHolders
+from tests.helpers.values import SECRET, VOCAB_SIZE, make_info, make_layout, make_submission
 from tests.helpers.waiting import until
 
 MAX_MODEL_LEN = 64
@@ -97,7 +98,21 @@ class PrefillRig(Rig):
     worker: PrefillWorker
     lender: Lender
     service: PrefillService
-    peers: "FakePeers"
+    peers: FakeHolders
+
+    def add_holder(self, name: str, tokens: Sequence[int], held: range, **options: object) -> FakeHolder:
+        """Of blocks of the prompt `tokens`."""
+        chain = RequestMaker(make_layout(), VOCAB_SIZE).make(0, make_submission(tokens=list(tokens))).hashes
+
+        def land(block: int, place: int) -> None:
+            if place >= 0:
+                self.runner.land(block, place, tokens)
+            else:
+                self.runner.write(block, [-1] * 4)
+
+        holder = FakeHolder(name, chain, held, land=land, **options)  # type: ignore[arg-type]
+        self.peers.holders[name] = holder
+        return holder
 
 
 @asynccontextmanager
@@ -113,7 +128,7 @@ async def prefill_rig(*, num_blocks: int = 16, budget: int = 16) -> AsyncIterato
         stop=StopRule(frozenset({EOS}), MAX_MODEL_LEN),
     )
     worker = PrefillWorker(_launching(runner), scheduler, pool, layout, pool_address=POOL_ADDRESS)
-    peers = FakePeers(FakeLink(runner))
+    peers = FakeHolders()
     service = PrefillService(worker, RequestMaker(layout, VOCAB_SIZE), peers, layout)
     deaths: list[BaseException] = []
     engine = EngineThread(worker, deliver=service.deliver, died=deaths.append, overlap=OVERLAP)

@@ -128,6 +128,18 @@ def test_the_second_with_a_prefix_waits_for_the_fetch_of_the_first() -> None:
     world.check_empty()
 
 
+def test_who_waits_for_the_beginning_of_a_fetch_goes_on_when_that_has_landed() -> None:
+    world = fetching_world()
+    world.submit([*A[:8], 7])
+    world.step()
+    world.land(1, 1)
+    assert world.step().is_empty
+    world.land(1, 1)
+    assert world.step().chunks == [Chunk(0, 8, 9, (0,))]
+    world.run_to_end()
+    world.check_answers()
+
+
 def test_the_second_fetches_itself_what_the_first_could_not() -> None:
     world = fetching_world()
     world.submit([*A[:12], 7], elsewhere=[range(3)])
