@@ -248,6 +248,43 @@ class BlockOffer:
     tenant: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class TierUsage:
+    """Blocks of one tier of a store, by state; they add up to the total."""
+
+    total: int = 0
+    free: int = 0
+    cached: int = 0
+    lent: int = 0
+    landing: int = 0
+    quarantined: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TenantUsage:
+    """Blocks of one tenant in a store, and its quotas in blocks; None: none."""
+
+    tenant: str
+    memory_blocks: int
+    disk_blocks: int
+    memory_quota: int | None = None
+    disk_quota: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUsage:
+    layout: KVLayout
+    memory: TierUsage
+    disk: TierUsage | None
+    """None: no disk tier."""
+    tenants: tuple[TenantUsage, ...]
+    pinned: dict[str, int]
+    """Blocks by owner."""
+    pin_limit: int
+    """Different blocks that may be pinned at a time."""
+    disk_trouble: str = ""
+
+
 class HoldingState(StrEnum):
     ACTIVE = "active"
     LENT = "lent"

@@ -102,17 +102,17 @@ class StoreNode:
 
     @property
     def layout(self) -> KVLayout:
-        return self._ready().layout
+        return self.ready().layout
 
     def meet(self, needer_id: str, needer_epoch: int) -> PeerEndpoints:
         log.info("met by %s", needer_id)
-        owner = self._ready().plane.owner
+        owner = self.ready().plane.owner
         owner.note_meeting()
         return owner.endpoints()
 
     async def lend(self, terms: LendTerms) -> AsyncGenerator[LentBlocks | LendDone, None]:
         """Blocks by their hashes, in order, as they come from disk; held until the iterator is closed."""
-        storage = self._ready()
+        storage = self.ready()
         if len(self._loans) >= MAX_LOANS:
             raise OverloadedError(f"{MAX_LOANS} loans are open")
         entry = _OpenLoan(terms.needer_id, time.monotonic(), [])
@@ -308,7 +308,8 @@ class StoreNode:
         self.membership.begin(storage, self.load())
         return storage
 
-    def _ready(self) -> Storage:
+    def ready(self) -> Storage:
+        """Raises UnavailableError before it is known what a block is."""
         if self._storage is None:
             raise UnavailableError(NO_BLOCKS_YET)
         return self._storage

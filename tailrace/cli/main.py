@@ -13,6 +13,7 @@ from tailrace import __version__
 from tailrace.cli.bench.commands import bench_app
 from tailrace.cli.options import Settings, with_config
 from tailrace.cli.simulate_command import simulate
+from tailrace.cli.store import store_app
 from tailrace.config import CommonConfig, GatewayConfig, KvStoreConfig, UpConfig, WorkerConfig, base_environment
 from tailrace.cores import PASSIVE_WAITING
 from tailrace.errors import ConfigError, TailraceError
@@ -115,6 +116,7 @@ app.command("demo")(with_config(UpConfig, _demo))
 app.command("doctor")(with_config(UpConfig, _doctor))
 
 app.add_typer(bench_app, name="bench")
+app.add_typer(store_app, name="store")
 app.command("simulate")(simulate)
 
 

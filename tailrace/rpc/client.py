@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from tailrace.messages import (
     LentBlocks,
     Load,
     StepEvents,
+    StoreUsage,
     Submission,
 )
 from tailrace.rpc import convert
@@ -101,6 +102,31 @@ class Peer:
         """The blocks that the store will pull. Raises LayoutMismatchError when it keeps blocks of another layout."""
         call = self._store.Offer(convert.offer_to_proto(offer), metadata=self._metadata, timeout=PEER_LOSS_S)
         return tuple((await self._unary(call)).wanted)
+
+    # -- operator -> store --------------------------------------------------------------------------------------------
+
+    async def pin(self, owner: str, hashes: Sequence[bytes]) -> int:
+        """The number of blocks pinned by all owners. Raises NotFoundError, and pins none, where one is not there;
+        OverloadedError where too many would be pinned."""
+        request = kv_pb2.PinRequest(owner=owner, block_hashes=hashes)
+        response = await self._unary(self._store.Pin(request, metadata=self._metadata, timeout=PEER_LOSS_S))
+        return response.num_pinned
+
+    async def unpin(self, owner: str, hashes: Sequence[bytes] = ()) -> int:
+        """How many of them, or without any of all, the owner had pinned."""
+        request = kv_pb2.UnpinRequest(owner=owner, block_hashes=hashes)
+        response = await self._unary(self._store.Unpin(request, metadata=self._metadata, timeout=PEER_LOSS_S))
+        return response.num_unpinned
+
+    async def set_quota(self, tenant: str, memory_bytes: int | None, disk_bytes: int | None) -> None:
+        """None: as much as there is."""
+        request = kv_pb2.SetQuotaRequest(tenant=tenant, memory_bytes=memory_bytes, disk_bytes=disk_bytes)
+        await self._unary(self._store.SetQuota(request, metadata=self._metadata, timeout=PEER_LOSS_S))
+
+    async def store_usage(self) -> StoreUsage:
+        """Raises WorkerLostError for a store that is not there, or does not know yet what a block is."""
+        call = self._store.GetUsage(kv_pb2.GetUsageRequest(), metadata=self._metadata, timeout=PEER_LOSS_S)
+        return convert.usage_from_proto(await self._unary(call))
 
     # -- gateway -> worker --------------------------------------------------------------------------------------------
 

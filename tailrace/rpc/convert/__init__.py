@@ -26,6 +26,7 @@ from tailrace.rpc.convert.sampling import (
     sampling_from_proto,
     sampling_to_proto,
 )
+from tailrace.rpc.convert.store import check_quota, pin_from_proto, usage_from_proto, usage_to_proto
 from tailrace.rpc.convert.worker import (
     MAX_CHOICES,
     MAX_PREFIX_SOURCES,
@@ -45,6 +46,7 @@ from tailrace.rpc.convert.worker import (
 __all__ = [
     "MAX_CHOICES",
     "MAX_PREFIX_SOURCES",
+    "check_quota",
     "columns_from_proto",
     "done_to_proto",
     "endpoints_from_proto",
@@ -67,6 +69,7 @@ __all__ = [
     "logprob_to_proto",
     "offer_from_proto",
     "offer_to_proto",
+    "pin_from_proto",
     "reason_from_proto",
     "reason_to_proto",
     "report_from_proto",
@@ -79,4 +82,6 @@ __all__ = [
     "submission_to_proto",
     "terms_from_proto",
     "terms_to_proto",
+    "usage_from_proto",
+    "usage_to_proto",
 ]

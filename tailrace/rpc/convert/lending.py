@@ -90,7 +90,7 @@ def terms_to_proto(terms: LendTerms) -> kv_pb2.LendRequest:
 def terms_from_proto(message: kv_pb2.LendRequest) -> LendTerms:
     """Raises InvalidRequestError for hashes that no block has."""
     return LendTerms(
-        block_hashes=_hashes(message.block_hashes),
+        block_hashes=hashes_from_proto(message.block_hashes),
         request_id=message.request_id,
         attempt=message.attempt,
         ticket=message.ticket,
@@ -122,12 +122,13 @@ def offer_from_proto(message: kv_pb2.OfferRequest) -> BlockOffer:
     return BlockOffer(
         source=KvSource(message.worker_id, message.epoch, message.address, b""),
         layout=layout_from_proto(message.layout),
-        block_hashes=_hashes(message.block_hashes),
+        block_hashes=hashes_from_proto(message.block_hashes),
         tenant=message.tenant,
     )
 
 
-def _hashes(values: Sequence[bytes]) -> tuple[bytes, ...]:
+def hashes_from_proto(values: Sequence[bytes]) -> tuple[bytes, ...]:
+    """Raises InvalidRequestError for hashes that no block has."""
     if len(values) > MAX_HASHES:
         raise InvalidRequestError(f"block_hashes: at most {MAX_HASHES}, not {len(values)}", param="block_hashes")
     if any(len(value) != HASH_BYTES for value in values):

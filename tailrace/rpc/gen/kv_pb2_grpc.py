@@ -160,6 +160,26 @@ class KvStoreServiceStub:
                 request_serializer=tailrace_dot_v1_dot_kv__pb2.OfferRequest.SerializeToString,
                 response_deserializer=tailrace_dot_v1_dot_kv__pb2.OfferResponse.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/tailrace.v1.KvStoreService/Pin',
+                request_serializer=tailrace_dot_v1_dot_kv__pb2.PinRequest.SerializeToString,
+                response_deserializer=tailrace_dot_v1_dot_kv__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/tailrace.v1.KvStoreService/Unpin',
+                request_serializer=tailrace_dot_v1_dot_kv__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=tailrace_dot_v1_dot_kv__pb2.UnpinResponse.FromString,
+                _registered_method=True)
+        self.SetQuota = channel.unary_unary(
+                '/tailrace.v1.KvStoreService/SetQuota',
+                request_serializer=tailrace_dot_v1_dot_kv__pb2.SetQuotaRequest.SerializeToString,
+                response_deserializer=tailrace_dot_v1_dot_kv__pb2.SetQuotaResponse.FromString,
+                _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/tailrace.v1.KvStoreService/GetUsage',
+                request_serializer=tailrace_dot_v1_dot_kv__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=tailrace_dot_v1_dot_kv__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
 
 
 class KvStoreServiceServicer:
@@ -173,6 +193,32 @@ class KvStoreServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Never give these blocks up before their owner unpins them. All of them, or none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetQuota(self, request, context):
+        """How much of each tier a tenant's blocks may take.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUsage(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvStoreServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -180,6 +226,26 @@ def add_KvStoreServiceServicer_to_server(servicer, server):
                     servicer.Offer,
                     request_deserializer=tailrace_dot_v1_dot_kv__pb2.OfferRequest.FromString,
                     response_serializer=tailrace_dot_v1_dot_kv__pb2.OfferResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=tailrace_dot_v1_dot_kv__pb2.PinRequest.FromString,
+                    response_serializer=tailrace_dot_v1_dot_kv__pb2.PinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=tailrace_dot_v1_dot_kv__pb2.UnpinRequest.FromString,
+                    response_serializer=tailrace_dot_v1_dot_kv__pb2.UnpinResponse.SerializeToString,
+            ),
+            'SetQuota': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetQuota,
+                    request_deserializer=tailrace_dot_v1_dot_kv__pb2.SetQuotaRequest.FromString,
+                    response_serializer=tailrace_dot_v1_dot_kv__pb2.SetQuotaResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=tailrace_dot_v1_dot_kv__pb2.GetUsageRequest.FromString,
+                    response_serializer=tailrace_dot_v1_dot_kv__pb2.GetUsageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -210,6 +276,114 @@ class KvStoreService:
             '/tailrace.v1.KvStoreService/Offer',
             tailrace_dot_v1_dot_kv__pb2.OfferRequest.SerializeToString,
             tailrace_dot_v1_dot_kv__pb2.OfferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.v1.KvStoreService/Pin',
+            tailrace_dot_v1_dot_kv__pb2.PinRequest.SerializeToString,
+            tailrace_dot_v1_dot_kv__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.v1.KvStoreService/Unpin',
+            tailrace_dot_v1_dot_kv__pb2.UnpinRequest.SerializeToString,
+            tailrace_dot_v1_dot_kv__pb2.UnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetQuota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.v1.KvStoreService/SetQuota',
+            tailrace_dot_v1_dot_kv__pb2.SetQuotaRequest.SerializeToString,
+            tailrace_dot_v1_dot_kv__pb2.SetQuotaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tailrace.v1.KvStoreService/GetUsage',
+            tailrace_dot_v1_dot_kv__pb2.GetUsageRequest.SerializeToString,
+            tailrace_dot_v1_dot_kv__pb2.GetUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -78,6 +78,12 @@ class KvStoreServiceStub:
     def __new__(cls, channel: _aio.Channel) -> KvStoreServiceAsyncStub: ...
     Offer: _grpc.UnaryUnaryMultiCallable[_kv_pb2.OfferRequest, _kv_pb2.OfferResponse]
     """A worker offers cached blocks ahead of their eviction; the store pulls them by Lend."""
+    Pin: _grpc.UnaryUnaryMultiCallable[_kv_pb2.PinRequest, _kv_pb2.PinResponse]
+    """Never give these blocks up before their owner unpins them. All of them, or none."""
+    Unpin: _grpc.UnaryUnaryMultiCallable[_kv_pb2.UnpinRequest, _kv_pb2.UnpinResponse]
+    SetQuota: _grpc.UnaryUnaryMultiCallable[_kv_pb2.SetQuotaRequest, _kv_pb2.SetQuotaResponse]
+    """How much of each tier a tenant's blocks may take."""
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_kv_pb2.GetUsageRequest, _kv_pb2.GetUsageResponse]
 
 @_typing.type_check_only
 class KvStoreServiceAsyncStub(KvStoreServiceStub):
@@ -86,6 +92,12 @@ class KvStoreServiceAsyncStub(KvStoreServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Offer: _aio.UnaryUnaryMultiCallable[_kv_pb2.OfferRequest, _kv_pb2.OfferResponse]  # type: ignore[assignment]
     """A worker offers cached blocks ahead of their eviction; the store pulls them by Lend."""
+    Pin: _aio.UnaryUnaryMultiCallable[_kv_pb2.PinRequest, _kv_pb2.PinResponse]  # type: ignore[assignment]
+    """Never give these blocks up before their owner unpins them. All of them, or none."""
+    Unpin: _aio.UnaryUnaryMultiCallable[_kv_pb2.UnpinRequest, _kv_pb2.UnpinResponse]  # type: ignore[assignment]
+    SetQuota: _aio.UnaryUnaryMultiCallable[_kv_pb2.SetQuotaRequest, _kv_pb2.SetQuotaResponse]  # type: ignore[assignment]
+    """How much of each tier a tenant's blocks may take."""
+    GetUsage: _aio.UnaryUnaryMultiCallable[_kv_pb2.GetUsageRequest, _kv_pb2.GetUsageResponse]  # type: ignore[assignment]
 
 class KvStoreServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by the kvstore."""
@@ -97,5 +109,35 @@ class KvStoreServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.OfferResponse, _abc.Awaitable[_kv_pb2.OfferResponse]]:
         """A worker offers cached blocks ahead of their eviction; the store pulls them by Lend."""
+
+    @_abc_1.abstractmethod
+    def Pin(
+        self,
+        request: _kv_pb2.PinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.PinResponse, _abc.Awaitable[_kv_pb2.PinResponse]]:
+        """Never give these blocks up before their owner unpins them. All of them, or none."""
+
+    @_abc_1.abstractmethod
+    def Unpin(
+        self,
+        request: _kv_pb2.UnpinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.UnpinResponse, _abc.Awaitable[_kv_pb2.UnpinResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def SetQuota(
+        self,
+        request: _kv_pb2.SetQuotaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.SetQuotaResponse, _abc.Awaitable[_kv_pb2.SetQuotaResponse]]:
+        """How much of each tier a tenant's blocks may take."""
+
+    @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _kv_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.GetUsageResponse, _abc.Awaitable[_kv_pb2.GetUsageResponse]]: ...
 
 def add_KvStoreServiceServicer_to_server(servicer: KvStoreServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
