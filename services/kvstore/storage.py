@@ -13,6 +13,7 @@ from tailrace.kv.layout import KVLayout
 from tailrace.kvstore.slab_file import num_slots_in, open_slab
 from tailrace.kvstore.slab_header import peek
 from tailrace.kvstore.store import KvStore
+from tailrace.kvstore.warming import Warming
 from tailrace.transfer import PoolMemory, TransferPlane, open_transfer
 from tailrace.transfer.memory import address_of
 from tailrace.worker.member import Identity, transfer_options
@@ -27,9 +28,11 @@ class Storage:
     plane: TransferPlane
     why_no_disk: str
     """Why there is no disk tier although one was asked for; empty where there is."""
+    warming: Warming
 
     async def close(self) -> None:
         """Nobody reads or writes the memory any more afterwards; what was kept is on disk."""
+        await asyncio.to_thread(self.warming.stop)
         await self.plane.close()
         await asyncio.to_thread(self.store.close)
 
@@ -69,7 +72,7 @@ async def open_storage(
         await asyncio.to_thread(store.close)
         raise
     log.info("blocks of %d bytes (%s): %s", layout.block_bytes, layout.arithmetic, _sizes(store))
-    return Storage(layout, store, plane, why_no_disk)
+    return Storage(layout, store, plane, why_no_disk, Warming(store.first_touch))
 
 
 def _open_disk(store: KvStore, path: Path, num_bytes: int, layout: KVLayout, on_done: Callable[[], None]) -> str:

@@ -5,13 +5,8 @@ import mmap
 import torch
 from torch import Tensor
 
-from tailrace.host_memory import map_memory
+from tailrace.host_memory import FirstTouch, map_memory
 from tailrace.kv.layout import KVLayout
-
-_PIECE_BYTES = 2 << 20
-"""One huge page."""
-_MADV_POPULATE_WRITE = 23
-"""Of Linux since 5.14; Python has no name for it."""
 
 
 class KVCache:
@@ -23,14 +18,14 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_bytes = layout.block_bytes
         self._mapping: mmap.mmap | None = None
-        self._num_touched = 0
-        """Leading bytes that have their memory."""
+        self._touch: FirstTouch | None = None
         dtype: torch.dtype = getattr(torch, layout.kv_dtype)
         shape = (num_blocks, *layout.block_shape)
         if device.type == "cpu":
             # In huge pages: first touches cost 3 to 4 us a page on a virtual machine (measured), and small pages would
             # take one a block and layer.
             self._mapping = map_memory(num_blocks * layout.block_bytes)
+            self._touch = FirstTouch(self._mapping)
             self.tensor: Tensor = torch.frombuffer(self._mapping, dtype=dtype).view(shape)
         else:
             self.tensor = torch.zeros(shape, dtype=dtype, device=device)
@@ -48,20 +43,8 @@ class KVCache:
         return memoryview(self._mapping)
 
     def touch_more(self) -> bool:
-        """Gives the next piece of the pool its memory, and leaves what it holds. False: there is nothing left to do.
-
-        On a virtual machine a huge page that nobody had before takes 5 ms (measured), else in the middle of a step.
-        """
-        total = len(self._mapping) if self._mapping is not None else 0
-        if self._mapping is None or self._num_touched >= total:
-            return False
-        size = min(_PIECE_BYTES, total - self._num_touched)
-        try:
-            self._mapping.madvise(_MADV_POPULATE_WRITE, self._num_touched, size)
-        except OSError:  # an older kernel, or no memory: first touches will show
-            size = total
-        self._num_touched += size
-        return self._num_touched < total
+        """Gives the next piece of the pool its memory, and leaves what it holds. False: there is nothing left to do."""
+        return self._touch is not None and self._touch.more()
 
     def copy_block(self, source: int, target: int) -> None:
         self.tensor[target].copy_(self.tensor[source])

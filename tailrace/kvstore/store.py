@@ -8,7 +8,7 @@ import mmap
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from tailrace.host_memory import map_memory
+from tailrace.host_memory import FirstTouch, map_memory
 from tailrace.kv.events import Tier
 from tailrace.kvstore.counters import StoreCounters
 from tailrace.kvstore.disk_io import ReadJob, WriteJob
@@ -42,6 +42,7 @@ class KvStore:
         self.counters = StoreCounters()
         self.news = StoreNews()
         self._slab: mmap.mmap = map_memory(num_slots * block_bytes)
+        self.first_touch = FirstTouch(self._slab)
         self.view = memoryview(self._slab)
         """The bytes of the memory tier, slot after slot."""
         self._blocks: dict[bytes, StoredBlock] = {}
