@@ -48,6 +48,11 @@ class Load:
     decode_step_s: float = 0.0
     transfer_bytes_per_s: float = 0.0
     draining: bool = False
+    prefill_curve_s: float = 0.0
+    """Seconds per square token: a prefill of tokens c to n takes (n - c) / prefill_tokens_per_s + curve (n^2 - c^2)."""
+    decode_base_s: float = 0.0
+    """A decode step of n sequences takes base + n x row seconds."""
+    decode_row_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,12 @@ from tailrace.kv.block_pool import BlockPool, BlockState
 from tailrace.messages import ChoiceFinished, FirstToken, Holding, HoldingState, LegFailed, LegReport, Load
 from tailrace.plan import StepOutput, StepPlan
 from tailrace.policy.decode_scheduler import DecodeScheduler
+from tailrace.policy.estimates import PrefillFit, StepFit
 from tailrace.policy.request import DrawnToken, Request
 from tailrace.policy.sequence import DecodeStep
 from tailrace.worker.holdings import pending_reads
 from tailrace.worker.limits import MAX_WAITING, line_is_full, no_logits
-from tailrace.worker.rates import Ewma
+from tailrace.worker.rates import FIT_FORGET, FIT_SPREAD, Ewma
 from tailrace.worker.report import Destination, StepReport, with_ledger
 from tailrace.worker.runner import LaunchedStep, Runner
 
@@ -59,7 +60,8 @@ class DecodeWorker:
         self._pool = pool
         self._lives: dict[int, _Life] = {}
         self._step_s = Ewma()
-        self._prefill_rate = Ewma()
+        self._step_fit = StepFit(FIT_FORGET, FIT_SPREAD)
+        self._prefill_fit = PrefillFit(FIT_FORGET, FIT_SPREAD)
         self._pull_rate = Ewma()
         self._report = StepReport()
         """What commands left to say before the next step."""
@@ -178,8 +180,9 @@ class DecodeWorker:
         report.computed = not plan.is_empty
         if plan.decode and not plan.chunks:
             self._step_s.add(out.elapsed_s)
-        elif plan.chunks and not plan.decode and out.elapsed_s > 0:
-            self._prefill_rate.add(plan.num_tokens / out.elapsed_s)
+            self._step_fit.add(len(plan.decode), out.elapsed_s)
+        elif plan.chunks and not plan.decode:
+            self._prefill_fit.add_step(((chunk.start, chunk.end) for chunk in plan.chunks), out.elapsed_s)
         self._tell(self._scheduler.finish(plan, out), report)
 
     def _note_local_starts(self, plan: StepPlan) -> None:
@@ -227,8 +230,11 @@ class DecodeWorker:
             num_running=self._scheduler.num_running,
             waiting_tokens=self._scheduler.waiting_tokens,
             booked_blocks=self._scheduler.booked_blocks,
-            prefill_tokens_per_s=self._prefill_rate.value,
+            prefill_tokens_per_s=self._prefill_fit.tokens_per_s,
+            prefill_curve_s=self._prefill_fit.curve_s,
             decode_step_s=self._step_s.value,
+            decode_base_s=self._step_fit.base_s,
+            decode_row_s=self._step_fit.row_s,
             transfer_bytes_per_s=self._pull_rate.value,
         )
         return with_ledger(load, self._pool.ledger())

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from services.gateway.generation import GenerationRequest
 from services.gateway.members import Member, Members
 from services.gateway.session import Attempt, Leg, RequestSession
+from services.gateway.sourcing import Sourcing
 from tailrace.errors import (
     DeadlineExceededError,
     ErrorCode,
@@ -20,11 +21,13 @@ from tailrace.errors import (
     WorkerLostError,
 )
 from tailrace.index.prefix_index import PrefixIndex
-from tailrace.kv.hashing import chain_seed, hash_blocks
+from tailrace.kv.chain_memo import ChainMemo
+from tailrace.kv.hashing import chain_seed
 from tailrace.lifecycle import RequestState
-from tailrace.messages import KvSource, Submission
+from tailrace.messages import KvSource, PrefixSource, Submission
 from tailrace.policy.router import Router
 from tailrace.policy.routing import Route, RouteRequest
+from tailrace.policy.sessions import session_key
 from tailrace.rpc.auth import sign_ticket
 from tailrace.types import Role
 
@@ -56,6 +59,8 @@ class PairDispatcher:
         self._clock = clock
         self._members = members
         self._router = Router(index, routing_policy)
+        self._sourcing = Sourcing(members, clock)
+        self._chains = ChainMemo()
         self._secret = secret
         self._max_concurrent = max_concurrent
         self._sessions: set[RequestSession] = set()
@@ -159,12 +164,13 @@ class PairDispatcher:
         seed = chain_seed(decode.fingerprint, "", request.cache_salt)
         route = self._router.route(
             RouteRequest(len(tokens), layout.block_size, request.num_choices),
-            hash_blocks(tokens, layout.block_size, seed),
+            self._chains.hash_blocks(tokens, layout.block_size, seed),
             prefills,
             decodes,
-            pair_bytes_per_s=self._pair_rates(),
             bytes_per_token=layout.bytes_per_token,
             now_s=self._clock(),
+            lenders=self._sourcing.lenders([*prefills, *decodes]),
+            session=session_key(request.session_id, request.cache_salt),
         )
         if route is not None:
             return route
@@ -173,16 +179,6 @@ class PairDispatcher:
         if 0 <= largest < len(tokens):
             raise InvalidRequestError(f"{len(tokens)} tokens; the largest worker holds {largest}", param="prompt")
         raise UnavailableError("no pair of workers can take requests now", retry_after_s=RETRY_AFTER_S)
-
-    def _pair_rates(self) -> dict[tuple[str, str], float]:
-        """A decode worker reports one rate for all its owners."""
-        owners = [member.info.worker_id for member in self._members.of(Role.PREFILL)]
-        return {
-            (owner, member.info.worker_id): member.load.transfer_bytes_per_s
-            for member in self._members.of(Role.DECODE)
-            if member.load.transfer_bytes_per_s > 0
-            for owner in owners
-        }
 
     # -- submitting ---------------------------------------------------------------------------------------------------
 
@@ -206,7 +202,7 @@ class PairDispatcher:
             prefill = self._members.get(route.prefill_id)
             source = self._source(session, attempt, prefill)
             attempt.prefill = Leg(session, attempt, prefill, self._members.new_handle(), Role.PREFILL)
-            self._submit(session, attempt.prefill, ticket=source.ticket)
+            self._submit(session, attempt.prefill, ticket=source.ticket, prefix_sources=self._sourcing.sources(route))
         attempt.decode = Leg(session, attempt, decode, self._members.new_handle(), Role.DECODE)
         self._submit(session, attempt.decode, source=source)
         self._reserve(attempt.prefill or attempt.decode, route)
@@ -214,7 +210,9 @@ class PairDispatcher:
     def _reserve(self, leg: Leg, route: Route) -> None:
         """Counts the prefill in the next decision already, until its worker has computed it or the leg has ended."""
         worker_id, handle = leg.member.info.worker_id, leg.handle
-        self._router.hold(route, handle, self._clock(), max(1, len(self._members.of(leg.role))))
+        request = leg.session.request
+        key = session_key(request.session_id, request.cache_salt)
+        self._router.hold(route, handle, self._clock(), max(1, len(self._members.of(leg.role))), key)
         leg.member.on_computed(handle, lambda: self._router.release(worker_id, handle, self._clock()))
 
     def _source(self, session: RequestSession, attempt: Attempt, prefill: Member) -> KvSource:
@@ -223,7 +221,13 @@ class PairDispatcher:
         return KvSource(info.worker_id, info.epoch, info.address, ticket)
 
     def _submit(
-        self, session: RequestSession, leg: Leg, *, ticket: bytes = b"", source: KvSource | None = None
+        self,
+        session: RequestSession,
+        leg: Leg,
+        *,
+        ticket: bytes = b"",
+        source: KvSource | None = None,
+        prefix_sources: tuple[PrefixSource, ...] = (),
     ) -> None:
         request, attempt = session.request, leg.attempt
         leg.member.submit(
@@ -240,6 +244,7 @@ class PairDispatcher:
                 ticket=ticket,
                 cache_salt=request.cache_salt,
                 source=source,
+                prefix_sources=prefix_sources,
                 traceparent=session.traceparent,
                 tracestate=session.tracestate,
             ),

@@ -20,6 +20,8 @@ class GenerationRequest:
     priority: int = 0
     deadline_s: float = 600.0
     cache_salt: str = ""
+    session_id: str = ""
+    """Of the conversation that it belongs to; empty: of none that the client has named."""
     traceparent: str = ""
     tracestate: str = ""
 
@@ -71,7 +73,7 @@ class Generation(Protocol):
     """One request being answered."""
 
     route: Route | None
-    """The first one, until somebody listens: it names every pair that there was, and a request may live long."""
+    """The first one, until somebody listens: it keeps what every worker was priced at, and a request may live long."""
 
     def listen(self, listener: Listener) -> None:
         """What has come so far is told before this returns, the rest as it comes. Called once."""

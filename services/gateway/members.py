@@ -74,6 +74,8 @@ class Member:
     """By handle: when, tokens, sequences."""
     _uncomputed: dict[int, Callable[[], None]] = field(default_factory=dict)
     """By handle: whom to tell once its prompt is computed, or the leg is over."""
+    _view: WorkerView | None = None
+    """Until something in it changes: every request looks at every worker."""
 
     def __post_init__(self) -> None:
         self.fingerprint = self.info.layout.fingerprint
@@ -88,6 +90,7 @@ class Member:
             raise
         self.sinks[submission.handle] = sink
         self._reserved[submission.handle] = (time.monotonic(), len(submission.tokens), len(submission.choices))
+        self._view = None
 
     def cancel(self, handle: int, choices: tuple[int, ...] = ()) -> None:
         """A worker that is gone has cancelled already."""
@@ -110,7 +113,8 @@ class Member:
     def forget(self, handle: int) -> LegSink | None:
         """Who listened to it. Its sink hears nothing more."""
         self.disconnect(handle)
-        self._reserved.pop(handle, None)
+        if self._reserved.pop(handle, None) is not None:
+            self._view = None
         self._computed(handle)
         return self.sinks.pop(handle, None)
 
@@ -169,8 +173,15 @@ class Member:
         self.load = load
         old = time.monotonic() - RESERVATION_S
         self._reserved = {handle: entry for handle, entry in self._reserved.items() if entry[0] > old}
+        self._view = None
 
     def view(self) -> WorkerView:
+        """What the router knows of it."""
+        if self._view is None:
+            self._view = self._seen()
+        return self._view
+
+    def _seen(self) -> WorkerView:
         load = self.load
         return WorkerView(
             worker_id=self.info.worker_id,
@@ -189,6 +200,10 @@ class Member:
             draining=load.draining,
             reserved_tokens=sum(tokens for _, tokens, _ in self._reserved.values()),
             reserved_sequences=sum(sequences for _, _, sequences in self._reserved.values()),
+            prefill_curve_s=load.prefill_curve_s,
+            decode_base_s=load.decode_base_s,
+            decode_row_s=load.decode_row_s,
+            transfer_bytes_per_s=load.transfer_bytes_per_s,
         )
 
 
@@ -223,6 +238,8 @@ class Members:
         self._interest: Counter[str] = Counter()
         self._handles = itertools.count(1)
         self.on_lost: Callable[[Role], None] = lambda role: None
+        self.on_report: Callable[[Member, LegReport], None] = lambda member, report: None
+        """Of any leg that this gateway submitted, whether or not anybody listens to it still."""
 
     def new_handle(self) -> int:
         return next(self._handles)
@@ -399,6 +416,7 @@ class Members:
         # Reports before ends: the last end of a request asks for its usage.
         for report in event.reports:
             member.take_report(report)
+            self.on_report(member, report)
             member.tell(report.handle, partial(_tell_report, report))
         for finish in event.finished:
             member.tell(finish.handle, partial(_tell_finish, finish))

@@ -21,13 +21,14 @@ from tailrace.messages import (
     Load,
 )
 from tailrace.plan import StepOutput, StepPlan
+from tailrace.policy.estimates import PrefillFit
 from tailrace.policy.prefill_scheduler import PrefillJob, PrefillScheduler
 from tailrace.policy.prefix_fetches import PrefixFetch
 from tailrace.policy.request import Request
 from tailrace.worker.holdings import pending_reads
 from tailrace.worker.limits import MAX_WAITING, line_is_full, no_logits
 from tailrace.worker.prefix_fetch import PulledPrefix, patience_s
-from tailrace.worker.rates import Ewma
+from tailrace.worker.rates import FIT_FORGET, FIT_SPREAD, Ewma
 from tailrace.worker.report import LendProgress, PrefixDestination, StepReport, with_ledger
 from tailrace.worker.runner import LaunchedStep, Runner
 
@@ -71,7 +72,7 @@ class PrefillWorker:
         self._block_bytes = layout.block_bytes
         self._pool_address = pool_address
         self._lives: dict[int, _Life] = {}
-        self._rate = Ewma()
+        self._fit = PrefillFit(FIT_FORGET, FIT_SPREAD)
         self._fetch_rate = Ewma()
         self._ended: list[int] = []
         self._chains: list[Sequence[bytes]] = []
@@ -156,7 +157,7 @@ class PrefillWorker:
         return report
 
     def _destination(self, fetch: PrefixFetch) -> PrefixDestination:
-        patience = patience_s((fetch.end - fetch.num_local) * self._block_size, self._rate.value)
+        patience = patience_s((fetch.end - fetch.num_local) * self._block_size, self._fit.tokens_per_s)
         blocks = tuple(fetch.blocks[: fetch.end])
         return PrefixDestination(fetch.request.id, fetch.request.hashes, blocks, fetch.num_local, patience)
 
@@ -169,8 +170,7 @@ class PrefillWorker:
 
     def _book(self, plan: StepPlan, out: StepOutput, report: StepReport) -> None:
         step = self._scheduler.finish(plan, out)
-        if step.computed_tokens and out.elapsed_s > 0:
-            self._rate.add(step.computed_tokens / out.elapsed_s)
+        self._fit.add_step(((chunk.start, chunk.end) for chunk in plan.chunks), out.elapsed_s)
         report.computed = not plan.is_empty
         for job in step.progressed:
             if any(token.is_bad for token in job.first_tokens):
@@ -235,7 +235,8 @@ class PrefillWorker:
             num_waiting=self._scheduler.num_waiting,
             num_running=self._scheduler.num_running,
             waiting_tokens=self._scheduler.waiting_tokens,
-            prefill_tokens_per_s=self._rate.value,
+            prefill_tokens_per_s=self._fit.tokens_per_s,
+            prefill_curve_s=self._fit.curve_s,
             transfer_bytes_per_s=self._fetch_rate.value,
         )
         return with_ledger(load, self._pool.ledger())

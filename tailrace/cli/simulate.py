@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tailrace.errors import ConfigError
-from tailrace.policy.routing import POLICIES
+from tailrace.policy.choosing import POLICIES
 from tailrace.sim.generate import GENERATORS, generate
 from tailrace.sim.profile import PROFILES, HardwareProfile
 from tailrace.sim.result import SimResult, Slo

@@ -5,6 +5,8 @@ h_i = BLAKE2b-128(h_{i-1} || tokens_i), tokens as little-endian uint32, h_{-1} =
 """
 
 import struct
+import sys
+from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -39,7 +41,11 @@ def hash_blocks(
 
 def extend_hashes(tokens: Sequence[int], block_size: int, parent: bytes) -> list[bytes]:
     """Hashes of the full blocks of `tokens`, which follow the block with hash `parent`: at the start, the seed."""
-    data = _encode(tokens[: len(tokens) // block_size * block_size])
+    return hash_encoded(encode_tokens(tokens, len(tokens) // block_size * block_size), block_size, parent)
+
+
+def hash_encoded(data: bytes, block_size: int, parent: bytes) -> list[bytes]:
+    """As `extend_hashes`, of tokens that `encode_tokens` has encoded: a whole number of blocks."""
     width = block_size * TOKEN_BYTES
     hashes: list[bytes] = []
     for start in range(0, len(data), width):
@@ -48,8 +54,12 @@ def extend_hashes(tokens: Sequence[int], block_size: int, parent: bytes) -> list
     return hashes
 
 
-def _encode(tokens: Sequence[int]) -> bytes:
+def encode_tokens(tokens: Sequence[int], count: int) -> bytes:
+    """The first `count` tokens as little-endian uint32. Raises ValueError for token ids outside uint32."""
     try:
-        return struct.pack(f"<{len(tokens)}I", *tokens)
-    except struct.error as error:
+        encoded = array("I", tokens if count == len(tokens) else tokens[:count])
+    except (OverflowError, TypeError) as error:
         raise ValueError("token ids must be integers from 0 to 2**32 - 1") from error
+    if sys.byteorder == "big":
+        encoded.byteswap()
+    return encoded.tobytes()

@@ -1,6 +1,7 @@
 """What a router measures for itself: how long prefills take, and how busy it has kept each worker. No clock in here."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 FORGET = 0.02
 """Share of what was known that each new measurement replaces."""
@@ -12,6 +13,41 @@ _RESCALE_ABOVE = 1e200
 _FADED = 1e-6
 
 
+class LineFit:
+    """y = a + b x, by weighted least squares with forgetting."""
+
+    def __init__(self, forget: float = FORGET, least_spread: float = 1e-6) -> None:
+        """`forget`: the share of what was known that each new measurement replaces.
+
+        `least_spread`: variance of x over its mean squared, below which a slope would be made of noise.
+        """
+        self._keep = 1.0 - forget
+        self._least_spread = least_spread
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def add(self, x: float, y: float, weight: float = 1.0) -> None:
+        keep = self._keep
+        self._weight = keep * self._weight + weight
+        self._x = keep * self._x + weight * x
+        self._y = keep * self._y + weight * y
+        self._xx = keep * self._xx + weight * x * x
+        self._xy = keep * self._xy + weight * x * y
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """Of x and y; zeros before the first measurement."""
+        return (self._x / self._weight, self._y / self._weight) if self._weight else (0.0, 0.0)
+
+    @property
+    def slope(self) -> float | None:
+        """b; None while all x are nearly the same."""
+        if not self._weight:
+            return None
+        x, y = self.means
+        variance = self._xx / self._weight - x * x
+        return (self._xy / self._weight - x * y) / variance if variance > self._least_spread * x * x else None
+
+
 class PrefillFit:
     """Seconds of a prefill = its tokens x (a + b x depth), by least squares with forgetting.
 
@@ -19,20 +55,28 @@ class PrefillFit:
     its tokens that is a line over n + c, so that a long prompt does not outweigh all short ones.
     """
 
-    def __init__(self) -> None:
-        self._weight = self._depth = self._cost = self._depth_depth = self._depth_cost = 0.0
+    def __init__(self, forget: float = FORGET, least_spread: float = 1e-6) -> None:
+        """As those of LineFit."""
+        self._fit = LineFit(forget, least_spread)
 
     def add(self, cached_tokens: int, prompt_tokens: int, seconds: float) -> None:
         """One prefill that took `seconds`; an impossible measurement is ignored."""
         computed = prompt_tokens - cached_tokens
-        if computed < 1 or not 0.0 < seconds < float("inf"):
-            return
-        depth, cost, keep = float(prompt_tokens + cached_tokens), seconds / computed, 1.0 - FORGET
-        self._weight = keep * self._weight + 1.0
-        self._depth = keep * self._depth + depth
-        self._cost = keep * self._cost + cost
-        self._depth_depth = keep * self._depth_depth + depth * depth
-        self._depth_cost = keep * self._depth_cost + depth * cost
+        if computed >= 1 and 0.0 < seconds < float("inf"):
+            self._fit.add(float(prompt_tokens + cached_tokens), seconds / computed)
+
+    def add_step(self, chunks: Iterable[tuple[int, int]], seconds: float) -> None:
+        """One step that computed tokens [start, end) of each of some prompts, and nothing else.
+
+        Steps weigh as many tokens as they computed: what a step takes beside its tokens would make a short one's seem
+        dear. An impossible measurement is ignored.
+        """
+        computed = squares = 0
+        for start, end in chunks:
+            computed += end - start
+            squares += end * end - start * start
+        if computed >= 1 and 0.0 < seconds < float("inf"):
+            self._fit.add(squares / computed, seconds / computed, float(computed))
 
     @property
     def curve_s(self) -> float:
@@ -46,14 +90,37 @@ class PrefillFit:
         return 1.0 / base if base > 0.0 else 0.0
 
     def _line(self) -> tuple[float, float]:
-        if not self._weight:
-            return 0.0, 0.0
-        depth, cost = self._depth / self._weight, self._cost / self._weight
-        variance = self._depth_depth / self._weight - depth * depth
-        if variance <= 1e-6 * depth * depth:
-            return cost, 0.0
-        slope = max(0.0, (self._depth_cost / self._weight - depth * cost) / variance)
+        depth, cost = self._fit.means
+        slope = max(0.0, self._fit.slope or 0.0)
         return (cost - slope * depth, slope) if slope * depth < cost else (cost, 0.0)
+
+
+class StepFit:
+    """Seconds of a decode step = base + rows x what a row adds, by least squares with forgetting."""
+
+    def __init__(self, forget: float = FORGET, least_spread: float = 1e-6) -> None:
+        """As those of LineFit."""
+        self._fit = LineFit(forget, least_spread)
+
+    def add(self, num_rows: int, seconds: float) -> None:
+        """An impossible measurement is ignored."""
+        if num_rows >= 1 and 0.0 < seconds < float("inf"):
+            self._fit.add(float(num_rows), seconds)
+
+    @property
+    def base_s(self) -> float:
+        """0 before the first measurement; all of the step while every batch was of one size."""
+        return self._line()[0]
+
+    @property
+    def row_s(self) -> float:
+        return self._line()[1]
+
+    def _line(self) -> tuple[float, float]:
+        rows, seconds = self._fit.means
+        slope = max(0.0, self._fit.slope or 0.0)
+        base = seconds - slope * rows
+        return (base, slope) if base >= 0.0 else (0.0, seconds / rows)
 
 
 class Crowding:

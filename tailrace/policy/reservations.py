@@ -65,6 +65,10 @@ class Reservations:
         queue = self._queues.get(worker_id)
         return len(queue.held) if queue is not None else 0
 
+    def backlogs_s(self, now_s: float) -> dict[str, float]:
+        """`backlog_s` of those that have one."""
+        return {worker_id: self.backlog_s(worker_id, now_s) for worker_id in self._queues}
+
     def backlog_s(self, worker_id: str, now_s: float) -> float:
         """Until a request sent now would begin to be computed, by what was predicted for those before it."""
         queue = self._queues.get(worker_id)

@@ -4,16 +4,17 @@ Events at one instant happen in the order in which they were scheduled, so a run
 """
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
 from tailrace.index.memory import MemoryIndex
 from tailrace.index.prefix_index import PrefixIndex
+from tailrace.kv.events import Tier
 from tailrace.policy.eviction import EVICTIONS
-from tailrace.policy.router import Router
-from tailrace.policy.routing import RouteRequest, WorkerView
+from tailrace.policy.router import Lenders, Router
+from tailrace.policy.routing import RouteRequest, Way, WorkerView
 from tailrace.sim.decode import DecodeJob, DecodeNode
 from tailrace.sim.network import Network
 from tailrace.sim.prefill import LAYOUT, PrefillJob, PrefillNode
@@ -78,6 +79,16 @@ class Outcome:
     tiers: tuple[str, ...] = TIERS
 
 
+class _Ways:
+    """Fetches at the rates of the profile. A tier of a store is a holder of its own."""
+
+    def __init__(self, rates: Mapping[tuple[str, str], float]) -> None:
+        self._ways = {pair: Way(0.0, 1.0 / rate) for pair, rate in rates.items()}
+
+    def way(self, holder_id: str, needer_id: str, tier: Tier) -> Way | None:
+        return self._ways.get((holder_id, needer_id))
+
+
 class Simulator:
     def __init__(self, workload: Workload, options: SimOptions, index: PrefixIndex | None = None) -> None:
         self._workload = workload
@@ -95,8 +106,9 @@ class Simulator:
         self._decodes = self._make_decodes()
         self._stores = {name: self._make_store(name) for name in names} if options.fetch else {}
         self._tiers = {tier.holder_id: tier for store in self._stores.values() for tier in store}
-        self._beside = {name: [tier.holder_id for tier in store] for name, store in self._stores.items()}
         self._fetch_rates = self._make_fetch_rates(names) if options.fetch else {}
+        beside = {name: [tier.holder_id for tier in store] for name, store in self._stores.items()}
+        self._lenders = Lenders(_Ways(self._fetch_rates), beside=beside) if options.fetch else None
         self._pair_rates = {
             (name, decode): options.profile.link_bytes_per_s for name in names for decode in self._decode_ids()
         }
@@ -178,8 +190,7 @@ class Simulator:
             [node.view() for node in self._prefills.values()],
             self._decode_views(now_s),
             pair_bytes_per_s=self._pair_rates,
-            fetch_bytes_per_s=self._fetch_rates,
-            beside=self._beside,
+            lenders=self._lenders,
             bytes_per_token=self._profile.kv_bytes_per_token,
             now_s=now_s,
         )

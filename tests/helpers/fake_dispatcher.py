@@ -34,9 +34,8 @@ class Script:
     usage: Usage = field(default_factory=lambda: Usage(prompt_tokens=0, completion_tokens=0))
 
 
-ROUTE = Route(
-    "d1", "p0", tuple(CostTerms(f"d{d}", f"p{p}", 0.1 * p, 0.25, 0.01, 0.1 - 0.01 * d) for p in (0, 1) for d in (0, 1))
-)
+TERMS = tuple(CostTerms(f"d{d}", f"p{p}", 0.1 * p, 0.25, 0.01, 0.1 - 0.01 * d) for p in (0, 1) for d in (0, 1))
+ROUTE = Route(TERMS[1], lambda: TERMS)
 
 
 class FakeGeneration:

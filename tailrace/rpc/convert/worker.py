@@ -168,6 +168,9 @@ def load_to_proto(load: Load) -> worker_pb2.Load:
         decode_step_s=load.decode_step_s,
         transfer_bytes_per_s=load.transfer_bytes_per_s,
         draining=load.draining,
+        prefill_curve_s=load.prefill_curve_s,
+        decode_base_s=load.decode_base_s,
+        decode_row_s=load.decode_row_s,
     )
 
 
@@ -188,6 +191,9 @@ def load_from_proto(message: worker_pb2.Load) -> Load:
         decode_step_s=message.decode_step_s,
         transfer_bytes_per_s=message.transfer_bytes_per_s,
         draining=message.draining,
+        prefill_curve_s=message.prefill_curve_s,
+        decode_base_s=message.decode_base_s,
+        decode_row_s=message.decode_row_s,
     )
 
 

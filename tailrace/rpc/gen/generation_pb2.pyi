@@ -56,6 +56,7 @@ class GenerateRequest(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the caller for its own logs; the gateway draws one when it is empty."""
     model: _builtins.str
@@ -66,6 +67,8 @@ class GenerateRequest(_message.Message):
     """Seconds left for the whole request; 0 for the gateway's default."""
     cache_salt: _builtins.str
     """Requests with different salts never share cached blocks."""
+    session_id: _builtins.str
+    """The conversation that it belongs to: a hint, which may bring it where its last request ran."""
     @_builtins.property
     def tokens(self) -> Global___TokenIds: ...
     @_builtins.property
@@ -92,10 +95,11 @@ class GenerateRequest(_message.Message):
         deadline_s: _builtins.float = ...,
         trace: Global___TraceContext | None = ...,
         cache_salt: _builtins.str = ...,
+        session_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "tokens", b"tokens", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "deadline_s", b"deadline_s", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "deadline_s", b"deadline_s", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "stop", b"stop", "text", b"text", "tokens", b"tokens", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "tokens", "chat"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015

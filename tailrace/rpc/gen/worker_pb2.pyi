@@ -607,6 +607,9 @@ class Load(_message.Message):
     LENT_BLOCKS_FIELD_NUMBER: _builtins.int
     LANDING_BLOCKS_FIELD_NUMBER: _builtins.int
     QUARANTINED_BLOCKS_FIELD_NUMBER: _builtins.int
+    PREFILL_CURVE_S_FIELD_NUMBER: _builtins.int
+    DECODE_BASE_S_FIELD_NUMBER: _builtins.int
+    DECODE_ROW_S_FIELD_NUMBER: _builtins.int
     num_waiting: _builtins.int
     num_running: _builtins.int
     waiting_tokens: _builtins.int
@@ -626,6 +629,11 @@ class Load(_message.Message):
     lent_blocks: _builtins.int
     landing_blocks: _builtins.int
     quarantined_blocks: _builtins.int
+    prefill_curve_s: _builtins.float
+    """Seconds per square token: a prefill of tokens c to n takes (n - c) / prefill_tokens_per_s + curve (n^2 - c^2)."""
+    decode_base_s: _builtins.float
+    """A decode step of n sequences takes base + n x row seconds."""
+    decode_row_s: _builtins.float
     def __init__(
         self,
         *,
@@ -644,10 +652,13 @@ class Load(_message.Message):
         lent_blocks: _builtins.int = ...,
         landing_blocks: _builtins.int = ...,
         quarantined_blocks: _builtins.int = ...,
+        prefill_curve_s: _builtins.float = ...,
+        decode_base_s: _builtins.float = ...,
+        decode_row_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "booked_blocks", b"booked_blocks", "cached_blocks", b"cached_blocks", "decode_step_s", b"decode_step_s", "draining", b"draining", "free_blocks", b"free_blocks", "landing_blocks", b"landing_blocks", "lent_blocks", b"lent_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "quarantined_blocks", b"quarantined_blocks", "total_blocks", b"total_blocks", "transfer_bytes_per_s", b"transfer_bytes_per_s", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "booked_blocks", b"booked_blocks", "cached_blocks", b"cached_blocks", "decode_base_s", b"decode_base_s", "decode_row_s", b"decode_row_s", "decode_step_s", b"decode_step_s", "draining", b"draining", "free_blocks", b"free_blocks", "landing_blocks", b"landing_blocks", "lent_blocks", b"lent_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_curve_s", b"prefill_curve_s", "prefill_tokens_per_s", b"prefill_tokens_per_s", "quarantined_blocks", b"quarantined_blocks", "total_blocks", b"total_blocks", "transfer_bytes_per_s", b"transfer_bytes_per_s", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

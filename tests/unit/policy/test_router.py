@@ -4,13 +4,22 @@ import pytest
 
 from tailrace.config import GatewayConfig
 from tailrace.index.memory import MemoryIndex
-from tailrace.policy.router import Router
-from tailrace.policy.routing import POLICIES, Route, RouteRequest, WorkerView
+from tailrace.kv.events import Tier
+from tailrace.policy.choosing import POLICIES
+from tailrace.policy.router import Lenders, Router
+from tailrace.policy.routing import Route, RouteRequest, Way, WorkerView
 from tailrace.types import Role
 
 PREFILLS = [WorkerView(f"p{n}", Role.PREFILL, b"", prefill_tokens_per_s=1000.0) for n in range(3)]
 DECODES = [WorkerView("d0", Role.DECODE, b"", decode_step_s=0.01, max_num_seqs=1000)]
 CHAIN = [b"a", b"b", b"c", b"d"]
+
+
+class Instant:
+    """Every fetch takes no time."""
+
+    def way(self, holder_id: str, needer_id: str, tier: Tier) -> Way:
+        return Way(0.0, 0.0)
 
 
 def decide(router: Router, hashes: Sequence[bytes] = CHAIN, now_s: float = 0.0) -> Route:
@@ -54,7 +63,6 @@ def test_what_is_released_counts_no_more() -> None:
 def test_what_is_only_expected_is_no_source_of_a_fetch() -> None:
     router = Router(MemoryIndex())
     router.hold(decide(router), 1, 0.0, 3)
-    rates = {(a.worker_id, b.worker_id): 1e12 for a in PREFILLS for b in PREFILLS if a is not b}
     route = router.route(
         RouteRequest(65, 16),
         CHAIN,
@@ -63,7 +71,7 @@ def test_what_is_only_expected_is_no_source_of_a_fetch() -> None:
         pair_bytes_per_s={},
         bytes_per_token=1,
         now_s=0.0,
-        fetch_bytes_per_s=rates,
+        lenders=Lenders(Instant()),
     )
     assert route is not None
     assert {terms.fetch_blocks for terms in route.terms} == {0}

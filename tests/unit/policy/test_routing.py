@@ -6,39 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailrace.policy import routing
-from tailrace.policy.routing import POLICIES, CostTerms, Live, Route, RouteRequest, WorkerView, choose
-from tailrace.types import Role
-
-BLOCK = 16
-BYTES_PER_TOKEN = 1000
-
-
-def make_prefill(worker_id: str = "p0", **changes: object) -> WorkerView:
-    view = WorkerView(
-        worker_id,
-        Role.PREFILL,
-        b"layout",
-        free_blocks=1000,
-        total_blocks=1000,
-        prefill_tokens_per_s=1000.0,
-        max_num_seqs=64,
-    )
-    return dataclasses.replace(view, **changes)
-
-
-def make_decode(worker_id: str = "d0", **changes: object) -> WorkerView:
-    view = WorkerView(
-        worker_id,
-        Role.DECODE,
-        b"layout",
-        free_blocks=1000,
-        total_blocks=1000,
-        prefill_tokens_per_s=1000.0,
-        decode_step_s=0.1,
-        max_num_seqs=10,
-    )
-    return dataclasses.replace(view, **changes)
+from tailrace.policy import pricing
+from tailrace.policy.choosing import choose
+from tailrace.policy.routing import CostTerms, Route, RouteRequest, WorkerView
+from tests.helpers.routing import BLOCK, BYTES_PER_TOKEN, VIEWS, make_decode, make_prefill, named
 
 
 def route(
@@ -96,7 +67,10 @@ def test_the_last_token_is_computed_even_when_all_is_cached() -> None:
 
 
 def test_a_partial_last_block_is_moved_whole() -> None:
-    terms = only_terms(route([make_prefill()], [make_decode()], num_prompt_tokens=17, rates={("p0", "d0"): 1e6}))
+    found = route([make_prefill()], [make_decode(waiting_tokens=9000)], num_prompt_tokens=17, rates={("p0", "d0"): 1e6})
+    assert found is not None
+    terms = found.chosen
+    assert terms.prefill_id == "p0"
     assert terms.transfer_s == pytest.approx(2 * BLOCK * BYTES_PER_TOKEN / 1e6)
 
 
@@ -188,7 +162,7 @@ def test_a_full_decode_worker_costs_far_more_than_a_nearly_full_one() -> None:
         return only_terms(route([make_prefill()], [decode], num_choices=num_choices)).decode_load_s
 
     assert load_s(9) == pytest.approx(0.2)
-    assert load_s(10) == pytest.approx(0.2 + 0.1 * routing.TURNOVER_STEPS / 10)
+    assert load_s(10) == pytest.approx(0.2 + 0.1 * pricing.TURNOVER_STEPS / 10)
     assert load_s(7, num_choices=4) == load_s(10)
 
 
@@ -196,7 +170,7 @@ def test_a_decode_worker_without_room_for_the_prompt_costs_the_wait_for_it() -> 
     decode = make_decode(free_blocks=1, booked_blocks=0)
     terms = only_terms(route([make_prefill()], [decode]))
     # 100 blocks of prompt and one to write into, one is free.
-    assert terms.decode_load_s == pytest.approx(0.1 * (2 + 100 / 1000 * routing.TURNOVER_STEPS))
+    assert terms.decode_load_s == pytest.approx(0.1 * (2 + 100 / 1000 * pricing.TURNOVER_STEPS))
 
 
 def test_ties_go_to_the_least_loaded_then_to_the_lowest_ids() -> None:
@@ -271,11 +245,50 @@ def test_a_rest_of_one_block_is_prefilled_where_it_is_cheaper() -> None:
     assert pair_of(route(prefills, busy, hits={"p0": 99, "d0": 99})) == ("p0", "d0")
 
 
-def test_a_rest_of_more_than_one_block_goes_to_prefill_however_busy() -> None:
+def test_a_rest_that_takes_longer_than_a_decode_step_goes_to_prefill_however_busy() -> None:
     prefills = [make_prefill(waiting_tokens=10**6)]
-    found = route(prefills, [make_decode()], hits={"d0": 98})
+    # A step of 0.1 s is as long as 100 tokens, 6 blocks, take to compute.
+    assert pair_of(route(prefills, [make_decode()], hits={"d0": 94})) == (None, "d0")
+    found = route(prefills, [make_decode()], hits={"d0": 93})
     assert pair_of(found) == ("p0", "d0")
     assert only_terms(found).prefill_id == "p0"
+
+
+def test_a_local_prefill_costs_the_running_batch_its_time() -> None:
+    hits = {"p0": 96, "d0": 96}
+    assert pair_of(route([make_prefill()], [make_decode()], hits=hits)) == (None, "d0")
+    found = route([make_prefill()], [make_decode(num_running=3)], hits=hits)
+    assert pair_of(found) == ("p0", "d0")
+    assert found is not None
+    (local,) = [terms for terms in found.terms if terms.prefill_id is None]
+    assert local.crowding_s == pytest.approx(3 * 0.064)
+
+
+def test_a_decode_worker_that_has_never_prefilled_is_not_taken_for_the_best_of_all() -> None:
+    unmeasured = make_decode(prefill_tokens_per_s=0.0)
+    hits = {"p0": 98, "d0": 98}
+    found = route([make_prefill()], [unmeasured], hits=hits)
+    assert pair_of(found) == ("p0", "d0")
+    assert found is not None
+    (local,) = [terms for terms in found.terms if terms.prefill_id is None]
+    assert local.prefill_s == pytest.approx(0.032 / pricing.LOCAL_PREFILL_SAFETY)
+
+
+def test_a_decode_worker_is_priced_by_its_step_at_the_batch_it_would_have() -> None:
+    steep = make_decode("d0", num_running=4, decode_base_s=0.02, decode_row_s=0.01)
+    terms = only_terms(route([make_prefill()], [steep]))
+    assert terms.decode_load_s == pytest.approx((0.02 + 5 * 0.01) * 1.5)
+    flat = make_decode("d1", num_running=4, decode_base_s=0.06, decode_row_s=0.0)
+    assert pair_of(route([make_prefill()], [steep, flat])) == ("p0", "d1")
+    assert pair_of(route([make_prefill()], [dataclasses.replace(steep, num_running=2), flat])) == ("p0", "d0")
+
+
+def test_a_decode_worker_pulls_at_its_own_rate_where_no_pair_is_measured() -> None:
+    slow, fast = make_decode("d0", transfer_bytes_per_s=1e6), make_decode("d1", transfer_bytes_per_s=1e7)
+    found = route([make_prefill()], [slow, fast])
+    assert pair_of(found) == ("p0", "d1")
+    assert found is not None
+    assert found.chosen.transfer_s == pytest.approx(0.16)
 
 
 # -- rates ------------------------------------------------------------------------------------------------------------
@@ -286,9 +299,9 @@ def test_before_any_measurement_neutral_rates_stand_in(unknown: float) -> None:
     prefill = make_prefill(prefill_tokens_per_s=unknown)
     decode = make_decode(prefill_tokens_per_s=unknown, decode_step_s=unknown)
     terms = only_terms(route([prefill], [decode], rates={("p0", "d0"): unknown}))
-    assert terms.prefill_s == pytest.approx(1600 / routing.NEUTRAL_PREFILL_TOKENS_PER_S)
-    assert terms.transfer_s == pytest.approx(1600 * BYTES_PER_TOKEN / routing.NEUTRAL_PAIR_BYTES_PER_S)
-    assert terms.decode_load_s == pytest.approx(1.101 * routing.NEUTRAL_DECODE_STEP_S)
+    assert terms.prefill_s == pytest.approx(1600 / pricing.NEUTRAL_PREFILL_TOKENS_PER_S)
+    assert terms.transfer_s == pytest.approx(1600 * BYTES_PER_TOKEN / pricing.NEUTRAL_PAIR_BYTES_PER_S)
+    assert terms.decode_load_s == pytest.approx(1.101 * pricing.NEUTRAL_DECODE_STEP_S)
 
 
 def test_a_newcomer_is_taken_to_be_as_good_as_the_best() -> None:
@@ -313,29 +326,6 @@ def test_impossible_requests_are_refused(field: str) -> None:
 
 # -- always -----------------------------------------------------------------------------------------------------------
 
-VIEWS = st.builds(
-    WorkerView,
-    worker_id=st.just(""),
-    role=st.just(Role.DECODE),
-    fingerprint=st.sampled_from([b"a", b"b"]),
-    num_waiting=st.integers(0, 50),
-    num_running=st.integers(0, 50),
-    waiting_tokens=st.integers(0, 10**6),
-    free_blocks=st.integers(0, 200),
-    cached_blocks=st.integers(0, 200),
-    total_blocks=st.integers(0, 400),
-    booked_blocks=st.integers(0, 500),
-    prefill_tokens_per_s=st.floats(0, 1e6),
-    decode_step_s=st.floats(0, 10),
-    max_num_seqs=st.integers(1, 64),
-    draining=st.booleans(),
-    reserved_tokens=st.integers(0, 10**6),
-)
-
-
-def named(role: str, views: list[WorkerView]) -> list[WorkerView]:
-    return [dataclasses.replace(view, worker_id=f"{role}{index}") for index, view in enumerate(views)]
-
 
 @given(st.lists(VIEWS, max_size=3), st.lists(VIEWS, max_size=3), st.integers(1, 5000))
 def test_the_choice_is_eligible_cheapest_and_independent_of_order(
@@ -353,94 +343,6 @@ def test_the_choice_is_eligible_cheapest_and_independent_of_order(
         members = [views[worker_id] for worker_id in terms[:2] if worker_id is not None]
         assert not any(view.draining for view in members)
         assert len({view.fingerprint for view in members}) == 1
-        assert min(terms[2:-1]) >= 0
+        assert min(terms[2:8]) >= 0
     (chosen,) = [terms for terms in found.terms if terms[:2] == (found.decode_id, found.prefill_id)]
     assert chosen.total_s <= min(terms.total_s for terms in found.terms) + 1e-5
-
-
-# -- what changes with every request ----------------------------------------------------------------------------------
-
-
-def live_route(live: Live, *prefills: WorkerView, hits: Mapping[str, int] | None = None, policy: str = "cost") -> Route:
-    request = RouteRequest(1600, BLOCK)
-    found = choose(request, prefills, [make_decode()], hits or {}, {}, BYTES_PER_TOKEN, live=live, policy=policy)
-    assert found is not None
-    return found
-
-
-def test_a_known_backlog_takes_the_place_of_reserved_tokens() -> None:
-    live = Live(backlog_s={"p0": 0.25})
-    assert live_route(live, make_prefill(reserved_tokens=9000)).chosen.queue_s == 0.25
-    # Other gateways have sent more than this one knows of.
-    assert live_route(live, make_prefill(waiting_tokens=9000)).chosen.queue_s == 9.0
-
-
-def test_attention_makes_a_long_prefill_cost_more_than_its_tokens() -> None:
-    view = make_prefill(prefill_curve_s=1e-6)
-    assert live_route(Live(), view).chosen.prefill_s == pytest.approx(1.6 + 1e-6 * 1600**2)
-    assert live_route(Live(), view, hits={"p0": 50}).chosen.prefill_s == pytest.approx(0.8 + 1e-6 * (1600**2 - 800**2))
-
-
-def test_computing_where_others_wait_costs_their_time_too() -> None:
-    live = Live(waiting={"p0": 2.0}, backlog_s={"p0": 0.0, "p1": 1.0})
-    found = live_route(live, make_prefill("p0"), make_prefill("p1"))
-    assert found.prefill_id == "p1"
-    crowded = next(terms for terms in found.terms if terms.prefill_id == "p0")
-    assert crowded.crowding_s == pytest.approx(3.2)
-
-
-def test_a_prefix_is_fetched_where_that_beats_computing_it() -> None:
-    fast = {("p1", "p0"): 1e7, ("p0", "p1"): 1e7}
-    live = Live(fetch_bytes_per_s=fast, fetchable={"p1": 50}, backlog_s={"p0": 0.0, "p1": 5.0})
-    found = live_route(live, make_prefill("p0"), make_prefill("p1"), hits={"p1": 50})
-    chosen = found.chosen
-    assert (found.prefill_id, chosen.hit_blocks, chosen.fetch_blocks, chosen.holder_id) == ("p0", 0, 50, "p1")
-    assert chosen.fetch_s == pytest.approx(50 * BLOCK * BYTES_PER_TOKEN / 1e7)
-    assert chosen.prefill_s == pytest.approx(0.8)
-
-
-def test_a_slow_link_or_none_leaves_it_to_be_computed() -> None:
-    for rates in ({("p1", "p0"): 1e5}, {("p1", "p0"): 0.0}, {("p1", "p9"): 1e9}):
-        live = Live(fetch_bytes_per_s=rates, fetchable={"p1": 50})
-        chosen = live_route(live, make_prefill("p0")).chosen
-        assert (chosen.fetch_blocks, chosen.holder_id, chosen.prefill_s) == (0, "", 1.6)
-
-
-def test_a_fetch_is_hidden_by_the_queue() -> None:
-    live = Live(fetch_bytes_per_s={("s", "p0"): 1e6}, fetchable={"s": 50}, backlog_s={"p0": 0.5})
-    assert live_route(live, make_prefill("p0")).chosen.fetch_s == pytest.approx(0.3)
-
-
-def test_a_tier_of_its_own_node_is_priced_however_many_hold_more() -> None:
-    held = {f"x{number}": 60 for number in range(9)} | {"p0/cpu": 40}
-    live = Live(fetch_bytes_per_s={("p0/cpu", "p0"): 1e9}, fetchable=held, beside={"p0": ["p0/cpu"]})
-    chosen = live_route(live, make_prefill("p0")).chosen
-    assert (chosen.holder_id, chosen.fetch_blocks) == ("p0/cpu", 40)
-
-
-# -- the other policies -----------------------------------------------------------------------------------------------
-
-
-def test_round_robin_takes_turns_whatever_is_cached_or_queued() -> None:
-    views = [make_prefill("p0", waiting_tokens=10**6), make_prefill("p1"), make_prefill("p2")]
-    taken = [live_route(Live(turn=turn), *views, hits={"p2": 99}, policy="round-robin").prefill_id for turn in range(6)]
-    assert taken == ["p0", "p1", "p2", "p0", "p1", "p2"]
-
-
-def test_least_loaded_looks_at_queues_only() -> None:
-    views = [make_prefill("p0", waiting_tokens=2), make_prefill("p1", waiting_tokens=1)]
-    assert live_route(Live(), *views, hits={"p0": 99}, policy="least-loaded").prefill_id == "p1"
-
-
-def test_prefix_takes_the_deepest_match_and_among_equals_the_shortest_queue() -> None:
-    views = [make_prefill("p0", waiting_tokens=10**6), make_prefill("p1"), make_prefill("p2", waiting_tokens=5)]
-    assert live_route(Live(), *views, hits={"p0": 9, "p1": 8}, policy="prefix").prefill_id == "p0"
-    assert live_route(Live(), *views, hits={"p0": 9, "p1": 9, "p2": 9}, policy="prefix").prefill_id == "p1"
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_explains_every_candidate_by_the_same_prices(policy: str) -> None:
-    views = [make_prefill("p0"), make_prefill("p1", waiting_tokens=5)]
-    found = live_route(Live(), *views, hits={"p1": 3}, policy=policy)
-    assert found.terms == live_route(Live(), *views, hits={"p1": 3}).terms
-    assert found.chosen in found.terms

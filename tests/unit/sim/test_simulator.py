@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from tailrace.policy.routing import POLICIES
+from tailrace.policy.choosing import POLICIES
 from tailrace.sim.generate import generate
 from tailrace.sim.profile import PROFILES
 from tailrace.sim.result import SimResult, Slo

@@ -51,7 +51,7 @@ async def test_each_prompt_has_its_own_up_to_a_limit() -> None:
 
 def test_of_many_candidates_the_cheapest_are_described() -> None:
     terms = tuple(CostTerms(f"d{i}", f"p{i}", float(100 - i), 0.0, 0.0, 0.0) for i in range(100))
-    described = describe(Route("d99", "p99", terms), 5)
+    described = describe(Route(terms[99], lambda: terms), 5)
     assert described["num_candidates"] == 100
     assert [each["decode_id"] for each in described["candidates"]] == [
         f"d{i}" for i in range(99, 99 - MAX_CANDIDATES, -1)

@@ -1,0 +1,75 @@
+"""Prefixes that others hold: who can lend them, how fast each pair of workers has been, and whom a submission names."""
+
+from collections.abc import Callable, Sequence
+
+from services.gateway.members import Member, Members
+from tailrace.errors import WorkerLostError
+from tailrace.kv.events import Tier
+from tailrace.messages import Fetch, KvSource, LegReport, PrefixSource
+from tailrace.policy.fetching import FetchRates
+from tailrace.policy.router import Lenders
+from tailrace.policy.routing import Route, WorkerView
+from tailrace.types import Role
+
+
+class Sourcing:
+    """Event loop only."""
+
+    def __init__(self, members: Members, clock: Callable[[], float]) -> None:
+        self._members = members
+        self._clock = clock
+        self._rates = FetchRates()
+        members.on_report = self._learn
+
+    def lenders(self, workers: Sequence[WorkerView]) -> Lenders:
+        """`workers`: those that are attached. Whoever drains or is lost lends nothing."""
+        self._rates.advance(self._clock())
+        stores = [member for member in self._members.of(Role.KVSTORE) if not member.load.draining]
+        store_ids = frozenset(member.info.worker_id for member in stores)
+        holder_ids = store_ids.union(view.worker_id for view in workers if not view.draining)
+        return Lenders(self._rates, holder_ids, store_ids, self._beside(stores))
+
+    def _beside(self, stores: Sequence[Member]) -> dict[str, list[str]]:
+        """Stores by the workers whose host is theirs too."""
+        if not stores:
+            return {}
+        by_host: dict[str, list[str]] = {}
+        for store in stores:
+            by_host.setdefault(_host(store), []).append(store.info.worker_id)
+        workers = self._members.of(Role.PREFILL)
+        return {worker.info.worker_id: by_host[_host(worker)] for worker in workers if _host(worker) in by_host}
+
+    def sources(self, route: Route) -> tuple[PrefixSource, ...]:
+        """As the route says, up to the first holder that has left since: what would follow it could not be used."""
+        sources: list[PrefixSource] = []
+        for piece in route.sources:
+            try:
+                holder = self._members.get(piece.holder_id)
+            except WorkerLostError:
+                break
+            if holder.is_lost:
+                break
+            info = holder.info
+            source = KvSource(info.worker_id, info.epoch, info.address, b"")
+            sources.append(PrefixSource(source, piece.first_block, piece.num_blocks))
+        return tuple(sources)
+
+    def _learn(self, needer: Member, report: LegReport) -> None:
+        needer_id = needer.info.worker_id
+        for fetch in report.fetches:
+            if fetch.num_asked > 0 and fetch.num_blocks == 0:
+                self._rates.failed(fetch.holder_id, needer_id, self._clock())
+            else:
+                tier = self._tier(fetch, report)
+                self._rates.succeeded(fetch.holder_id, needer_id, tier, fetch.num_bytes, fetch.seconds)
+
+    def _tier(self, fetch: Fetch, report: LegReport) -> Tier:
+        """Where most of it was. A report counts the tiers of all its fetches together."""
+        if not any(store.info.worker_id == fetch.holder_id for store in self._members.of(Role.KVSTORE)):
+            return Tier.WORKER
+        by_tier = report.cached_by_tier
+        return Tier.NVME if by_tier.get("nvme", 0) > by_tier.get("cpu", 0) else Tier.CPU
+
+
+def _host(member: Member) -> str:
+    return member.info.address.rpartition(":")[0]

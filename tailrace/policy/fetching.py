@@ -1,0 +1,172 @@
+"""Fetching cached blocks: how fast each pair has been, and which holder is asked for which blocks. No clock in here."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tailrace.kv.events import Tier
+from tailrace.policy.estimates import LineFit
+from tailrace.policy.pricing import Pricing
+from tailrace.policy.routing import CostTerms, Held, PrefixRange, Way
+
+NEUTRAL_WAYS: Mapping[Tier, Way] = {
+    Tier.WORKER: Way(0.005, 1e-9),
+    Tier.CPU: Way(0.005, 1e-9),
+    Tier.NVME: Way(0.010, 1e-9),
+}
+"""Before anything was fetched from holders of a kind; a disk has to be read before it can be sent."""
+FORGET = 0.1
+"""Share of what was known of a pair that each fetch replaces."""
+LEAST_SPREAD = 0.05
+"""See LineFit."""
+BARRED_S = 1.0
+"""For which nothing is fetched over a pair whose last fetch failed; twice as long with each failure after it."""
+MAX_BARRED_S = 60.0
+MAX_PAIRS = 1 << 16
+"""Measured and remembered, those used last: workers come and go under new names."""
+SPLIT_GAIN = 0.75
+"""Of the time from the best single holder: a second one is asked where both together take less."""
+
+Pair = tuple[str, str, Tier]
+
+
+@dataclass(slots=True)
+class _Measured:
+    fit: LineFit = field(default_factory=lambda: LineFit(FORGET, LEAST_SPREAD))
+    way: Way = field(default_factory=lambda: Way(0.0, 0.0))
+
+
+@dataclass(slots=True)
+class _Failing:
+    num_failures: int
+    until_s: float
+
+
+class FetchRates:
+    """FetchWays from what came of fetches: by holder, needer and the tier that most of the blocks were on.
+
+    What nobody has measured yet is taken to be as fast as the best of its kind. A pair that failed is left alone for a
+    while, and then tried again at its old price.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: OrderedDict[Pair, _Measured] = OrderedDict()
+        self._best: dict[Tier, tuple[Pair, Way]] = {}
+        self._failing: OrderedDict[tuple[str, str], _Failing] = OrderedDict()
+        self._barred: dict[tuple[str, str], float] = {}
+
+    def way(self, holder_id: str, needer_id: str, tier: Tier) -> Way | None:
+        if self._barred and (holder_id, needer_id) in self._barred:
+            return None
+        known = self._pairs.get((holder_id, needer_id, tier))
+        if known is not None:
+            return known.way
+        best = self._best.get(tier)
+        return best[1] if best is not None else NEUTRAL_WAYS[tier]
+
+    def advance(self, now_s: float) -> None:
+        """Pairs that have been left alone for long enough may be tried again."""
+        if self._barred:
+            self._barred = {pair: until_s for pair, until_s in self._barred.items() if until_s > now_s}
+
+    def succeeded(self, holder_id: str, needer_id: str, tier: Tier, num_bytes: int, seconds: float) -> None:
+        """An impossible measurement is ignored: reports come from other processes."""
+        if num_bytes < 1 or not 0.0 < seconds < math.inf:
+            return
+        self._failing.pop((holder_id, needer_id), None)
+        self._barred.pop((holder_id, needer_id), None)
+        pair = (holder_id, needer_id, tier)
+        measured = self._pairs.setdefault(pair, _Measured())
+        self._pairs.move_to_end(pair)
+        measured.fit.add(float(num_bytes), seconds)
+        measured.way = _way(measured.fit, NEUTRAL_WAYS[tier].overhead_s)
+        if len(self._pairs) > MAX_PAIRS:
+            gone, _ = self._pairs.popitem(last=False)
+            self._rank(gone)
+        self._rank(pair)
+
+    def failed(self, holder_id: str, needer_id: str, now_s: float) -> None:
+        """Nothing came of a fetch: the holder was away, late or unwilling, or no longer had the blocks."""
+        pair = (holder_id, needer_id)
+        known = self._failing.get(pair)
+        if known is not None and now_s < known.until_s:
+            # Sent before the first of them was known to fail.
+            return
+        count = known.num_failures + 1 if known is not None else 1
+        until_s = now_s + min(MAX_BARRED_S, BARRED_S * 2.0 ** min(count - 1, 10))
+        self._failing[pair] = _Failing(count, until_s)
+        self._failing.move_to_end(pair)
+        self._barred[pair] = until_s
+        if len(self._failing) > MAX_PAIRS:
+            gone, _ = self._failing.popitem(last=False)
+            self._barred.pop(gone, None)
+
+    def _rank(self, changed: Pair) -> None:
+        """Keeps the fastest of the pair's kind; all are looked at only where the fastest one has changed."""
+        tier = changed[2]
+        best = self._best.get(tier)
+        known = self._pairs.get(changed)
+        if known is not None and (best is None or known.way.s_per_byte <= best[1].s_per_byte):
+            self._best[tier] = (changed, known.way)
+        elif best is not None and best[0] == changed:
+            kind = ((pair, each.way) for pair, each in self._pairs.items() if pair[2] is tier)
+            fastest = min(kind, key=lambda item: item[1].s_per_byte, default=None)
+            if fastest is None:
+                del self._best[tier]
+            else:
+                self._best[tier] = fastest
+
+
+def _way(fit: LineFit, usual_overhead_s: float) -> Way:
+    """Where fetches were all of one length, their fixed cost cannot be told apart, and is taken to be the usual one."""
+    num_bytes, seconds = fit.means
+    slope = fit.slope
+    if slope is None:
+        overhead_s = min(usual_overhead_s, seconds / 2)
+        return Way(overhead_s, (seconds - overhead_s) / num_bytes)
+    overhead_s = seconds - slope * num_bytes
+    if slope <= 0.0 or overhead_s <= 0.0:
+        # No fixed cost: the line through the origin.
+        return Way(0.0, seconds / num_bytes)
+    return Way(overhead_s, slope)
+
+
+def split_ranges(prices: Pricing, chosen: CostTerms) -> tuple[PrefixRange, ...]:
+    """Whom the worker that prefills asks for what: one holder, or two at once where that is much faster.
+
+    With two, the deeper one gives the end. Both are taken to reach their own rates, which is why a small gain is none.
+    """
+    if not chosen.fetch_blocks or chosen.prefill_id is None:
+        return ()
+    needer_id, first = chosen.prefill_id, chosen.hit_blocks
+    end = first + chosen.fetch_blocks
+    sources = {held.holder_id: held for held in prices.sources_for(needer_id)}
+    deep = sources[chosen.holder_id]
+    single = (PrefixRange(deep.holder_id, first, end - first),)
+    best_s, best = SPLIT_GAIN * prices.fetch_s(deep, needer_id, first), single
+    for other in sources.values():
+        if other.holder_id in (deep.holder_id, needer_id) or other.depth <= first:
+            continue
+        cut = _cut(prices, needer_id, first, end, other, deep)
+        if not first < cut < end:
+            continue
+        seconds = max(prices.fetch_s(other, needer_id, first, cut), prices.fetch_s(deep, needer_id, cut, end))
+        if seconds < best_s:
+            best_s = seconds
+            best = (
+                PrefixRange(other.holder_id, first, cut - first),
+                PrefixRange(deep.holder_id, cut, end - cut),
+            )
+    return best
+
+
+def _cut(prices: Pricing, needer_id: str, first: int, end: int, head: Held, tail: Held) -> int:
+    """Where both take as long, as if each had one rate for all of its blocks."""
+    limit = min(head.depth, end)
+    head_s, tail_s = prices.fetch_s(head, needer_id, first, limit), prices.fetch_s(tail, needer_id, first, end)
+    if not (math.isfinite(head_s) and math.isfinite(tail_s)) or head_s + tail_s <= 0.0:
+        return first
+    head_block_s, tail_block_s = head_s / (limit - first), tail_s / (end - first)
+    cut = first + round((end - first) * tail_block_s / (head_block_s + tail_block_s))
+    return min(cut, limit)

@@ -1,0 +1,306 @@
+"""What a request costs at each worker, in seconds and from measured rates.
+
+Price of a pair = queue before its prefill + fetching the prefix that others hold + computing the uncached rest + what
+the computing costs those who wait + moving the KV that the decode worker lacks + the price of the decode worker's load.
+All but the move is a worker's own, so that prices are computed once a worker and not once a pair.
+
+Rates nobody has measured yet are taken from the best measured worker or pair, so that a newcomer is tried at all; the
+NEUTRAL constants stand in only before the very first measurement, when they are equal for all and only weigh terms.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tailrace.kv.events import Tier
+from tailrace.policy.routing import CostTerms, Held, Live, RouteRequest, WorkerView
+
+NEUTRAL_PREFILL_TOKENS_PER_S = 1000.0
+NEUTRAL_DECODE_STEP_S = 0.05
+NEUTRAL_PAIR_BYTES_PER_S = 1e9
+LOCAL_PREFILL_SAFETY = 0.5
+"""Of the best measured prefill rate: what a decode worker is taken to reach that has not prefilled yet."""
+TURNOVER_STEPS = 128
+"""Steps in which a full batch is taken to be replaced by others: the length of an ordinary answer."""
+MAX_SOURCES = 4
+"""Holders that a fetch is priced from, the deepest first: more would make a decision quadratic in the workers."""
+_US_MAX = 10**18
+
+
+class PrefillPrice(NamedTuple):
+    """A place to prefill, with what does not depend on where the request decodes."""
+
+    worker_id: str
+    fingerprint: bytes
+    num_sequences: int
+    price_us: int
+    """Of the terms below: whole microseconds, so that prices add up exactly and those that agree to one are a tie."""
+    queue_s: float
+    prefill_s: float
+    fetch_s: float
+    crowding_s: float
+    hit_blocks: int
+    fetch_blocks: int
+    holder_id: str
+    fetch_disk_blocks: int
+
+
+class DecodePrice(NamedTuple):
+    """A place to decode, with what does not depend on the prefill worker."""
+
+    worker_id: str
+    fingerprint: bytes
+    num_sequences: int
+    load_s: float
+    step_s: float
+    missing_bytes: int
+    transfer_s: float
+    """From an owner whose pair with this worker nobody has measured."""
+
+
+class _Neutral(NamedTuple):
+    """What stands in for a rate that is not measured."""
+
+    prefill_tokens_per_s: float
+    decode_step_s: float
+    pair_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pricing:
+    """One request's prices."""
+
+    request: RouteRequest
+    hits: Mapping[str, int]
+    pair_bytes_per_s: Mapping[tuple[str, str], float]
+    bytes_per_token: int
+    live: Live
+    neutral: _Neutral
+    holders: Sequence[Held]
+    """Who holds most, the deepest first."""
+    near: Mapping[str, Held]
+    """Those that are on some worker's own node."""
+
+    @classmethod
+    def of(
+        cls,
+        request: RouteRequest,
+        prefills: Sequence[WorkerView],
+        decodes: Sequence[WorkerView],
+        hits: Mapping[str, int],
+        pair_bytes_per_s: Mapping[tuple[str, str], float],
+        bytes_per_token: int,
+        live: Live,
+    ) -> "Pricing":
+        neutral = _neutral_rates(prefills, decodes, pair_bytes_per_s.values())
+        holders = deepest(live.held) if live.ways is not None else ()
+        near = {held.holder_id: held for held in live.held} if live.beside and holders else {}
+        return cls(request, hits, pair_bytes_per_s, bytes_per_token, live, neutral, holders, near)
+
+    # -- where it is prefilled ----------------------------------------------------------------------------------------
+
+    def prefill(self, view: WorkerView) -> PrefillPrice:
+        rate = _measured(view.prefill_tokens_per_s, self.neutral.prefill_tokens_per_s)
+        worker_id = view.worker_id
+        queue_s = self._queue_s(view, rate)
+        own = self.hits.get(worker_id, 0)
+        prefill_s = self._compute_s(view, rate, own)
+        depth, fetch_s, source = own, 0.0, None
+        for held in self.sources_for(worker_id) if self.holders else ():
+            if held.depth <= own or held.holder_id == worker_id:
+                continue
+            exposed_s = max(0.0, self.fetch_s(held, worker_id, own) - queue_s)
+            if exposed_s + (compute_s := self._compute_s(view, rate, held.depth)) < fetch_s + prefill_s:
+                depth, fetch_s, prefill_s, source = held.depth, exposed_s, compute_s, held
+        waiting = self.live.waiting.get(worker_id, 0.0)
+        # A rate that is next to nothing makes a prefill infinite, and infinity times 0 would win every comparison.
+        crowding_s = prefill_s * waiting if waiting else 0.0
+        return PrefillPrice(
+            worker_id,
+            view.fingerprint,
+            view.num_sequences,
+            microseconds(queue_s + fetch_s + prefill_s + crowding_s),
+            queue_s,
+            prefill_s,
+            fetch_s,
+            crowding_s,
+            own,
+            depth - own,
+            source.holder_id if source is not None else "",
+            min(source.on_disk, depth - own) if source is not None else 0,
+        )
+
+    def local(self, view: WorkerView) -> PrefillPrice:
+        """On the decode worker itself, whose running batch waits for every chunk. Nothing is fetched for it."""
+        guess = LOCAL_PREFILL_SAFETY * self.neutral.prefill_tokens_per_s
+        rate = _measured(view.prefill_tokens_per_s, guess)
+        queue_s = self._queue_s(view, rate)
+        own = self.hits.get(view.worker_id, 0)
+        prefill_s = self._compute_s(view, rate, own)
+        waiting = view.num_sequences
+        crowding_s = prefill_s * waiting if waiting else 0.0
+        price_us = microseconds(queue_s + prefill_s + crowding_s)
+        return PrefillPrice(
+            view.worker_id, view.fingerprint, 0, price_us, queue_s, prefill_s, 0.0, crowding_s, own, 0, "", 0
+        )
+
+    def competes(self, local: PrefillPrice, step_s: float) -> bool:
+        """Whether a decode worker may prefill although others could: it must not hold its batch up for long.
+
+        Up to as long as one of its steps takes, or one block.
+        """
+        return local.prefill_s <= step_s or self.request.uncached_tokens(local.hit_blocks) <= self.request.block_size
+
+    def _queue_s(self, view: WorkerView, rate: float) -> float:
+        backlogs = self.live.backlog_s
+        if backlogs is None:
+            return (view.waiting_tokens + view.reserved_tokens) / rate
+        return max(backlogs.get(view.worker_id, 0.0), view.waiting_tokens / rate)
+
+    def _compute_s(self, view: WorkerView, rate: float, hit_blocks: int) -> float:
+        request = self.request
+        total = request.num_prompt_tokens
+        # The last token is always computed; `RouteRequest.cached_tokens` without its calls.
+        cached = min(hit_blocks * request.block_size, total - 1)
+        return (total - cached) / rate + view.prefill_curve_s * (total * total - cached * cached)
+
+    # -- what is fetched ----------------------------------------------------------------------------------------------
+
+    def sources_for(self, worker_id: str) -> Iterable[Held]:
+        beside = self.live.beside.get(worker_id)
+        if not beside:
+            return self.holders
+        return [*self.holders, *(self.near[holder] for holder in beside if holder in self.near)]
+
+    def fetch_s(self, held: Held, needer_id: str, first_block: int, end_block: int | None = None) -> float:
+        """Of blocks `first_block` to `end_block` - 1, by default all that are held; infinite where there is no way."""
+        ways = self.live.ways
+        end = held.depth if end_block is None else end_block
+        block_bytes = self.request.block_size * self.bytes_per_token
+        on_disk = min(held.on_disk, held.depth - first_block) - (held.depth - end) if held.on_disk else 0
+        on_disk = max(0, on_disk)
+        seconds = 0.0
+        for tier, num_blocks in ((_tier(held), end - first_block - on_disk), (Tier.NVME, on_disk)):
+            if num_blocks > 0:
+                way = ways.way(held.holder_id, needer_id, tier) if ways is not None else None
+                if way is None:
+                    return math.inf
+                seconds += way.overhead_s + num_blocks * block_bytes * way.s_per_byte
+        return seconds
+
+    # -- where it decodes ---------------------------------------------------------------------------------------------
+
+    def decode(self, view: WorkerView) -> DecodePrice:
+        request, neutral = self.request, self.neutral
+        missing_blocks = max(0, request.num_prompt_blocks - self.hits.get(view.worker_id, 0))
+        missing_bytes = missing_blocks * request.block_size * self.bytes_per_token
+        step_s = _step_s(view, request.num_choices, neutral)
+        # Each choice writes a block of its own.
+        load_s = step_s * _decode_steps(view, request, missing_blocks + request.num_choices)
+        rate = _measured(view.transfer_bytes_per_s, neutral.pair_bytes_per_s)
+        return DecodePrice(
+            view.worker_id, view.fingerprint, view.num_sequences, load_s, step_s, missing_bytes, missing_bytes / rate
+        )
+
+    def transfer_s(self, prefill_id: str, target: DecodePrice) -> float:
+        rate = self.pair_bytes_per_s.get((prefill_id, target.worker_id), 0.0)
+        return target.missing_bytes / rate if _is_rate(rate) else target.transfer_s
+
+    def least_transfer_s(self, target: DecodePrice) -> float:
+        """No pair is faster."""
+        return target.missing_bytes / self.neutral.pair_bytes_per_s
+
+
+def terms_of(source: PrefillPrice, target: DecodePrice, transfer_s: float) -> CostTerms:
+    is_local = source.worker_id == target.worker_id
+    return CostTerms(
+        target.worker_id,
+        None if is_local else source.worker_id,
+        source.queue_s,
+        source.prefill_s,
+        0.0 if is_local else transfer_s,
+        target.load_s,
+        source.fetch_s,
+        source.crowding_s,
+        source.hit_blocks,
+        source.fetch_blocks,
+        source.holder_id,
+        source.fetch_disk_blocks,
+    )
+
+
+def microseconds(seconds: float) -> int:
+    return round(seconds * 1e6) if seconds * 1e6 < _US_MAX else _US_MAX
+
+
+def deepest(held: Sequence[Held]) -> list[Held]:
+    """At most MAX_SOURCES, the deepest first, and among them the deepest worker and the deepest store."""
+    ordered = sorted(held, key=lambda one: (-one.depth, one.holder_id))
+    chosen = ordered[:MAX_SOURCES]
+    for is_store in (False, True):
+        if all(one.is_store is not is_store for one in chosen):
+            chosen += [one for one in ordered if one.is_store is is_store][:1]
+    return chosen
+
+
+def _tier(held: Held) -> Tier:
+    return Tier.CPU if held.is_store else Tier.WORKER
+
+
+def is_eligible(view: WorkerView, num_blocks: int) -> bool:
+    """`num_blocks`: without which the worker could not do its part."""
+    return not view.draining and (not view.total_blocks or num_blocks <= view.total_blocks)
+
+
+def _step_s(view: WorkerView, num_more: int, neutral: _Neutral) -> float:
+    """Of the batch with `num_more` sequences in it, as far as it is measured by batch."""
+    if _is_rate(view.decode_row_s) or _is_rate(view.decode_base_s):
+        batch = min(view.num_sequences + num_more, max(1, view.max_num_seqs))
+        step_s = max(0.0, view.decode_base_s) + max(0.0, view.decode_row_s) * batch
+        if _is_rate(step_s):
+            return step_s
+    return _measured(view.decode_step_s, neutral.decode_step_s)
+
+
+def _decode_steps(view: WorkerView, request: RouteRequest, needed_blocks: int) -> float:
+    """What joining this decode worker costs, in its steps.
+
+    One step to join, up to one more for how full it is (a fuller batch steps slower, for everyone in it), and for what
+    does not fit, in sequences or blocks, the share of a whole turnover that must pass before it does.
+    """
+    filled = (view.num_sequences + request.num_choices) / max(1, view.max_num_seqs)
+    excess = max(0.0, filled - 1.0)
+    if view.total_blocks:
+        taken = needed_blocks + view.booked_blocks + -(-view.reserved_tokens // request.block_size)
+        short = taken - (view.free_blocks + view.cached_blocks)
+        excess += max(0, short) / view.total_blocks
+        filled = max(filled, 1.0 + short / view.total_blocks)
+    return 1.0 + min(filled, 1.0) + excess * TURNOVER_STEPS
+
+
+def _neutral_rates(
+    prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], pair_rates: Iterable[float]
+) -> _Neutral:
+    prefill_rate = step_s = pair_rate = 0.0
+    for view in (*prefills, *decodes):
+        if prefill_rate < view.prefill_tokens_per_s < math.inf:
+            prefill_rate = view.prefill_tokens_per_s
+        if 0.0 < view.decode_step_s < (step_s or math.inf):
+            step_s = view.decode_step_s
+        if pair_rate < view.transfer_bytes_per_s < math.inf:
+            pair_rate = view.transfer_bytes_per_s
+    return _Neutral(
+        prefill_rate or NEUTRAL_PREFILL_TOKENS_PER_S,
+        step_s or NEUTRAL_DECODE_STEP_S,
+        max(max(filter(_is_rate, pair_rates), default=0.0), pair_rate) or NEUTRAL_PAIR_BYTES_PER_S,
+    )
+
+
+def _measured(value: float, neutral: float) -> float:
+    return value if 0.0 < value < math.inf else neutral
+
+
+def _is_rate(value: float) -> bool:
+    """Reports come from other processes: a negative rate or NaN must not win every comparison."""
+    return 0.0 < value < math.inf
