@@ -77,6 +77,8 @@ class GenerateRequest:
     tracestate: str = ""
     cache_salt: str = ""
     """Requests with different salts never share cached blocks."""
+    session_id: str = ""
+    """The conversation that it belongs to, at most 256 characters: where prices tie, it goes where the last one ran."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ class Origin:
     deadline_s: float
     traceparent: str = ""
     tracestate: str = ""
+    session_id: str = ""
 
 
 class Answer:
@@ -82,6 +83,7 @@ class Answer:
             priority=self.job.priority,
             deadline_s=origin.deadline_s,
             cache_salt=self.job.cache_salt,
+            session_id=origin.session_id,
             traceparent=origin.traceparent,
             tracestate=origin.tracestate,
         )

@@ -11,6 +11,8 @@ from tailrace.errors import InvalidRequestError, UnauthenticatedError
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _MAX_TRACESTATE = 512
+SESSION_HEADER = "X-Session-Id"
+MAX_SESSION_ID = 256
 
 
 class ApiKeys:
@@ -34,6 +36,13 @@ def request_id_of(given: str) -> str:
         message = "request_id: 1 to 128 letters, digits, dots, dashes and underscores are allowed"
         raise InvalidRequestError(message, param="request_id")
     return given or f"gen-{uuid.uuid4().hex}"
+
+
+def session_id_of(given: str, name: str) -> str:
+    """Raises InvalidRequestError, naming the field, for one that is too long to remember."""
+    if len(given) > MAX_SESSION_ID:
+        raise InvalidRequestError(f"{name}: {len(given)} characters; at most {MAX_SESSION_ID}", param=name)
+    return given
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from tailrace.policy.routing import CostTerms, Route
+from tailrace.policy.routing import CostTerms, PrefixRange, Route
 
 HEADER = "X-Tailrace-Explain"
 """`1` in a request asks for it; the answer's has it, as JSON on one line."""
@@ -21,11 +21,13 @@ def is_asked(value: str | None) -> bool:
 
 def describe(route: Route, num_prompt_tokens: int) -> dict[str, Any]:
     """The chosen pair and the candidates; all times are predictions, in seconds."""
-    cheapest = sorted(route.terms, key=lambda terms: terms.total_s)[:MAX_CANDIDATES]
+    terms = route.terms
+    cheapest = sorted(terms, key=lambda candidate: candidate.total_s)[:MAX_CANDIDATES]
+    sources = {"sources": [_describe_source(source) for source in route.sources]} if route.sources else {}
     return {
         "prompt_tokens": num_prompt_tokens,
-        "chosen": {"prefill_id": route.prefill_id, "decode_id": route.decode_id},
-        "num_candidates": len(route.terms),
+        "chosen": {"prefill_id": route.prefill_id, "decode_id": route.decode_id, **sources},
+        "num_candidates": len(terms),
         "candidates": [_describe(terms) for terms in cheapest],
     }
 
@@ -36,6 +38,17 @@ def _describe(terms: CostTerms) -> dict[str, Any]:
     known = {name: value for name, value in terms._asdict().items() if name not in plain or value != plain[name]}
     described = {**known, "total_s": terms.total_s}
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in described.items()}
+
+
+def _describe_source(source: PrefixRange) -> dict[str, Any]:
+    """Whom the prefill worker is told to ask for which blocks, and on which tiers they are said to lie."""
+    in_memory = source.num_blocks - source.on_disk
+    tiers = {"cpu" if source.is_store else "peer": in_memory, "nvme": source.on_disk}
+    return {
+        "holder_id": source.holder_id,
+        "first_block": source.first_block,
+        "blocks_by_tier": {tier: num_blocks for tier, num_blocks in tiers.items() if num_blocks},
+    }
 
 
 def header_value(described: Sequence[dict[str, Any]]) -> str:

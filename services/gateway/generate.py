@@ -12,7 +12,7 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from services.gateway.answer import Answer, Origin
-from services.gateway.caller import Trace
+from services.gateway.caller import SESSION_HEADER, Trace, session_id_of
 from services.gateway.choice import Delta, ScoredToken
 from services.gateway.disconnect import unless_client_leaves
 from services.gateway.explain import HEADER, header_value, is_asked
@@ -136,6 +136,7 @@ class Endpoints:
             deadline_s=self._options.request_deadline_s - (time.monotonic() - request.state.arrived_at),
             traceparent=trace.parent,
             tracestate=trace.state,
+            session_id=session_id_of(request.headers.get(SESSION_HEADER, ""), SESSION_HEADER),
         )
 
 

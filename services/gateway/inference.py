@@ -11,7 +11,7 @@ from typing import Any
 
 from services.gateway import generation
 from services.gateway.answer import combine
-from services.gateway.caller import ApiKeys, Trace, request_id_of
+from services.gateway.caller import ApiKeys, Trace, request_id_of, session_id_of
 from services.gateway.choice import ChoiceText
 from services.gateway.generate import no_such_model
 from services.gateway.generation import Dispatcher, Generation, GenerationRequest
@@ -116,6 +116,7 @@ class Inference:
             priority=job.priority,
             deadline_s=self._deadline_s(request.deadline_s),
             cache_salt=job.cache_salt,
+            session_id=session_id_of(request.session_id, "session_id"),
             traceparent=trace.parent,
             tracestate=trace.state,
         )

@@ -22,6 +22,9 @@ from tailrace.types import FinishReason, Role, TokenLogprob
 
 log = logging.getLogger(__name__)
 
+_NEAREST = ("worker", "peer", "cpu", "nvme")
+"""Tiers of LegReport.cached_by_tier."""
+
 
 @dataclass(slots=True, eq=False)
 class Leg:
@@ -148,6 +151,7 @@ class RequestSession:
         self._first_token_at = 0.0
         self._last_role: Role | None = None
         """Of the token noted last; None: none since the last move."""
+        self._known_blocks = route.known_blocks
         self._prompt_report: LegReport | None = None
         """Of whoever prefilled first: a replay finds cached what was computed for this very request."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -314,11 +318,18 @@ class RequestSession:
         if leg.role is Role.DECODE:
             leg.attempt.decode_report = report
         if leg.role is Role.PREFILL or leg.attempt.prefill is None:
-            self._prompt_report = self._prompt_report or report
+            self._prompt_report = self._prompt_report or self._without_own(leg, report)
         if leg.role is Role.PREFILL and self.life.state is RequestState.QUEUED:
             now, queued_at = time.monotonic(), self.life.moves[-1][1]
             self.move(RequestState.PREFILLING, max(queued_at, now - report.prefill_s))
             self.move(RequestState.TRANSFERRING, now)
+
+    def _without_own(self, leg: Leg, report: LegReport) -> LegReport:
+        """A replay is not told of more cached tokens than anybody had before the request came."""
+        if leg.attempt.number == 0:
+            return report
+        known_tokens = self._known_blocks * leg.member.info.layout.block_size
+        return replace(report, cached_tokens=min(report.cached_tokens, known_tokens))
 
     def end_choice(self, choice: int, reason: FinishReason) -> None:
         if self._is_over or self._choices[choice].is_over:
@@ -372,10 +383,11 @@ class RequestSession:
         first = self._first_token_at or now
         # A replayed prompt is longer than the client's, and may be cached as a whole.
         num_prompt_tokens = self._num_prompt_tokens
+        cached_tokens = min(prompt.cached_tokens, num_prompt_tokens)
         return Usage(
             prompt_tokens=num_prompt_tokens,
             completion_tokens=self.num_released,
-            cached_tokens=min(prompt.cached_tokens, num_prompt_tokens),
+            cached_tokens=cached_tokens,
             queue_s=prompt.queue_s,
             prefill_s=prompt.prefill_s,
             transfer_s=max((report.transfer_s for report in decodes), default=0.0),
@@ -383,7 +395,7 @@ class RequestSession:
             transport=next((report.transport for report in decodes if report.transport), ""),
             decode_s=max((report.decode_s for report in decodes), default=0.0) or now - first,
             ttft_s=first - self.began,
-            cached_by_tier=_at_most(prompt.cached_by_tier, num_prompt_tokens),
+            cached_by_tier=_itemised(prompt.cached_by_tier, cached_tokens),
         )
 
 
@@ -395,9 +407,17 @@ class Recovery(Protocol):
     def ended(self, session: RequestSession) -> None: ...
 
 
-def _at_most(cached_by_tier: dict[str, int], limit: int) -> dict[str, int]:
-    """Cut from the last tier named on, so that the tiers add up to `limit` at most."""
-    cut: dict[str, int] = {}
-    for tier, num_tokens in cached_by_tier.items():
-        cut[tier] = min(num_tokens, limit - sum(cut.values()))
-    return cut
+def _itemised(cached_by_tier: dict[str, int], cached_tokens: int) -> dict[str, int]:
+    """Adds up to `cached_tokens`: cut from the farthest tier on, and what no tier is named for was the worker's own."""
+    left, items = cached_tokens, {}
+    for tier in sorted(cached_by_tier, key=_distance):
+        if num_tokens := min(cached_by_tier[tier], left):
+            items[tier] = num_tokens
+            left -= num_tokens
+    if left:
+        items[_NEAREST[0]] = items.get(_NEAREST[0], 0) + left
+    return items
+
+
+def _distance(tier: str) -> tuple[int, str]:
+    return (_NEAREST.index(tier) if tier in _NEAREST else len(_NEAREST), tier)

@@ -49,6 +49,7 @@ class GenerateOptions(TypedDict, total=False):
     traceparent: str
     tracestate: str
     cache_salt: str
+    session_id: str
 
 
 def make_request(prompt: PromptLike, options: GenerateOptions, timeout_s: float | None) -> GenerateRequest:

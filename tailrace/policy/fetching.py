@@ -143,7 +143,7 @@ def split_ranges(prices: Pricing, chosen: CostTerms) -> tuple[PrefixRange, ...]:
     end = first + chosen.fetch_blocks
     sources = {held.holder_id: held for held in prices.sources_for(needer_id)}
     deep = sources[chosen.holder_id]
-    single = (PrefixRange(deep.holder_id, first, end - first),)
+    single = (_range(deep, first, end),)
     best_s, best = SPLIT_GAIN * prices.fetch_s(deep, needer_id, first), single
     for other in sources.values():
         if other.holder_id in (deep.holder_id, needer_id) or other.depth <= first:
@@ -154,11 +154,12 @@ def split_ranges(prices: Pricing, chosen: CostTerms) -> tuple[PrefixRange, ...]:
         seconds = max(prices.fetch_s(other, needer_id, first, cut), prices.fetch_s(deep, needer_id, cut, end))
         if seconds < best_s:
             best_s = seconds
-            best = (
-                PrefixRange(other.holder_id, first, cut - first),
-                PrefixRange(deep.holder_id, cut, end - cut),
-            )
+            best = (_range(other, first, cut), _range(deep, cut, end))
     return best
+
+
+def _range(held: Held, first: int, end: int) -> PrefixRange:
+    return PrefixRange(held.holder_id, first, end - first, held.is_store, held.on_disk_of(first, end))
 
 
 def _cut(prices: Pricing, needer_id: str, first: int, end: int, head: Held, tail: Held) -> int:

@@ -128,7 +128,7 @@ class Pricing:
             own,
             depth - own,
             source.holder_id if source is not None else "",
-            min(source.on_disk, depth - own) if source is not None else 0,
+            source.on_disk_of(own, depth) if source is not None else 0,
         )
 
     def local(self, view: WorkerView) -> PrefillPrice:
@@ -178,8 +178,7 @@ class Pricing:
         ways = self.live.ways
         end = held.depth if end_block is None else end_block
         block_bytes = self.request.block_size * self.bytes_per_token
-        on_disk = min(held.on_disk, held.depth - first_block) - (held.depth - end) if held.on_disk else 0
-        on_disk = max(0, on_disk)
+        on_disk = held.on_disk_of(first_block, end) if held.on_disk else 0
         seconds = 0.0
         for tier, num_blocks in ((_tier(held), end - first_block - on_disk), (Tier.NVME, on_disk)):
             if num_blocks > 0:

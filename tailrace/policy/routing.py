@@ -73,6 +73,10 @@ class Held(NamedTuple):
     on_disk: int = 0
     """How many of a store's are on its disk: the last ones, as it keeps a chain's beginning in memory longest."""
 
+    def on_disk_of(self, first_block: int, end_block: int) -> int:
+        """Of blocks `first_block` to `end_block` - 1."""
+        return max(0, end_block - max(first_block, self.depth - self.on_disk))
+
 
 class PrefixRange(NamedTuple):
     """Blocks of a prompt that are to be fetched from one holder."""
@@ -80,6 +84,9 @@ class PrefixRange(NamedTuple):
     holder_id: str
     first_block: int
     num_blocks: int
+    is_store: bool = False
+    on_disk: int = 0
+    """How many of them are on the store's disk."""
 
 
 @dataclass(frozen=True, slots=True)

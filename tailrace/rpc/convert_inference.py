@@ -81,7 +81,7 @@ def error_from_trailers(trailers: Iterable[tuple[str, str | bytes]]) -> Tailrace
 def request_to_proto(request: GenerateRequest) -> generation_pb2.GenerateRequest:
     """Raises InvalidRequestError, naming the field, for a value that the wire has no room or type for."""
     message = generation_pb2.GenerateRequest()
-    for name in ("model", "request_id", "priority", "deadline_s", "cache_salt", "stop"):
+    for name in ("model", "request_id", "priority", "deadline_s", "cache_salt", "session_id", "stop"):
         _put(message, name, getattr(request, name))
     for name in ("traceparent", "tracestate"):
         if value := getattr(request, name):
@@ -132,6 +132,7 @@ def request_from_proto(message: generation_pb2.GenerateRequest) -> GenerateReque
         traceparent=message.trace.traceparent,
         tracestate=message.trace.tracestate,
         cache_salt=message.cache_salt,
+        session_id=message.session_id,
     )
 
 

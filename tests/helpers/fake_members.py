@@ -245,6 +245,7 @@ class FakeCluster:
     index: PrefixIndex
     members: Members
     dispatcher: PairDispatcher
+    stores: list[FakeWorker] = field(default_factory=list)
 
     @property
     def prefill(self) -> FakeWorker:
@@ -289,15 +290,18 @@ async def fake_cluster(
     prefill: int = 1,
     decode: int = 1,
     *,
+    stores: int = 0,
     max_concurrent: int = 10,
     load: Load = IDLE,
     reattach_s: float = 0.001,
     routing_policy: str = "cost",
+    clock: Callable[[], float] = lambda: 0.0,
 ) -> AsyncIterator[FakeCluster]:
     """Leaving it without an error asserts that no request left anything behind."""
     prefills = [FakeWorker(worker_info(f"p{i}", Role.PREFILL), load) for i in range(prefill)]
     decodes = [FakeWorker(worker_info(f"d{i}", Role.DECODE), load) for i in range(decode)]
-    network = FakeNetwork(*prefills, *decodes)
+    kept = [FakeWorker(worker_info(f"s{i}", Role.KVSTORE), load) for i in range(stores)]
+    network = FakeNetwork(*prefills, *decodes, *kept)
     with network.used(reattach_s):
         index = compact_index()
         members = Members(
@@ -310,12 +314,12 @@ async def fake_cluster(
             max_concurrent=max_concurrent,
             routing_policy=routing_policy,
             # Time stands still: the same events are routed in the same way each time.
-            clock=lambda: 0.0,
+            clock=clock,
         )
         for address in network.workers:
             members.add(address)
-        await until(lambda: len(members.all()) == prefill + decode)
-        cluster = FakeCluster(network, prefills, decodes, index, members, dispatcher)
+        await until(lambda: len(members.all()) == prefill + decode + stores)
+        cluster = FakeCluster(network, prefills, decodes, index, members, dispatcher, kept)
         try:
             yield cluster
             cluster.assert_nothing_held()

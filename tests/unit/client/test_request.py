@@ -134,6 +134,7 @@ def test_the_wire_gives_back_what_was_put_on_it():
         "traceparent": "p",
         "tracestate": "s",
         "cache_salt": "c",
+        "session_id": "i",
     }
     assert options.keys() == GenerateOptions.__annotations__.keys()
     for prompt in ("hello", [1, 2], [], [HELLO]):

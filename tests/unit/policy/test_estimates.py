@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailrace.policy import estimates
-from tailrace.policy.estimates import Crowding, PrefillFit
+from tailrace.policy.estimates import Crowding, PrefillFit, StepFit
 
 
 @given(st.floats(1e-6, 1e-2), st.floats(0, 1e-8), st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 9000))))
@@ -75,3 +75,57 @@ def test_crowding_survives_a_long_life_and_workers_that_come_and_go() -> None:
     )
     assert waiting["p2"] == pytest.approx(0.0, abs=1e-6)
     assert waiting["p3"] == pytest.approx(0.5)
+
+
+@given(
+    st.floats(1e-6, 1e-2),
+    st.floats(0, 1e-8),
+    st.lists(st.lists(st.tuples(st.integers(0, 5000), st.integers(1, 900)), min_size=1, max_size=3), max_size=9),
+)
+def test_steps_of_several_chunks_are_fitted_too(a: float, b: float, steps: list[list[tuple[int, int]]]) -> None:
+    fit = PrefillFit()
+    for chunks in [[(0, 100)], [(0, 500), (5000, 100)], [(8000, 500)], *steps]:
+        spans = [(start, start + more) for start, more in chunks]
+        seconds = sum(a * (end - start) + b * (end**2 - start**2) for start, end in spans)
+        fit.add_step(spans, seconds)
+    assert fit.tokens_per_s == pytest.approx(1 / a, rel=1e-3)
+    assert fit.curve_s == pytest.approx(b, rel=1e-3, abs=1e-6 * a)
+
+
+def test_a_step_of_few_tokens_weighs_little() -> None:
+    fit = PrefillFit()
+    for _ in range(20):
+        fit.add_step([(0, 500)], 0.5)
+        fit.add_step([(500, 501)], 0.01)
+    assert fit.tokens_per_s == pytest.approx(1000, rel=0.05)
+
+
+def test_what_is_nearly_of_one_length_has_no_slope_made_of_noise() -> None:
+    fit = PrefillFit(0.05, 0.05)
+    for number in range(50):
+        fit.add_step([(0, 500 + number % 7)], 0.5 * (1 + 0.2 * (number % 3)))
+    assert fit.curve_s == 0.0
+
+
+@given(st.floats(0, 0.1), st.floats(1e-6, 0.01), st.lists(st.integers(1, 64)))
+def test_a_step_s_base_and_rows_are_found_again(base_s: float, row_s: float, batches: list[int]) -> None:
+    fit = StepFit()
+    for rows in (1, 16, 64, *batches):
+        fit.add(rows, base_s + rows * row_s)
+    assert fit.row_s == pytest.approx(row_s, rel=1e-3)
+    assert fit.base_s == pytest.approx(base_s, rel=1e-3, abs=1e-4 * 64 * row_s)
+
+
+def test_steps_of_one_batch_size_are_all_base() -> None:
+    fit = StepFit()
+    assert (fit.base_s, fit.row_s) == (0.0, 0.0)
+    for _ in range(3):
+        fit.add(8, 0.02)
+    assert (fit.base_s, fit.row_s) == (pytest.approx(0.02), 0.0)
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(0, 1.0), (4, 0.0), (4, math.nan), (4, math.inf)])
+def test_impossible_steps_are_ignored(rows: int, seconds: float) -> None:
+    fit = StepFit()
+    fit.add(rows, seconds)
+    assert (fit.base_s, fit.row_s) == (0.0, 0.0)

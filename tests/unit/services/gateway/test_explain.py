@@ -8,8 +8,11 @@ import pytest
 from services.gateway.explain import HEADER, MAX_CANDIDATES, describe
 from services.gateway.generate import HttpOptions
 from tailrace.errors import UnavailableError
+from tailrace.kv.events import KVEvents, Tier
+from tailrace.kv.hashing import chain_seed, hash_blocks
+from tailrace.messages import KvEventBatch, Load, StepEvents
 from tailrace.policy.routing import CostTerms, Route
-from tests.helpers.fake_members import fake_cluster, make_request
+from tests.helpers.fake_members import BLOCK, LAYOUT, fake_cluster, make_request
 from tests.helpers.gateway_app import MODEL, client_of, ids, make_app, saying
 
 CHAT: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -102,3 +105,30 @@ async def test_the_dispatcher_s_dry_run_and_its_choice_agree() -> None:
         session = await cluster.submit(range(40))
         assert session.route == foreseen
         await session.aclose()
+
+
+async def test_the_fetch_and_its_sources_are_explained_by_tier():
+    load = Load(total_blocks=1000, free_blocks=1000, prefill_tokens_per_s=100.0)
+    prompt = list(range(400))
+    hashes = hash_blocks(prompt, BLOCK, chain_seed(LAYOUT.fingerprint, "", ""))
+    async with fake_cluster(stores=1, load=load) as cluster:
+        for sequence, tier, part in ((0, Tier.CPU, hashes[:60]), (60, Tier.NVME, hashes[60:90])):
+            await cluster.stores[0].say(StepEvents(kv_events=KvEventBatch(1, sequence, KVEvents.published(part, tier))))
+        described = describe(cluster.dry_run(prompt), len(prompt))
+    assert described["chosen"]["sources"] == [
+        {"holder_id": "s0", "first_block": 0, "blocks_by_tier": {"cpu": 60, "nvme": 30}}
+    ]
+    (candidate,) = described["candidates"]
+    assert (candidate["holder_id"], candidate["fetch_blocks"], candidate["fetch_disk_blocks"]) == ("s0", 90, 30)
+    assert candidate["fetch_s"] > 0
+
+
+@pytest.mark.parametrize("header", [{}, {"X-Session-Id": "conversation 7"}])
+async def test_the_session_of_a_request_comes_with_its_header(header: dict[str, str]) -> None:
+    dispatcher = saying("ok")
+    async with client_of(make_app(dispatcher)) as client:
+        assert (await client.post("/v1/completions", json=COMPLETION, headers=header)).status_code == 200
+        long = await client.post("/v1/completions", json=COMPLETION, headers={"X-Session-Id": "x" * 257})
+    assert [request.session_id for request in dispatcher.requests] == [header.get("X-Session-Id", "")]
+    assert (long.status_code, long.json()["error"]["param"]) == (400, "X-Session-Id")
+    assert "257 characters; at most 256" in long.json()["error"]["message"]

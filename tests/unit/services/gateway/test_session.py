@@ -3,10 +3,22 @@
 import pytest
 
 from tailrace.errors import ErrorCode, InternalError, InvalidRequestError
+from tailrace.kv.events import KVEvents
+from tailrace.kv.hashing import chain_seed, hash_blocks
 from tailrace.lifecycle import RequestState
-from tailrace.messages import ChoiceFinished, LegReport, StepEvents
+from tailrace.messages import ChoiceFinished, KvEventBatch, LegReport, StepEvents
 from tailrace.types import FinishReason, SamplingParams, TokenLogprob
-from tests.helpers.fake_members import Finished, Heard, collect, events_and_error, fake_cluster, prose, settle
+from tests.helpers.fake_members import (
+    BLOCK,
+    LAYOUT,
+    Finished,
+    Heard,
+    collect,
+    events_and_error,
+    fake_cluster,
+    prose,
+    settle,
+)
 
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
 
@@ -332,3 +344,39 @@ async def test_a_report_that_claims_more_time_than_has_passed_keeps_the_moves_in
         times = [at for _, at in session.life.moves]
         assert times == sorted(times)
         await session.aclose()
+
+
+@pytest.mark.parametrize(
+    ("cached", "told", "usage"),
+    [
+        (5, {"nvme": 2, "worker": 1, "peer": 2}, {"worker": 1, "peer": 2, "nvme": 2}),
+        (3, {"nvme": 2, "worker": 1, "peer": 2}, {"worker": 1, "peer": 2}),
+        (4, {}, {"worker": 4}),
+        (4, {"cpu": 1}, {"cpu": 1, "worker": 3}),
+        (0, {"worker": 3}, {}),
+    ],
+)
+async def test_cached_tokens_by_tier_add_up_to_the_cached_tokens(cached, told, usage):
+    async with fake_cluster() as cluster:
+        session = await cluster.submit()
+        await cluster.prefill.tokens([1], report=LegReport(0, cached_tokens=cached, cached_by_tier=told))
+        await cluster.decode.tokens([1], reason=STOP)
+        events = await collect(session)
+        assert (events[-1].usage.cached_tokens, events[-1].usage.cached_by_tier) == (cached, usage)
+
+
+async def test_a_replay_of_what_never_reported_counts_only_what_was_known_before():
+    prompt = list(range(41))
+    hashes = hash_blocks(prompt, BLOCK, chain_seed(LAYOUT.fingerprint, "", ""))
+    async with fake_cluster(decode=2) as cluster:
+        await cluster.prefill.say(StepEvents(kv_events=KvEventBatch(1, 0, KVEvents.published(hashes[:3]))))
+        session = await cluster.submit(prompt)
+        _, victim = cluster.pair_of(session)
+        await cluster.leave(victim)
+        await settle()
+        # The first attempt computed all ten blocks before it was cancelled, and said nothing.
+        await cluster.prefill.tokens([1], report=LegReport(0, cached_tokens=40, cached_by_tier={"worker": 40}))
+        _, decode = cluster.pair_of(session)
+        await decode.tokens([1], reason=STOP)
+        usage = (await collect(session))[-1].usage
+        assert (usage.cached_tokens, usage.cached_by_tier) == (3 * BLOCK, {"worker": 3 * BLOCK})
