@@ -281,6 +281,22 @@ def bench_reuse(
     run_reuse(_quiet({"model": model, "transport": transport}), options, as_json=as_json)
 
 
+@bench_app.command("router")
+def bench_router(
+    prefill: Annotated[int, typer.Option(min=1, max=1024, help="Prefill workers.")] = 64,
+    decode: Annotated[int, typer.Option(min=1, max=1024, help="Decode workers.")] = 64,
+    stores: Annotated[int, typer.Option(min=0, max=1024, help="That hold every prompt, half of it on disk.")] = 0,
+    blocks: Annotated[int, typer.Option(min=1000, max=20_000_000, help="Of the index.")] = 1_000_000,
+    decisions: Annotated[int, typer.Option(min=10, max=100_000, help="Counted, of each arm.")] = 600,
+    as_json: AsJson = False,
+) -> None:
+    """Where a 12,000-token prompt goes: hashing, lookup, pricing and choosing, in one process."""
+    from tailrace.cli.bench.router import RouterBenchOptions, run_router
+
+    options = RouterBenchOptions(prefill=prefill, decode=decode, stores=stores, blocks=blocks, decisions=decisions)
+    run_router(options, as_json=as_json)
+
+
 @bench_app.command("index")
 def bench_index(
     blocks: Annotated[
