@@ -9,6 +9,7 @@ then by their ids. The lowest such sum is that of the two lowest, so that nobody
 have a measured bandwidth, only at those that can still be cheaper than the best so far.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -56,6 +57,9 @@ class _Ring:
     turn: int
 
 
+_NO_RING = _Ring({}, {}, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """How a policy ranks either side of a pair. The last number is the load, by which ties are broken."""
@@ -64,6 +68,7 @@ class Policy:
     target: Callable[[DecodePrice, float, _Ring], Numbers]
     """The float: seconds of the transfer."""
     counts_transfer: bool = False
+    takes_turns: bool = False
 
 
 def _place(worker_id: str, ids: Mapping[str, int], turn: int) -> int:
@@ -80,6 +85,7 @@ POLICIES: Mapping[str, Policy] = {
     "round-robin": Policy(
         lambda price, ring: (_place(price.worker_id, ring.prefill_ids, ring.turn), 0, 0),
         lambda price, _, ring: (0, _place(price.worker_id, ring.decode_ids, ring.turn), 0),
+        takes_turns=True,
     ),
     "least-loaded": Policy(
         lambda price, _: (microseconds(price.queue_s), price.num_sequences, 0),
@@ -241,7 +247,7 @@ def _candidates(
     prices: Pricing, prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], policy: Policy
 ) -> Candidates:
     request = prices.request
-    ring = _Ring(_order(prefills), _order(decodes), prices.live.turn)
+    ring = _Ring(_order(prefills), _order(decodes), prices.live.turn) if policy.takes_turns else _NO_RING
     sources: dict[bytes, list[_Source]] = {}
     for view in prefills:
         if is_eligible(view, request.num_prompt_blocks):
@@ -264,8 +270,8 @@ def _candidates(
 def _local(prices: Pricing, view: WorkerView, target: DecodePrice, *, is_alone: bool) -> PrefillPrice | None:
     if not prices.request.local_prefill:
         return None
-    local = prices.local(view)
-    return local if is_alone or prices.competes(local, target.step_s) else None
+    # With others to prefill, it must not hold its batch up for more than one of its steps.
+    return prices.local(view, math.inf if is_alone else target.step_s)
 
 
 def _order(views: Sequence[WorkerView]) -> dict[str, int]:

@@ -101,7 +101,9 @@ class Pricing:
     # -- where it is prefilled ----------------------------------------------------------------------------------------
 
     def prefill(self, view: WorkerView) -> PrefillPrice:
-        rate = _measured(view.prefill_tokens_per_s, self.neutral.prefill_tokens_per_s)
+        rate = view.prefill_tokens_per_s
+        if not 0.0 < rate < math.inf:
+            rate = self.neutral.prefill_tokens_per_s
         worker_id = view.worker_id
         queue_s = self._queue_s(view, rate)
         own = self.hits.get(worker_id, 0)
@@ -131,26 +133,24 @@ class Pricing:
             source.on_disk_of(own, depth) if source is not None else 0,
         )
 
-    def local(self, view: WorkerView) -> PrefillPrice:
-        """On the decode worker itself, whose running batch waits for every chunk. Nothing is fetched for it."""
+    def local(self, view: WorkerView, longest_s: float) -> PrefillPrice | None:
+        """On the decode worker itself, whose running batch waits for every chunk. Nothing is fetched for it.
+
+        None where it would take more than `longest_s`, and more than one block.
+        """
         guess = LOCAL_PREFILL_SAFETY * self.neutral.prefill_tokens_per_s
         rate = _measured(view.prefill_tokens_per_s, guess)
-        queue_s = self._queue_s(view, rate)
         own = self.hits.get(view.worker_id, 0)
         prefill_s = self._compute_s(view, rate, own)
+        if prefill_s > longest_s and self.request.uncached_tokens(own) > self.request.block_size:
+            return None
+        queue_s = self._queue_s(view, rate)
         waiting = view.num_sequences
         crowding_s = prefill_s * waiting if waiting else 0.0
         price_us = microseconds(queue_s + prefill_s + crowding_s)
         return PrefillPrice(
             view.worker_id, view.fingerprint, 0, price_us, queue_s, prefill_s, 0.0, crowding_s, own, 0, "", 0
         )
-
-    def competes(self, local: PrefillPrice, step_s: float) -> bool:
-        """Whether a decode worker may prefill although others could: it must not hold its batch up for long.
-
-        Up to as long as one of its steps takes, or one block.
-        """
-        return local.prefill_s <= step_s or self.request.uncached_tokens(local.hit_blocks) <= self.request.block_size
 
     def _queue_s(self, view: WorkerView, rate: float) -> float:
         backlogs = self.live.backlog_s

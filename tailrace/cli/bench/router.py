@@ -1,10 +1,10 @@
 """`tailrace bench router`: what a routing decision takes, and which part of it is what.
 
-In the process's own Router and index: prompts of 12,000 tokens in blocks of 16, an index of a million blocks that 64 prefill
-workers hold, requests in flight on each. Arms, by turns: prompts of which nothing was seen before (every block is
-hashed, nothing is found), those of which a worker holds the first 600 blocks but which this gateway never hashed, and the
-next turns of conversations, whose hashes are remembered and whose blocks a worker holds. Between two decisions some
-workers report a new load, as they do all the time.
+In the process's own Router and index: prompts of 12,000 tokens in blocks of 16, an index of a million blocks that 64
+prefill workers hold, requests in flight on each. Arms, by turns: prompts of which nothing was seen before (every block
+is hashed, nothing is found), those of which a worker holds the first 600 blocks but which this gateway never hashed,
+and the next turns of conversations, whose hashes are remembered and whose blocks a worker holds. Between two decisions
+some workers report a new load, as they do all the time.
 """
 
 import gc
