@@ -40,18 +40,21 @@ class Sourcing:
         return {worker.info.worker_id: by_host[_host(worker)] for worker in workers if _host(worker) in by_host}
 
     def sources(self, route: Route) -> tuple[PrefixSource, ...]:
-        """As the route says, up to the first holder that has left since: what would follow it could not be used."""
+        """In the route's order. Each is said to hold all from the prompt's first block on, which it is.
+
+        A block that two claim is asked of the first and, where that fails, of the other; a needer that has dropped
+        blocks of its own meanwhile finds them there too.
+        """
         sources: list[PrefixSource] = []
         for piece in route.sources:
             try:
                 holder = self._members.get(piece.holder_id)
             except WorkerLostError:
-                break
-            if holder.is_lost:
-                break
-            info = holder.info
-            source = KvSource(info.worker_id, info.epoch, info.address, b"")
-            sources.append(PrefixSource(source, piece.first_block, piece.num_blocks))
+                continue
+            if not holder.is_lost:
+                info = holder.info
+                source = KvSource(info.worker_id, info.epoch, info.address, b"")
+                sources.append(PrefixSource(source, 0, piece.first_block + piece.num_blocks))
         return tuple(sources)
 
     def _learn(self, needer: Member, report: LegReport) -> None:

@@ -246,11 +246,10 @@ def choose(
 def _candidates(
     prices: Pricing, prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], policy: Policy
 ) -> Candidates:
-    request = prices.request
     ring = _Ring(_order(prefills), _order(decodes), prices.live.turn) if policy.takes_turns else _NO_RING
     sources: dict[bytes, list[_Source]] = {}
     for view in prefills:
-        if is_eligible(view, request.num_prompt_blocks):
+        if is_eligible(view, prices.prompt_blocks):
             price = prices.prefill(view)
             sources.setdefault(view.fingerprint, []).append(_Source(policy.source(price, ring), view.worker_id, price))
     for ranked in sources.values():
@@ -258,7 +257,7 @@ def _candidates(
     targets = []
     for view in decodes:
         # A block beyond the prompt's, to go on in.
-        if is_eligible(view, request.num_prompt_blocks + 1):
+        if is_eligible(view, prices.prompt_blocks + 1):
             target = prices.decode(view)
             local = _local(prices, view, target, is_alone=view.fingerprint not in sources)
             if local is not None or view.fingerprint in sources:

@@ -143,8 +143,8 @@ def split_ranges(prices: Pricing, chosen: CostTerms) -> tuple[PrefixRange, ...]:
     end = first + chosen.fetch_blocks
     sources = {held.holder_id: held for held in prices.sources_for(needer_id)}
     deep = sources[chosen.holder_id]
-    single = (_range(deep, first, end),)
-    best_s, best = SPLIT_GAIN * prices.fetch_s(deep, needer_id, first), single
+    best: tuple[PrefixRange, ...] = (_range(deep, first, end),)
+    best_s = SPLIT_GAIN * prices.fetch_s(deep, needer_id, first)
     for other in sources.values():
         if other.holder_id in (deep.holder_id, needer_id) or other.depth <= first:
             continue

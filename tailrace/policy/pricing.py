@@ -74,13 +74,15 @@ class Pricing:
     request: RouteRequest
     hits: Mapping[str, int]
     pair_bytes_per_s: Mapping[tuple[str, str], float]
-    bytes_per_token: int
     live: Live
     neutral: _Neutral
     holders: Sequence[Held]
     """Who holds most, the deepest first."""
     near: Mapping[str, Held]
     """Those that are on some worker's own node."""
+    # Of the request, at hand: they are asked for once a worker.
+    prompt_blocks: int
+    block_bytes: int
 
     @classmethod
     def of(
@@ -96,7 +98,9 @@ class Pricing:
         neutral = _neutral_rates(prefills, decodes, pair_bytes_per_s.values())
         holders = deepest(live.held) if live.ways is not None else ()
         near = {held.holder_id: held for held in live.held} if live.beside and holders else {}
-        return cls(request, hits, pair_bytes_per_s, bytes_per_token, live, neutral, holders, near)
+        block_bytes = request.block_size * bytes_per_token
+        blocks = request.num_prompt_blocks
+        return cls(request, hits, pair_bytes_per_s, live, neutral, holders, near, blocks, block_bytes)
 
     # -- where it is prefilled ----------------------------------------------------------------------------------------
 
@@ -112,7 +116,9 @@ class Pricing:
         for held in self.sources_for(worker_id) if self.holders else ():
             if held.depth <= own or held.holder_id == worker_id:
                 continue
-            exposed_s = max(0.0, self.fetch_s(held, worker_id, own) - queue_s)
+            exposed_s = self.fetch_s(held, worker_id, own) - queue_s
+            if exposed_s < 0.0:
+                exposed_s = 0.0
             if exposed_s + (compute_s := self._compute_s(view, rate, held.depth)) < fetch_s + prefill_s:
                 depth, fetch_s, prefill_s, source = held.depth, exposed_s, compute_s, held
         waiting = self.live.waiting.get(worker_id, 0.0)
@@ -156,13 +162,16 @@ class Pricing:
         backlogs = self.live.backlog_s
         if backlogs is None:
             return (view.waiting_tokens + view.reserved_tokens) / rate
-        return max(backlogs.get(view.worker_id, 0.0), view.waiting_tokens / rate)
+        known_s, said_s = backlogs.get(view.worker_id, 0.0), view.waiting_tokens / rate
+        return known_s if known_s > said_s else said_s
 
     def _compute_s(self, view: WorkerView, rate: float, hit_blocks: int) -> float:
         request = self.request
         total = request.num_prompt_tokens
-        # The last token is always computed; `RouteRequest.cached_tokens` without its calls.
-        cached = min(hit_blocks * request.block_size, total - 1)
+        cached = hit_blocks * request.block_size
+        # The last token is always computed.
+        if cached >= total:
+            cached = total - 1
         return (total - cached) / rate + view.prefill_curve_s * (total * total - cached * cached)
 
     # -- what is fetched ----------------------------------------------------------------------------------------------
@@ -176,30 +185,42 @@ class Pricing:
     def fetch_s(self, held: Held, needer_id: str, first_block: int, end_block: int | None = None) -> float:
         """Of blocks `first_block` to `end_block` - 1, by default all that are held; infinite where there is no way."""
         ways = self.live.ways
-        end = held.depth if end_block is None else end_block
-        block_bytes = self.request.block_size * self.bytes_per_token
-        on_disk = held.on_disk_of(first_block, end) if held.on_disk else 0
+        if ways is None:
+            return math.inf
+        holder_id, depth, is_store, on_disk = held
+        num_blocks = (depth if end_block is None else end_block) - first_block
+        if on_disk:
+            on_disk = held.on_disk_of(first_block, first_block + num_blocks)
         seconds = 0.0
-        for tier, num_blocks in ((_tier(held), end - first_block - on_disk), (Tier.NVME, on_disk)):
-            if num_blocks > 0:
-                way = ways.way(held.holder_id, needer_id, tier) if ways is not None else None
-                if way is None:
-                    return math.inf
-                seconds += way.overhead_s + num_blocks * block_bytes * way.s_per_byte
+        if num_blocks > on_disk:
+            way = ways.way(holder_id, needer_id, Tier.CPU if is_store else Tier.WORKER)
+            if way is None:
+                return math.inf
+            seconds = way.overhead_s + (num_blocks - on_disk) * self.block_bytes * way.s_per_byte
+        if on_disk:
+            way = ways.way(holder_id, needer_id, Tier.NVME)
+            if way is None:
+                return math.inf
+            seconds += way.overhead_s + on_disk * self.block_bytes * way.s_per_byte
         return seconds
 
     # -- where it decodes ---------------------------------------------------------------------------------------------
 
     def decode(self, view: WorkerView) -> DecodePrice:
-        request, neutral = self.request, self.neutral
-        missing_blocks = max(0, request.num_prompt_blocks - self.hits.get(view.worker_id, 0))
-        missing_bytes = missing_blocks * request.block_size * self.bytes_per_token
-        step_s = _step_s(view, request.num_choices, neutral)
+        num_choices, neutral = self.request.num_choices, self.neutral
+        num_sequences = view.num_sequences
+        missing_blocks = self.prompt_blocks - self.hits.get(view.worker_id, 0)
+        missing_blocks = missing_blocks if missing_blocks > 0 else 0
+        missing_bytes = missing_blocks * self.block_bytes
+        batch = num_sequences + num_choices
+        step_s = _step_s(view, batch, neutral)
         # Each choice writes a block of its own.
-        load_s = step_s * _decode_steps(view, request, missing_blocks + request.num_choices)
-        rate = _measured(view.transfer_bytes_per_s, neutral.pair_bytes_per_s)
+        load_s = step_s * _decode_steps(view, batch, missing_blocks + num_choices, self.request.block_size)
+        rate = view.transfer_bytes_per_s
+        if not 0.0 < rate < math.inf:
+            rate = neutral.pair_bytes_per_s
         return DecodePrice(
-            view.worker_id, view.fingerprint, view.num_sequences, load_s, step_s, missing_bytes, missing_bytes / rate
+            view.worker_id, view.fingerprint, num_sequences, load_s, step_s, missing_bytes, missing_bytes / rate
         )
 
     def transfer_s(self, prefill_id: str, target: DecodePrice) -> float:
@@ -243,39 +264,38 @@ def deepest(held: Sequence[Held]) -> list[Held]:
     return chosen
 
 
-def _tier(held: Held) -> Tier:
-    return Tier.CPU if held.is_store else Tier.WORKER
-
-
 def is_eligible(view: WorkerView, num_blocks: int) -> bool:
     """`num_blocks`: without which the worker could not do its part."""
     return not view.draining and (not view.total_blocks or num_blocks <= view.total_blocks)
 
 
-def _step_s(view: WorkerView, num_more: int, neutral: _Neutral) -> float:
-    """Of the batch with `num_more` sequences in it, as far as it is measured by batch."""
-    if _is_rate(view.decode_row_s) or _is_rate(view.decode_base_s):
-        batch = min(view.num_sequences + num_more, max(1, view.max_num_seqs))
-        step_s = max(0.0, view.decode_base_s) + max(0.0, view.decode_row_s) * batch
-        if _is_rate(step_s):
+def _step_s(view: WorkerView, batch: int, neutral: _Neutral) -> float:
+    """Of a batch of so many sequences, as far as it is measured by batch."""
+    base_s, row_s = view.decode_base_s, view.decode_row_s
+    if base_s > 0.0 or row_s > 0.0:
+        most = view.max_num_seqs if view.max_num_seqs > 1 else 1
+        step_s = (base_s if base_s > 0.0 else 0.0) + (row_s if row_s > 0.0 else 0.0) * (batch if batch < most else most)
+        if step_s < math.inf:
             return step_s
     return _measured(view.decode_step_s, neutral.decode_step_s)
 
 
-def _decode_steps(view: WorkerView, request: RouteRequest, needed_blocks: int) -> float:
-    """What joining this decode worker costs, in its steps.
+def _decode_steps(view: WorkerView, batch: int, needed_blocks: int, block_size: int) -> float:
+    """What joining this decode worker, with `batch` sequences then, costs in its steps.
 
     One step to join, up to one more for how full it is (a fuller batch steps slower, for everyone in it), and for what
     does not fit, in sequences or blocks, the share of a whole turnover that must pass before it does.
     """
-    filled = (view.num_sequences + request.num_choices) / max(1, view.max_num_seqs)
-    excess = max(0.0, filled - 1.0)
+    filled = batch / view.max_num_seqs if view.max_num_seqs > 1 else float(batch)
+    excess = filled - 1.0 if filled > 1.0 else 0.0
     if view.total_blocks:
-        taken = needed_blocks + view.booked_blocks + -(-view.reserved_tokens // request.block_size)
+        taken = needed_blocks + view.booked_blocks + -(-view.reserved_tokens // block_size)
         short = taken - (view.free_blocks + view.cached_blocks)
-        excess += max(0, short) / view.total_blocks
-        filled = max(filled, 1.0 + short / view.total_blocks)
-    return 1.0 + min(filled, 1.0) + excess * TURNOVER_STEPS
+        if short > 0:
+            excess += short / view.total_blocks
+        by_blocks = 1.0 + short / view.total_blocks
+        filled = by_blocks if by_blocks > filled else filled
+    return 1.0 + (filled if filled < 1.0 else 1.0) + excess * TURNOVER_STEPS
 
 
 def _neutral_rates(

@@ -72,11 +72,11 @@ async def test_decode_workers_and_stores_are_holders_too():
         assert named((await submitted(cluster)).prefix_sources) == [("s0", 0, 80)]
 
 
-async def test_only_what_the_worker_lacks_is_fetched():
+async def test_what_the_worker_holds_itself_is_claimed_for_the_store_too():
     async with fake_cluster(stores=1, load=SLOW) as cluster:
         await holds(cluster.prefill, 30)
         await holds(cluster.stores[0], 80)
-        assert named((await submitted(cluster)).prefix_sources) == [("s0", 30, 50)]
+        assert named((await submitted(cluster)).prefix_sources) == [("s0", 0, 80)]
 
 
 async def test_a_store_takes_no_request_and_its_loss_is_noticed():
@@ -215,3 +215,16 @@ async def test_another_tenant_s_session_of_the_same_id_is_another_one():
         theirs = await cluster.submit(range(3), session_id="a", cache_salt="theirs")
         assert cluster.pair_of(theirs) == (cluster.prefills[0], cluster.decodes[0])
         await theirs.aclose()
+
+
+async def test_two_holders_are_named_each_with_its_own_end():
+    async with fake_cluster(prefill=2, stores=1, load=SLOW) as cluster:
+        await busy(cluster, cluster.prefills[1])
+        await holds(cluster.prefills[1], 60)
+        await holds(cluster.stores[0], 90)
+        # At the same rate for both, and far above their fixed costs.
+        num_bytes = 10**9
+        for holder, tier in (("p1", "peer"), ("s0", "cpu")):
+            for size in (num_bytes // 10, num_bytes):
+                await fetched(cluster, Fetch(holder, 90, 90, size, size * 1e-5), **{tier: 360})
+        assert named((await submitted(cluster)).prefix_sources) == [("p1", 0, 45), ("s0", 0, 90)]
