@@ -16,6 +16,7 @@ from tailrace.kvstore.slab_file import ENTRY_BYTES
 from tailrace.kvstore.slab_header import HEADER_BYTES, peek
 from tailrace.rpc.client import Peer
 from tests.helpers.cluster import Cluster
+from tests.helpers.redis_servers import RedisServer
 
 pytestmark = pytest.mark.e2e
 PROMPT = [5 + i % 90 for i in range(70)]
@@ -123,6 +124,23 @@ async def test_a_cluster_started_with_a_store_starts_it_again_when_it_dies(small
         await until_stored(0)
         await until_stored(NUM_FULL_BLOCKS)
         assert cluster.supervisor.pids["kvstore"] != killed
+
+
+def test_a_store_is_found_in_redis_and_leaves_with_its_blocks(small_model: Path, tmp_path: Path) -> None:
+    with (
+        RedisServer() as redis,
+        Cluster(small_model, gateway={"redis": redis.url}, max_model_len=512, redis=redis.url) as cluster,
+    ):
+        cluster.start("kvstore", "store", cpu_memory="8MiB", redis=redis.url, join="")
+        cluster.start_workers(store=cluster.address("store"), join="")
+        cluster.complete(PROMPT, max_tokens=4)
+        cluster.wait_for("prefill-0", "decode-0", "store")
+        cluster.wait_until(lambda: num_indexed(cluster) == NUM_FULL_BLOCKS, "the index has the prompt's blocks", 30.0)
+        assert cluster.metric("tailrace_redis_workers") == 3
+        assert cluster.process("store").end() == 0
+        cluster.wait_for("prefill-0", "decode-0")
+        cluster.wait_until(lambda: cluster.metric("tailrace_redis_workers") == 2, "it has struck itself off", 10.0)
+        assert num_indexed(cluster) == 0
 
 
 class Silent:
