@@ -221,6 +221,7 @@ class StoreNode:
         def settled(_: object) -> None:
             del self._reads[read]
             storage.store.abandon(arrivals)
+            self._changed()
 
         read.settled.add_done_callback(settled)
 
@@ -334,6 +335,7 @@ class StoreNode:
     def _pump(self) -> None:
         if self._storage is not None:
             self._storage.store.pump()
+            self._changed()
 
 
 def _do_nothing() -> None:

@@ -16,7 +16,6 @@ from tests.helpers.store_process import LAYOUT, StoreProcess, store_process, unt
 from tests.helpers.stores import chain_of
 from tests.helpers.values import SECRET
 
-TAKEN = 'tailrace_store_blocks_total{what="taken"}'
 WRITTEN = 'tailrace_store_blocks_total{what="written"}'
 MEMORY_SLOTS = (1 << 20) // LAYOUT.block_bytes
 A = chain_of("a", 6)
@@ -87,7 +86,7 @@ async def test_it_says_who_it_is_takes_no_submissions_and_never_looks_hung(tmp_p
     async with store_process(tmp_path / "slab") as store, worker() as peer:
         peer.cache(A)
         await peer.offer(store, A)
-        await until(store, TAKEN, 6)
+        await until(store, WRITTEN, 6)
         async with attached(store) as gateway:
             info = gateway.heard[0].info
             assert info is not None
