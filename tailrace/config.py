@@ -118,8 +118,8 @@ class CommonConfig(BaseSettings):
     parent_pid: int | None = Field(default=None, ge=1)
     """End when this process is gone."""
     redis: Annotated[SecretStr, AfterValidator(_redis)] = SecretStr("")
-    """redis:// or rediss:// URL of the Redis or Redis Cluster that gateways and workers share; empty: none
-    (docs/redis.md)."""
+    """redis:// or rediss:// URL of the Redis or Redis Cluster that gateways and workers share, or redis+sentinel:// URL
+    of the Sentinels that know it; empty: none (docs/redis.md)."""
     redis_namespace: str = Field(default="tailrace", pattern=r"^[A-Za-z0-9_.-]{1,32}$")
     """What the names of our keys begin with: clusters that share a Redis take different ones."""
 
@@ -158,7 +158,8 @@ class CommonConfig(BaseSettings):
     def hidden(self) -> tuple[str, ...]:
         """What no log may show."""
         url = self.redis_url
-        return (self.secret.get_secret_value(), self.redis.get_secret_value(), url.password if url else "")
+        passwords = (url.password, url.sentinel_password) if url else ()
+        return (self.secret.get_secret_value(), self.redis.get_secret_value(), *filter(None, passwords))
 
     def to_environment(self) -> dict[str, str]:
         """The variables with which a child process makes an equal configuration. Holds secrets: never log it."""

@@ -55,7 +55,7 @@ class PairDispatcher:
         """`clock`: seconds, of how long workers have had what they were sent."""
         self._clock = clock
         self._members = members
-        self._router = Router(index, routing_policy)
+        self.router = Router(index, routing_policy)
         self._secret = secret
         self._max_concurrent = max_concurrent
         self._sessions: set[RequestSession] = set()
@@ -157,7 +157,7 @@ class PairDispatcher:
         decode = self._members.get(decodes[0].worker_id)
         layout = decode.info.layout
         seed = chain_seed(decode.fingerprint, "", request.cache_salt)
-        route = self._router.route(
+        route = self.router.route(
             RouteRequest(len(tokens), layout.block_size, request.num_choices),
             hash_blocks(tokens, layout.block_size, seed),
             prefills,
@@ -214,8 +214,8 @@ class PairDispatcher:
     def _reserve(self, leg: Leg, route: Route) -> None:
         """Counts the prefill in the next decision already, until its worker has computed it or the leg has ended."""
         worker_id, handle = leg.member.info.worker_id, leg.handle
-        self._router.hold(route, handle, self._clock(), max(1, len(self._members.of(leg.role))))
-        leg.member.on_computed(handle, lambda: self._router.release(worker_id, handle, self._clock()))
+        self.router.hold(route, handle, self._clock(), max(1, len(self._members.of(leg.role))))
+        leg.member.on_computed(handle, lambda: self.router.release(worker_id, handle, self._clock()))
 
     def _source(self, session: RequestSession, attempt: Attempt, prefill: Member) -> KvSource:
         info = prefill.info

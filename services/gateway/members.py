@@ -31,6 +31,7 @@ from tailrace.messages import (
     TokenColumns,
     WorkerInfo,
 )
+from tailrace.policy.other_routers import InFlight
 from tailrace.policy.routing import WorkerView
 from tailrace.rpc.client import AttachCall, Peer
 from tailrace.rpc.options import PEER_LOSS_S
@@ -170,8 +171,14 @@ class Member:
         old = time.monotonic() - RESERVATION_S
         self._reserved = {handle: entry for handle, entry in self._reserved.items() if entry[0] > old}
 
+    @property
+    def unreported(self) -> InFlight:
+        """What was submitted and its load report cannot be sure to know."""
+        held = self._reserved.values()
+        return InFlight(tokens=sum(tokens for _, tokens, _ in held), sequences=sum(num for _, _, num in held))
+
     def view(self) -> WorkerView:
-        load = self.load
+        load, unreported = self.load, self.unreported
         return WorkerView(
             worker_id=self.info.worker_id,
             role=self.info.role,
@@ -187,8 +194,8 @@ class Member:
             decode_step_s=load.decode_step_s,
             max_num_seqs=self.info.max_num_seqs,
             draining=load.draining,
-            reserved_tokens=sum(tokens for _, tokens, _ in self._reserved.values()),
-            reserved_sequences=sum(sequences for _, _, sequences in self._reserved.values()),
+            reserved_tokens=unreported.tokens,
+            reserved_sequences=unreported.sequences,
         )
 
 

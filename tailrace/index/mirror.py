@@ -8,21 +8,19 @@ the worker itself.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-from tailrace.index.backoff import Backoff, keep_trying
+from tailrace.index.backoff import Backoff, keep_trying, until_one_fails
 from tailrace.index.feeds import Feed, Feeds, Holder, Snapshot, Source
 from tailrace.index.keys import KeySpace, StreamMessage
-from tailrace.index.redis_client import RedisClient
+from tailrace.index.redis_client import BLOCK_SHARE, RedisClient
 from tailrace.index.registry import TTL_S, Registration, Registry, check_version
+from tailrace.index.streams import read_messages, read_streams, stream_end
 from tailrace.index.trouble import RedisTroubleError
 
 log = logging.getLogger(__name__)
 
 VISIT_S = 1.0
-BLOCK_SHARE = 0.6
-"""A read of the streams waits for so much of the client's patience: a Redis that answers nothing at all is noticed."""
 MAX_READ = 256
 """Messages of one answer; the event loop has its turn between two."""
 
@@ -72,13 +70,13 @@ class Mirror:
         await self._client.open()
         await check_version(self._client, self._keys)
         # From the ends of the streams on: what was before them is in the snapshots that follow.
-        self._cursors = {stream: await self._end(stream) for stream in self._keys.streams}
+        self._cursors = {stream: await stream_end(self._client, stream) for stream in self._keys.streams}
         await self._visit()
         self._note_well()
         backoff.reset()
         streams = self._keys.streams
         groups = [[stream] for stream in streams] if self._client.is_cluster else [streams]
-        await _until_one_fails([self._keep_visiting(), *map(self._follow, groups)])
+        await until_one_fails([self._keep_visiting(), *map(self._follow, groups)])
 
     # -- trouble ------------------------------------------------------------------------------------------------------
 
@@ -140,16 +138,14 @@ class Mirror:
 
     # -- the streams --------------------------------------------------------------------------------------------------
 
-    async def _end(self, stream: bytes) -> bytes:
-        newest = list(_messages(await self._client.one("XREVRANGE", stream, "+", "-", "COUNT", 1)))
-        return newest[0][0] if newest else b"0"
-
     async def _follow(self, streams: Sequence[bytes]) -> None:
         while True:
             cursors = [self._cursors[stream] for stream in streams]
             limits = ("COUNT", MAX_READ, "BLOCK", int(self._client.timeout_s * BLOCK_SHARE * 1000))
-            for stream, messages in _streams(await self._client.one("XREAD", *limits, "STREAMS", *streams, *cursors)):
-                for message_id, fields in _messages(messages):
+            for stream, messages in read_streams(
+                await self._client.one("XREAD", *limits, "STREAMS", *streams, *cursors)
+            ):
+                for message_id, fields in read_messages(messages):
                     self._cursors[stream] = message_id
                     self._take(fields)
             await asyncio.sleep(0)
@@ -166,28 +162,3 @@ class Mirror:
                 log.warning(
                     "Redis at %s: a stream of ours holds what no worker wrote: %s", self._client.url.address, error
                 )
-
-
-async def _until_one_fails(works: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Raises what the first of them raises, when all have ended. (A TaskGroup forgets that it was cancelled itself.)"""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _streams(answer: Any) -> Iterable[tuple[bytes, Any]]:
-    """Of XREAD: the library tells it in lists or in a dictionary."""
-    return answer.items() if isinstance(answer, dict) else [(name, messages) for name, messages in answer or ()]
-
-
-def _messages(messages: Any) -> Iterator[tuple[bytes, Mapping[object, object]]]:
-    """(id, fields); what is deleted has none."""
-    for entry in messages or ():
-        message_id, fields = entry
-        yield message_id, fields if isinstance(fields, Mapping) else {}

@@ -51,6 +51,8 @@ class RedisSample:
     num_workers: int
     num_troubles: int
     """Times that it was lost, for whatever reason."""
+    num_gateways: int = 0
+    """Others that have something in flight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,9 @@ class _IndexGauges(Collector):
         if (redis := index.redis) is not None:
             yield GaugeMetricFamily("tailrace_redis_up", "Redis is followed.", value=float(redis.is_up))
             yield GaugeMetricFamily("tailrace_redis_workers", "Workers registered in Redis.", value=redis.num_workers)
+            yield GaugeMetricFamily(
+                "tailrace_redis_gateways", "Other gateways with something in flight.", value=redis.num_gateways
+            )
             yield CounterMetricFamily("tailrace_redis_troubles", "Times Redis was lost.", value=redis.num_troubles)
 
 
