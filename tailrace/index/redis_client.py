@@ -73,11 +73,12 @@ class RedisClient:
 
     async def _ask_sentinels(self) -> tuple[str, int]:
         """Where the master is now. Whoever loses it closes this client and opens it again, which asks anew."""
-        from redis.asyncio.sentinel import Sentinel
+        from redis.asyncio import sentinel
 
+        make: Any = sentinel.Sentinel
         account = {"username": self.url.sentinel_username or None, "password": self.url.sentinel_password or None}
         with self._explained(self.url.address):
-            sentinels = Sentinel(self.url.nodes, sentinel_kwargs={**self._options(), **account})
+            sentinels = make(self.url.nodes, sentinel_kwargs={**self._options(), **account})
             try:
                 host, port = await sentinels.discover_master(self.url.service)
                 return host, port
