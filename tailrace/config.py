@@ -95,6 +95,7 @@ Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 NumBytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1 << 20, le=1 << 46)]
+IndexBytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=16 << 20, le=64 << 30)]
 File = Annotated[Path, AfterValidator(_readable_file)]
 Transport = Literal["auto", "nixl", "stream"]
 RoutingPolicy = Literal["cost", "round-robin", "least-loaded", "prefix"]
@@ -275,6 +276,11 @@ class GatewayConfig(ModelConfigFields):
     max_concurrent_requests: int = Field(default=1024, ge=1, le=1_000_000)
     routing_policy: RoutingPolicy = "cost"
     """How workers are chosen: by predicted time, or by one of the others to compare with."""
+    index_memory: IndexBytes = 512 << 20
+    """Bytes of the gateway's prefix index at most: 14 to 18 for each block and worker that holds it. What comes beyond
+    is not taken up, and costs hits."""
+    index_blocks_per_worker: int = Field(default=1 << 23, ge=1024, le=(1 << 32) - 1)
+    """Blocks of one worker in it at most."""
 
     @model_validator(mode="after")
     def _secret_where_reachable(self) -> Self:
@@ -338,6 +344,11 @@ class UpConfig(EngineFields):
     max_concurrent_requests: int = Field(default=1024, ge=1, le=1_000_000)
     routing_policy: RoutingPolicy = "cost"
     """How workers are chosen: by predicted time, or by one of the others to compare with."""
+    index_memory: IndexBytes = 512 << 20
+    """Bytes of the gateway's prefix index at most: 14 to 18 for each block and worker that holds it. What comes beyond
+    is not taken up, and costs hits."""
+    index_blocks_per_worker: int = Field(default=1 << 23, ge=1024, le=(1 << 32) - 1)
+    """Blocks of one worker in it at most."""
     restart: bool = True
     """Start a dead child again, with growing pauses."""
     pin_cores: bool = True

@@ -31,7 +31,7 @@ from tailrace.checkpoint.model_config import ModelConfig, load_model_config
 from tailrace.checkpoint.resolve import resolve_model
 from tailrace.config import GatewayConfig
 from tailrace.errors import ConfigError, TailraceError
-from tailrace.index.compact import open_index
+from tailrace.index.compact import IndexLimits, open_index
 from tailrace.kv.layout import KVLayout
 from tailrace.rpc.server import Server
 from tailrace.telemetry.log import configure_logging
@@ -83,7 +83,7 @@ class Gateway:
             raise ConfigError("secret: set TAILRACE_SECRET to the same value for the gateway and all workers")
         epoch = secrets.randbits(32)
         cache_dir = config.cache_dir or default_cache_dir()
-        index = open_index(cache_dir)
+        index = open_index(cache_dir, IndexLimits.of_memory(config.index_memory, config.index_blocks_per_worker))
         gateway_id = f"gateway-{socket.gethostname()}-{os.getpid()}"
         self.step_writer = load_step_writer(cache_dir)
         self.members = Members(
@@ -135,12 +135,11 @@ class Gateway:
         ]
 
     def _index_sample(self) -> IndexSample:
-        mirror = self.mirror
-        if mirror is None:
-            return IndexSample(self.members.feeds.num_snapshots)
-        num_others = self.dispatcher.router.num_others(time.monotonic())
-        redis = RedisSample(not mirror.trouble, mirror.num_registered, mirror.num_troubles, num_others)
-        return IndexSample(self.members.feeds.num_snapshots, redis)
+        feeds, mirror, redis = self.members.feeds, self.mirror, None
+        if mirror is not None:
+            num_others = self.dispatcher.router.num_others(time.monotonic())
+            redis = RedisSample(not mirror.trouble, mirror.num_registered, mirror.num_troubles, num_others)
+        return IndexSample(feeds.num_snapshots, redis, feeds.num_replays, feeds.stats())
 
     def layouts(self) -> list[KVLayout]:
         return [member.info.layout for member in self.members.of(Role.DECODE)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tailrace.index.backoff import Backoff
-from tailrace.index.prefix_index import PrefixIndex
+from tailrace.index.prefix_index import IndexStats, PrefixIndex
 from tailrace.index.trouble import RedisTroubleError
 from tailrace.kv.events import KVEvents, Tier
 from tailrace.messages import KvEventBatch
@@ -177,6 +177,10 @@ class Feeds:
         """Asked for so far: one when a worker is first seen, and one a gap that nothing else could close."""
         self.num_replays = 0
         """Gaps closed with the events that were missing."""
+
+    def stats(self) -> IndexStats:
+        """Of the index that is fed."""
+        return self._index.stats()
 
     def get(self, worker_id: str) -> Feed | None:
         return self._feeds.get(worker_id)
