@@ -345,10 +345,7 @@ class UpConfig(EngineFields):
     routing_policy: RoutingPolicy = "cost"
     """How workers are chosen: by predicted time, or by one of the others to compare with."""
     index_memory: IndexBytes = 512 << 20
-    """Bytes of the gateway's prefix index at most: 14 to 18 for each block and worker that holds it. What comes beyond
-    is not taken up, and costs hits."""
     index_blocks_per_worker: int = Field(default=1 << 23, ge=1024, le=(1 << 32) - 1)
-    """Blocks of one worker in it at most."""
     restart: bool = True
     """Start a dead child again, with growing pauses."""
     pin_cores: bool = True
