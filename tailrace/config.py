@@ -23,6 +23,7 @@ from tailrace.config_values import (
     BlockSize,
     Device,
     File,
+    IndexBytes,
     Names,
     NumBytes,
     Port,
@@ -60,8 +61,8 @@ class CommonConfig(BaseSettings):
     parent_pid: int | None = Field(default=None, ge=1)
     """End when this process is gone."""
     redis: RedisSecret = SecretStr("")
-    """redis:// or rediss:// URL of the Redis or Redis Cluster that gateways and workers share; empty: none
-    (docs/redis.md)."""
+    """redis:// or rediss:// URL of the Redis or Redis Cluster that gateways and workers share, or redis+sentinel:// URL
+    of the Sentinels that know it; empty: none (docs/redis.md)."""
     redis_namespace: str = Field(default="tailrace", pattern=r"^[A-Za-z0-9_.-]{1,32}$")
     """What the names of our keys begin with: clusters that share a Redis take different ones."""
 
@@ -100,7 +101,8 @@ class CommonConfig(BaseSettings):
     def hidden(self) -> tuple[str, ...]:
         """What no log may show."""
         url = self.redis_url
-        return (self.secret.get_secret_value(), self.redis.get_secret_value(), url.password if url else "")
+        passwords = (url.password, url.sentinel_password) if url else ()
+        return (self.secret.get_secret_value(), self.redis.get_secret_value(), *filter(None, passwords))
 
     def to_environment(self) -> dict[str, str]:
         """The variables with which a child process makes an equal configuration. Holds secrets: never log it."""
@@ -216,6 +218,11 @@ class GatewayConfig(ModelConfigFields):
     max_concurrent_requests: int = Field(default=1024, ge=1, le=1_000_000)
     routing_policy: RoutingPolicy = "cost"
     """How workers are chosen: by predicted time, or by one of the others to compare with."""
+    index_memory: IndexBytes = 512 << 20
+    """Bytes of the gateway's prefix index at most: 14 to 18 for each block and worker that holds it. What comes beyond
+    is not taken up, and costs hits."""
+    index_blocks_per_worker: int = Field(default=1 << 23, ge=1024, le=(1 << 32) - 1)
+    """Blocks of one worker in it at most."""
 
     @model_validator(mode="after")
     def _secret_where_reachable(self) -> Self:
@@ -287,6 +294,8 @@ class UpConfig(EngineFields):
     """Run a store, too, which keeps them in this file as well, over a restart; its memory is 1GiB where not given."""
     store_disk_size: NumBytes = 8 << 30
     """Size of that file, which is made at once."""
+    index_memory: IndexBytes = 512 << 20
+    index_blocks_per_worker: int = Field(default=1 << 23, ge=1024, le=(1 << 32) - 1)
     restart: bool = True
     """Start a dead child again, with growing pauses."""
     pin_cores: bool = True

@@ -58,7 +58,7 @@ class PairDispatcher:
         """`clock`: seconds, of how long workers have had what they were sent."""
         self._clock = clock
         self._members = members
-        self._router = Router(index, routing_policy)
+        self.router = Router(index, routing_policy)
         self._sourcing = Sourcing(members, clock)
         self._chains = ChainMemo()
         self._secret = secret
@@ -162,7 +162,7 @@ class PairDispatcher:
         decode = self._members.get(decodes[0].worker_id)
         layout = decode.info.layout
         seed = chain_seed(decode.fingerprint, "", request.cache_salt)
-        route = self._router.route(
+        route = self.router.route(
             RouteRequest(len(tokens), layout.block_size, request.num_choices),
             self._chains.hash_blocks(tokens, layout.block_size, seed),
             prefills,
@@ -212,8 +212,8 @@ class PairDispatcher:
         worker_id, handle = leg.member.info.worker_id, leg.handle
         request = leg.session.request
         key = session_key(request.session_id, request.cache_salt)
-        self._router.hold(route, handle, self._clock(), max(1, len(self._members.of(leg.role))), key)
-        leg.member.on_computed(handle, lambda: self._router.release(worker_id, handle, self._clock()))
+        self.router.hold(route, handle, self._clock(), max(1, len(self._members.of(leg.role))), key)
+        leg.member.on_computed(handle, lambda: self.router.release(worker_id, handle, self._clock()))
 
     def _source(self, session: RequestSession, attempt: Attempt, prefill: Member) -> KvSource:
         info = prefill.info

@@ -24,13 +24,14 @@ from services.gateway.observer import Observer, open_tracer
 from services.gateway.outlet import load_step_writer
 from services.gateway.prepare import RequestLimits, ServedModel
 from services.gateway.servicer import PUBLIC_SERVICES, add_to
+from services.gateway.sharing import open_exchange
 from services.gateway.tokenizer import Tokenizer
 from tailrace.checkpoint.cache_dir import default_cache_dir
 from tailrace.checkpoint.model_config import ModelConfig, load_model_config
 from tailrace.checkpoint.resolve import resolve_model
 from tailrace.config import GatewayConfig
 from tailrace.errors import ConfigError, TailraceError
-from tailrace.index.compact import open_index
+from tailrace.index.compact import IndexLimits, open_index
 from tailrace.kv.layout import KVLayout
 from tailrace.rpc.server import Server
 from tailrace.telemetry.log import configure_logging
@@ -82,7 +83,8 @@ class Gateway:
             raise ConfigError("secret: set TAILRACE_SECRET to the same value for the gateway and all workers")
         epoch = secrets.randbits(32)
         cache_dir = config.cache_dir or default_cache_dir()
-        self._index = index = open_index(cache_dir)
+        limits = IndexLimits.of_memory(config.index_memory, config.index_blocks_per_worker)
+        self._index = index = open_index(cache_dir, limits)
         gateway_id = f"gateway-{socket.gethostname()}-{os.getpid()}"
         self.step_writer = load_step_writer(cache_dir)
         self.members = Members(
@@ -102,6 +104,8 @@ class Gateway:
             max_concurrent=config.max_concurrent_requests,
             routing_policy=config.routing_policy,
         )
+        self.exchange = open_exchange(config, self.members, self.dispatcher.router)
+        """None: no Redis."""
         self.registry = CollectorRegistry()
         self.metrics = GatewayMetrics(self.registry, self._worker_samples, self._index_sample)
         self.observer = Observer(self.metrics, open_tracer(), model.names[0])
@@ -118,8 +122,9 @@ class Gateway:
             layouts = [member.info.layout.differences(decode.info.layout) for member in prefills]
             if layouts and all(layouts):
                 reasons.append(f"{decode.info.worker_id} fits no prefill worker: {'; '.join(layouts[0])}")
-        trouble = self.mirror.trouble if self.mirror is not None else ""
-        return Readiness(tuple(reasons), degraded=(trouble,) if trouble else ())
+        parts = (self.mirror, self.exchange)
+        troubles = dict.fromkeys(part.trouble for part in parts if part is not None and part.trouble)
+        return Readiness(tuple(reasons), degraded=tuple(troubles))
 
     def metrics_text(self) -> bytes:
         return render(self.registry)
@@ -137,9 +142,11 @@ class Gateway:
         ]
 
     def _index_sample(self) -> IndexSample:
-        mirror = self.mirror
-        redis = None if mirror is None else RedisSample(not mirror.trouble, mirror.num_registered, mirror.num_troubles)
-        return IndexSample(self.members.feeds.num_snapshots, redis)
+        feeds, mirror, redis = self.members.feeds, self.mirror, None
+        if mirror is not None:
+            num_others = self.dispatcher.router.num_others(time.monotonic())
+            redis = RedisSample(not mirror.trouble, mirror.num_registered, mirror.num_troubles, num_others)
+        return IndexSample(feeds.num_snapshots, redis, feeds.num_replays, feeds.stats())
 
     def layouts(self) -> list[KVLayout]:
         return [member.info.layout for member in self.members.of(Role.DECODE)]
@@ -208,13 +215,13 @@ async def run(gateway: Gateway) -> None:
     await server.start()
     for address in config.workers:
         gateway.members.add(address)
-    mirroring = asyncio.create_task(gateway.mirror.run(), name="redis") if gateway.mirror is not None else None
+    redis = [asyncio.create_task(part.run()) for part in (gateway.mirror, gateway.exchange) if part is not None]
     try:
         await HttpServer(gateway.http_app()).serve(sockets=[listener])
     finally:
-        if mirroring is not None:
-            mirroring.cancel()
-            await asyncio.gather(mirroring, return_exceptions=True)
+        for task in redis:
+            task.cancel()
+        await asyncio.gather(*redis, return_exceptions=True)
         await gateway.members.close()
         await server.stop()
         await gateway.observer.close()

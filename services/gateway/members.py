@@ -31,6 +31,7 @@ from tailrace.messages import (
     TokenColumns,
     WorkerInfo,
 )
+from tailrace.policy.other_routers import InFlight
 from tailrace.policy.routing import WorkerView
 from tailrace.rpc.client import AttachCall, Peer
 from tailrace.rpc.options import PEER_LOSS_S
@@ -175,6 +176,12 @@ class Member:
         self._reserved = {handle: entry for handle, entry in self._reserved.items() if entry[0] > old}
         self._view = None
 
+    @property
+    def unreported(self) -> InFlight:
+        """What was submitted and its load report cannot be sure to know."""
+        held = self._reserved.values()
+        return InFlight(tokens=sum(tokens for _, tokens, _ in held), sequences=sum(num for _, _, num in held))
+
     def view(self) -> WorkerView:
         """What the router knows of it."""
         if self._view is None:
@@ -182,7 +189,7 @@ class Member:
         return self._view
 
     def _seen(self) -> WorkerView:
-        load = self.load
+        load, unreported = self.load, self.unreported
         return WorkerView(
             worker_id=self.info.worker_id,
             role=self.info.role,
@@ -198,8 +205,8 @@ class Member:
             decode_step_s=load.decode_step_s,
             max_num_seqs=self.info.max_num_seqs,
             draining=load.draining,
-            reserved_tokens=sum(tokens for _, tokens, _ in self._reserved.values()),
-            reserved_sequences=sum(sequences for _, _, sequences in self._reserved.values()),
+            reserved_tokens=unreported.tokens,
+            reserved_sequences=unreported.sequences,
             prefill_curve_s=load.prefill_curve_s,
             decode_base_s=load.decode_base_s,
             decode_row_s=load.decode_row_s,

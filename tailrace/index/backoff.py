@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any
 
 from tailrace.index.redis_client import RedisClient
 from tailrace.index.trouble import RedisTroubleError
@@ -52,3 +53,16 @@ async def keep_trying(
             log.exception("%s failed; it is begun anew", doing)
         await client.close()
         await backoff.pause()
+
+
+async def until_one_fails(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Raises what the first of them raises, when all have ended. (A TaskGroup forgets that it was cancelled itself.)"""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -13,13 +13,13 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from ctypes import c_char_p, c_int32, c_int64, c_uint32, c_uint64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tailrace.compiler import NativeUnavailableError, Source
 from tailrace.index.local import LocalIndex
 from tailrace.index.memory import MemoryIndex
-from tailrace.index.prefix_index import PrefixHit, PrefixIndex
+from tailrace.index.prefix_index import IndexStats, PrefixHit, PrefixIndex
 from tailrace.kv.events import KVEvent, KVEvents, Tier
 from tailrace.kv.hashing import HASH_BYTES
 
@@ -31,6 +31,9 @@ _FOUND_WORDS = 2 + len(Tier)
 """Holder, leading blocks, and how many of them on each tier."""
 _MOST = (1 << 32) - 1
 MAX_WORKERS = 1 << 16
+FIXED_BYTES = 4 << 20
+BYTES_A_BLOCK = 18
+"""A holder, at worst, beside FIXED_BYTES: with 8 holders each, and arrays that have just grown. Alone 14 or 15."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,12 @@ class IndexLimits:
 
     blocks_per_worker: int = 1 << 23
     blocks: int = 1 << 25
-    """Of all workers; a block counts once for each that holds it. 16 bytes each, or less, but for shared blocks."""
+    """Of all workers; a block counts once for each that holds it."""
+
+    @classmethod
+    def of_memory(cls, num_bytes: int, blocks_per_worker: int) -> "IndexLimits":
+        """So many blocks of all workers that a CompactIndex stays within `num_bytes`, which are above FIXED_BYTES."""
+        return cls(blocks_per_worker, max(1, min(_MOST, (num_bytes - FIXED_BYTES) // BYTES_A_BLOCK)))
 
     def __post_init__(self) -> None:
         for name in ("blocks_per_worker", "blocks"):
@@ -48,21 +56,6 @@ class IndexLimits:
 
 
 DEFAULT_LIMITS = IndexLimits()
-
-
-@dataclass(frozen=True, slots=True)
-class IndexStats:
-    num_entries: int
-    """Different blocks."""
-    num_held: int
-    """Blocks of all workers, a shared one once for each."""
-    num_dead: int
-    """Blocks of dropped workers that have not been swept away."""
-    num_refused: int
-    """Publications beyond a limit, since the start."""
-    num_moved: int
-    """Entries that growing and sweeping have copied, since the start."""
-    num_bytes: int
 
 
 class Functions:
@@ -135,7 +128,7 @@ class CompactIndex(LocalIndex):
     def stats(self) -> IndexStats:
         counts = array("Q", bytes(8 * 6))
         self._functions.stats(self._table, counts.buffer_info()[0])
-        return IndexStats(*counts)
+        return replace(IndexStats(*counts), num_lookups=self.num_lookups)
 
     def check_integrity(self) -> None:
         """Recomputes every count and the order of all entries. Raises AssertionError where they disagree."""
@@ -162,6 +155,7 @@ class CompactIndex(LocalIndex):
         }
 
     def _look_up(self, lookup: Callable[..., int], hashes: Sequence[bytes]) -> "array[int]":
+        self.num_lookups += 1
         packed = b"".join(hashes)
         if len(packed) != HASH_BYTES * len(hashes):
             raise ValueError(f"{len(hashes)} hashes have {len(packed)} bytes; a block hash has {HASH_BYTES}")

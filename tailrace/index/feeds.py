@@ -7,12 +7,13 @@ so what is known already is skipped, and what is missing is noticed.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from tailrace.index.backoff import Backoff
-from tailrace.index.prefix_index import PrefixIndex
+from tailrace.index.prefix_index import IndexStats, PrefixIndex
+from tailrace.index.trouble import RedisTroubleError
 from tailrace.kv.events import KVEvents, Tier
 from tailrace.messages import KvEventBatch
 
@@ -26,6 +27,8 @@ POOLS_HELD = 2
 """A worker's limit. Events replayed over a later snapshot add what the worker has dropped since: a pool at most."""
 
 Snapshot = Callable[[], AsyncIterator[KvEventBatch]]
+Missed = Callable[[int], Awaitable[Sequence[KvEventBatch]]]
+"""Events from this number on, in order, from somewhere that still has them; none where it has not."""
 
 
 class Source(StrEnum):
@@ -49,7 +52,7 @@ class Feed:
     """One life of one worker, from a snapshot to the events that come after it. Event loop only.
 
     Events that come while a snapshot travels wait for it: dropped, they would be the next gap, and a busy worker would
-    be asked for snapshots without end.
+    be asked for snapshots without end. A gap is closed with the events themselves where `missed` still has them.
     """
 
     def __init__(self, holder: Holder, index: PrefixIndex, snapshot: Snapshot, feeds: "Feeds") -> None:
@@ -58,6 +61,9 @@ class Feed:
         self.sources: set[Source] = set()
         self.next_sequence = 0
         """Events below are in the index."""
+        self.missed: Missed | None = None
+        self._is_whole = False
+        """A snapshot has come: what lacks is what came after it."""
         self._index, self._snapshot, self._feeds = index, snapshot, feeds
         self._waiting: list[KvEventBatch] = []
         self._num_waiting = 0
@@ -68,7 +74,7 @@ class Feed:
     def open(self) -> None:
         """The worker is known from here on, as holding nothing until its snapshot has come."""
         self._reset(0)
-        self._resync()
+        self._resync(0)
 
     def knows(self, first_sequence: int, num_events: int) -> bool:
         return first_sequence + num_events <= self.next_sequence
@@ -77,15 +83,13 @@ class Feed:
         if self._task is not None:
             self._wait(batch)
         elif not self.knows(batch.first_sequence, len(batch.events)) and not self._apply(batch):
-            log.info("events of %s are missing; asking for all it has", self.worker_id)
             self._wait(batch)
-            self._resync()
+            self._resync(batch.first_sequence)
 
     def expect(self, sequence: int) -> None:
         """The worker has said this much by now: whoever does not know it has missed something."""
         if self._task is None and sequence > self.next_sequence and time.monotonic() >= self._asks_again_at:
-            log.info("the last events of %s are missing; asking for all it has", self.worker_id)
-            self._resync()
+            self._resync(sequence)
 
     def stop(self) -> None:
         if self._task is not None:
@@ -103,10 +107,31 @@ class Feed:
         self.next_sequence = max(self.next_sequence, batch.first_sequence + len(batch.events))
         return True
 
-    def _resync(self) -> None:
-        self._feeds.num_snapshots += 1
-        self._task = asyncio.create_task(self._fetch(), name=f"snapshot {self.worker_id}")
+    def _resync(self, sequence: int) -> None:
+        """Events up to this number are missing."""
+        self._task = asyncio.create_task(self._fill(sequence), name=f"snapshot {self.worker_id}")
         self._task.add_done_callback(self._fetched)
+
+    async def _fill(self, sequence: int) -> None:
+        async with self._feeds.fetching:
+            if await self._catch_up(sequence):
+                self._feeds.num_replays += 1
+                return
+            if self._is_whole:
+                log.info("events of %s are missing; asking for all it has", self.worker_id)
+            self._feeds.num_snapshots += 1
+            await self._fetch()
+            self._is_whole = True
+
+    async def _catch_up(self, sequence: int) -> bool:
+        if self.missed is None or not self._is_whole:
+            return False
+        try:
+            batches = await self.missed(self.next_sequence)
+        except RedisTroubleError as error:
+            log.debug("events of %s: %s", self.worker_id, error)
+            return False
+        return all(self._apply(batch) for batch in batches) and self.next_sequence >= sequence
 
     def _reset(self, next_sequence: int) -> None:
         self._index.reset(self.worker_id, self.epoch, [], next_sequence, max_blocks=self._max_blocks)
@@ -116,10 +141,9 @@ class Feed:
         """The index changes only once the whole snapshot is here, and then piece by piece: others have their turn."""
         pieces: list[KVEvents] = []
         sequence = 0
-        async with self._feeds.fetching:
-            async for batch in self._snapshot():
-                pieces.append(batch.events)
-                sequence = batch.first_sequence
+        async for batch in self._snapshot():
+            pieces.append(batch.events)
+            sequence = batch.first_sequence
         self._reset(sequence)
         for piece in pieces:
             for tier in Tier:
@@ -150,7 +174,13 @@ class Feeds:
         self._feeds: dict[str, Feed] = {}
         self.fetching = asyncio.Semaphore(MAX_SNAPSHOTS)
         self.num_snapshots = 0
-        """Asked for so far: one when a worker is first seen, and one a gap."""
+        """Asked for so far: one when a worker is first seen, and one a gap that nothing else could close."""
+        self.num_replays = 0
+        """Gaps closed with the events that were missing."""
+
+    def stats(self) -> IndexStats:
+        """Of the index that is fed."""
+        return self._index.stats()
 
     def get(self, worker_id: str) -> Feed | None:
         return self._feeds.get(worker_id)

@@ -10,6 +10,7 @@ With the namespace `tailrace` and key space version 1:
 | `tailrace:1:{registry}:worker:ID` | string, expires | a worker's signed registration |
 | `tailrace:1:{registry}:gateway:ID` | string, expires | a gateway that follows the registry |
 | `tailrace:1:{events-N}` | stream | publications and retractions, of the workers of shard N |
+| `tailrace:1:{reservations}` | stream | what each gateway has sent to workers and they have not computed |
 
 What stands in braces decides the slot on a Redis Cluster. `xx` are the first two hex digits of the block's hash: the
 blocks of one prompt lie on all nodes, and one node's share of a lookup is a few MGETs.
@@ -73,6 +74,7 @@ class KeySpace:
         self._worker = f"{base}{{registry}}:worker:"
         self._gateway = f"{base}{{registry}}:gateway:"
         self.streams = tuple(f"{base}{{events-{number}}}".encode() for number in range(NUM_STREAMS))
+        self.reservations = f"{base}{{reservations}}".encode()
         self._blocks = tuple(f"{base}{{{first:02x}}}".encode() for first in range(256))
 
     def worker(self, worker_id: str) -> bytes:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tailrace.index.prefix_index import FIRST_SEQUENCE, PrefixHit
+from tailrace.index.prefix_index import FIRST_SEQUENCE, IndexStats, PrefixHit
 from tailrace.kv.events import KVEvent, Tier
 
 
@@ -27,6 +27,7 @@ class LocalIndex(ABC):
         self._workers: dict[str, _Worker] = {}
         self._ids: dict[int, str] = {}
         """Worker ids by holder."""
+        self.num_lookups = 0
 
     def _held(self) -> str:
         return ", ".join(f"{name}@{worker.epoch}={self.num_blocks(name)}" for name, worker in self._workers.items())
@@ -34,6 +35,9 @@ class LocalIndex(ABC):
     def num_blocks(self, worker_id: str) -> int:
         worker = self._workers.get(worker_id)
         return self._count(worker.holder) if worker else 0
+
+    @abstractmethod
+    def stats(self) -> IndexStats: ...
 
     @abstractmethod
     def longest_prefix(self, hashes: Sequence[bytes]) -> dict[str, int]: ...

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from tailrace.index.local import LocalIndex
-from tailrace.index.prefix_index import PrefixHit
+from tailrace.index.prefix_index import IndexStats, PrefixHit
 from tailrace.kv.events import KVEvent, KVEventKind, Tier
 
 _DEFAULT_MAX_BLOCKS = 1 << 20
@@ -31,13 +31,19 @@ class MemoryIndex(LocalIndex):
         """By the holder's bit."""
         self._bits: dict[bytes, int] = {}
         """Of a block's holders."""
+        self._num_forgotten = 0
 
     def __repr__(self) -> str:
         return f"<MemoryIndex {len(self._bits)} blocks: {self._held()}>"
 
+    def stats(self) -> IndexStats:
+        num_held = sum(len(holder.blocks) for holder in self._holders.values())
+        return IndexStats(len(self._bits), num_held, 0, self._num_forgotten, 0, 0, self.num_lookups)
+
     # -- what is asked ------------------------------------------------------------------------------------------------
 
     def longest_prefix(self, hashes: Sequence[bytes]) -> dict[str, int]:
+        self.num_lookups += 1
         depths: dict[str, int] = {}
         alive = sum(self._ids)
         for depth, block_hash in enumerate(hashes):
@@ -95,6 +101,7 @@ class MemoryIndex(LocalIndex):
         for block_hash in hashes:
             if block_hash not in held.blocks:
                 if len(held.blocks) >= held.max_blocks:
+                    self._num_forgotten += 1
                     self._unmark(held.blocks.popitem(last=False)[0], holder)
                 self._bits[block_hash] = self._bits.get(block_hash, 0) | holder
             held.blocks[block_hash] = tier

@@ -1,30 +1,32 @@
 """What Redis knows of the workers, kept in this process: the registry once a second, events as they come.
 
 Routing never waits for Redis. When it is away, slow, read-only or another version's, what is known stays, the trouble
-has a name, and it is tried again until the streams can be followed; what was missed meanwhile comes as a snapshot, from
-the worker itself.
+has a name, and it is tried again until the streams can be followed. What was missed meanwhile is read from them where
+they still have it; else it comes as a snapshot, from the worker itself.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
-from tailrace.index.backoff import Backoff, keep_trying
+from tailrace.index.backoff import Backoff, keep_trying, until_one_fails
 from tailrace.index.feeds import Feed, Feeds, Holder, Snapshot, Source
 from tailrace.index.keys import KeySpace, StreamMessage
-from tailrace.index.redis_client import RedisClient
+from tailrace.index.redis_client import BLOCK_SHARE, RedisClient
 from tailrace.index.registry import TTL_S, Registration, Registry, check_version
+from tailrace.index.streams import id_of, read_messages, read_streams, stream_end
 from tailrace.index.trouble import RedisTroubleError
+from tailrace.messages import KvEventBatch
 
 log = logging.getLogger(__name__)
 
 VISIT_S = 1.0
-BLOCK_SHARE = 0.6
-"""A read of the streams waits for so much of the client's patience: a Redis that answers nothing at all is noticed."""
 MAX_READ = 256
 """Messages of one answer; the event loop has its turn between two."""
+REPLAY_PAGE, REPLAY_PAGES = 32, 4
+"""Of a stream's newest messages, looked through for missing events: 1.2 MB, as a snapshot of 64k blocks."""
 
 
 class Mirror:
@@ -71,14 +73,24 @@ class Mirror:
     async def _session(self, backoff: Backoff) -> None:
         await self._client.open()
         await check_version(self._client, self._keys)
-        # From the ends of the streams on: what was before them is in the snapshots that follow.
-        self._cursors = {stream: await self._end(stream) for stream in self._keys.streams}
+        self._cursors = {stream: await self._cursor(stream) for stream in self._keys.streams}
         await self._visit()
         self._note_well()
         backoff.reset()
         streams = self._keys.streams
         groups = [[stream] for stream in streams] if self._client.is_cluster else [streams]
-        await _until_one_fails([self._keep_visiting(), *map(self._follow, groups)])
+        await until_one_fails([self._keep_visiting(), *map(self._follow, groups)])
+
+    async def _cursor(self, stream: bytes) -> bytes:
+        """Where to read on: what was told meanwhile is still there, or is noticed as a gap.
+
+        The first time, from the end on: what was before is in the snapshots that follow. A stream that ends before what
+        was read of it is another one, of a Redis that was restarted or has failed over.
+        """
+        end = await stream_end(self._client, stream)
+        if (cursor := self._cursors.get(stream)) is None:
+            return end
+        return cursor if id_of(cursor) <= id_of(end) else b"0"
 
     # -- trouble ------------------------------------------------------------------------------------------------------
 
@@ -124,7 +136,8 @@ class Mirror:
         feed = self._feeds.hold(holder, Source.REDIS, self._snapshot(worker))
         if held is not feed:
             if held is not None:
-                self._feeds.release(held, Source.REDIS)
+                self._release(held)
+            feed.missed = partial(self._missed, name, worker.epoch)
             self._held[name] = feed
         elif name in self._sequences:
             # What it had told by the last visit has been in the streams for a second.
@@ -136,58 +149,61 @@ class Mirror:
         del self._last_seen_at[name]
         self._sequences.pop(name, None)
         if (feed := self._held.pop(name, None)) is not None:
-            self._feeds.release(feed, Source.REDIS)
+            self._release(feed)
+
+    def _release(self, feed: Feed) -> None:
+        feed.missed = None
+        self._feeds.release(feed, Source.REDIS)
 
     # -- the streams --------------------------------------------------------------------------------------------------
-
-    async def _end(self, stream: bytes) -> bytes:
-        newest = list(_messages(await self._client.one("XREVRANGE", stream, "+", "-", "COUNT", 1)))
-        return newest[0][0] if newest else b"0"
 
     async def _follow(self, streams: Sequence[bytes]) -> None:
         while True:
             cursors = [self._cursors[stream] for stream in streams]
             limits = ("COUNT", MAX_READ, "BLOCK", int(self._client.timeout_s * BLOCK_SHARE * 1000))
-            for stream, messages in _streams(await self._client.one("XREAD", *limits, "STREAMS", *streams, *cursors)):
-                for message_id, fields in _messages(messages):
+            for stream, messages in read_streams(
+                await self._client.one("XREAD", *limits, "STREAMS", *streams, *cursors)
+            ):
+                for message_id, fields in read_messages(messages):
                     self._cursors[stream] = message_id
                     self._take(fields)
             await asyncio.sleep(0)
 
+    async def _missed(self, worker_id: str, epoch: int, sequence: int) -> list[KvEventBatch]:
+        """The worker's events from `sequence` on, where its stream still has them. Raises RedisTroubleError."""
+        stream, end = self._keys.stream_of(worker_id), b"+"
+        found: list[KvEventBatch] = []
+        for _ in range(REPLAY_PAGES):
+            answer = await self._client.one("XREVRANGE", stream, end, "-", "COUNT", REPLAY_PAGE)
+            page = list(read_messages(answer))
+            for message_id, fields in page:
+                end = b"(" + message_id
+                message = self._read(fields)
+                if message is None or message.worker_id != worker_id:
+                    continue
+                if message.batch.epoch != epoch:
+                    return []
+                found.append(message.batch)
+                if message.batch.first_sequence <= sequence:
+                    return found[::-1]
+            if len(page) < REPLAY_PAGE:
+                break
+        return []
+
     def _take(self, fields: Mapping[object, object]) -> None:
+        if (message := self._read(fields)) is None:
+            return
+        feed = self._held.get(message.worker_id)
+        if feed is not None and feed.epoch == message.batch.epoch:
+            feed.take(message.batch)
+
+    def _read(self, fields: Mapping[object, object]) -> StreamMessage | None:
         try:
-            message = StreamMessage.read(fields)
-            feed = self._held.get(message.worker_id)
-            if feed is not None and feed.epoch == message.batch.epoch:
-                feed.take(message.batch)
+            return StreamMessage.read(fields)
         except ValueError as error:
             self.num_garbage += 1
             if self.num_garbage == 1:
                 log.warning(
                     "Redis at %s: a stream of ours holds what no worker wrote: %s", self._client.url.address, error
                 )
-
-
-async def _until_one_fails(works: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Raises what the first of them raises, when all have ended. (A TaskGroup forgets that it was cancelled itself.)"""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _streams(answer: Any) -> Iterable[tuple[bytes, Any]]:
-    """Of XREAD: the library tells it in lists or in a dictionary."""
-    return answer.items() if isinstance(answer, dict) else [(name, messages) for name, messages in answer or ()]
-
-
-def _messages(messages: Any) -> Iterator[tuple[bytes, Mapping[object, object]]]:
-    """(id, fields); what is deleted has none."""
-    for entry in messages or ():
-        message_id, fields = entry
-        yield message_id, fields if isinstance(fields, Mapping) else {}
+            return None

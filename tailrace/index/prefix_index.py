@@ -1,6 +1,7 @@
 """What every prefix index does: changes of what workers hold go in, leading blocks of a prompt come out."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from tailrace.kv.events import KVEvent, Tier
@@ -17,6 +18,24 @@ class PrefixHit(NamedTuple):
     """How many of them lie on each tier, by Tier."""
 
 
+@dataclass(frozen=True, slots=True)
+class IndexStats:
+    num_entries: int
+    """Different blocks."""
+    num_held: int
+    """Blocks of all workers, a shared one once for each."""
+    num_dead: int
+    """Blocks of dropped workers that have not been swept away."""
+    num_refused: int
+    """Publications beyond a limit, since the start."""
+    num_moved: int
+    """Entries that growing and sweeping have copied, since the start."""
+    num_bytes: int
+    """0: not known."""
+    num_lookups: int = 0
+    """Since the start."""
+
+
 class PrefixIndex(Protocol):
     """Entries are hints: what is missing costs a hit, what is stale is refused by the owner.
 
@@ -29,6 +48,8 @@ class PrefixIndex(Protocol):
     """
 
     def num_blocks(self, worker_id: str) -> int: ...
+
+    def stats(self) -> IndexStats: ...
 
     def longest_prefix(self, hashes: Sequence[bytes]) -> dict[str, int]:
         """Leading blocks of `hashes` that each worker holds; workers that hold none are not named."""

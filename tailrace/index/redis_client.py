@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 1.5
 """For a connection, and for an answer: slower is as good as away."""
+BLOCK_SHARE = 0.6
+"""A read of a stream waits for so much of TIMEOUT_S: a Redis that answers nothing at all is noticed."""
 MAX_CONNECTIONS = 32
 """To one node."""
 
@@ -45,6 +47,8 @@ class RedisClient:
         self.url = url
         self.timeout_s = timeout_s
         self._redis: Redis | RedisCluster | None = None
+        self._node = url.nodes[0]
+        """That is asked: the one named, or whom the Sentinels named last."""
         self.is_cluster = False
 
     def __repr__(self) -> str:
@@ -57,14 +61,29 @@ class RedisClient:
         if self._redis is not None:
             return
         troubles: list[str] = []
-        for host, port in self.url.nodes:
+        for host, port in [await self._ask_sentinels()] if self.url.service else self.url.nodes:
             try:
                 with self._explained(f"{host}:{port}"):
                     self._redis = await self._connect(host, port)
+                self._node = host, port
                 return
             except RedisTroubleError as error:
                 troubles.append(error.message)
         raise RedisTroubleError("; ".join(dict.fromkeys(troubles)))
+
+    async def _ask_sentinels(self) -> tuple[str, int]:
+        """Where the master is now. Whoever loses it closes this client and opens it again, which asks anew."""
+        from redis.asyncio import sentinel
+
+        make: Any = sentinel.Sentinel
+        account = {"username": self.url.sentinel_username or None, "password": self.url.sentinel_password or None}
+        with self._explained(self.url.address):
+            sentinels = make(self.url.nodes, sentinel_kwargs={**self._options(), **account})
+            try:
+                host, port = await sentinels.discover_master(self.url.service)
+                return host, port
+            finally:
+                await sentinels.aclose()
 
     async def close(self) -> None:
         """Whatever comes next connects anew."""
@@ -131,7 +150,7 @@ class RedisClient:
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
-        host, port = self.url.nodes[0]
+        host, port = self._node
         options = {**self._options(), "retry": Retry(NoBackoff(), 0)}
         library: Any = (
             RedisCluster(host=host, port=port, **options)

@@ -3,6 +3,7 @@
 from tailrace.errors import TailraceError
 
 _HINTS = (
+    ("No master found", "its Sentinels name no master that is up: {text}"),
     ("NOPERM", "its ACL user lacks a right: {text}; docs/redis.md lists the rights that are needed"),
     ("no permissions", "its ACL user lacks a right: {text}; docs/redis.md lists the rights that are needed"),
     ("WRONGPASS", "it refuses the user or the password"),

@@ -5,8 +5,9 @@ worker that still computes the last one. No clock in here: every call brings the
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,19 @@ class Reservations:
             return 0.0
         head = next(iter(queue.held.values())).prefill_s
         return max(0.0, queue.waiting_s - min(head, max(0.0, now_s - queue.head_since_s)))
+
+    def worker_ids(self) -> list[str]:
+        """Who has anything."""
+        return list(self._queues)
+
+    def newest(self) -> Iterator[tuple[str, Sequence[bytes]]]:
+        """Worker id and blocks of what is held, each worker's latest first, the workers by turns."""
+        latest = [
+            [(worker_id, held.hashes) for held in reversed(queue.held.values())]
+            for worker_id, queue in self._queues.items()
+        ]
+        for row in zip_longest(*latest):
+            yield from (entry for entry in row if entry is not None)
 
     def extend(self, hits: Mapping[str, int], hashes: Sequence[bytes]) -> dict[str, int]:
         """`hits`, leading blocks of `hashes` by worker, gone on with over the blocks that will be there."""

@@ -11,9 +11,11 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tailrace.index.prefix_index import IndexStats
 from tailrace.messages import Load
 from tailrace.types import Role
 
+_NO_STATS = IndexStats(0, 0, 0, 0, 0, 0)
 _BLOCK_STATES = ("free", "active", "cached", "lent", "landing", "quarantined")
 _GAUGES: dict[str, tuple[str, Callable[[Load], float]]] = {
     "tailrace_worker_waiting": ("Requests accepted and not started.", lambda load: load.num_waiting),
@@ -53,6 +55,8 @@ class RedisSample:
     num_workers: int
     num_troubles: int
     """Times that it was lost, for whatever reason."""
+    num_gateways: int = 0
+    """Others that have something in flight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,8 @@ class IndexSample:
 
     num_snapshots: int = 0
     redis: RedisSample | None = None
+    num_replays: int = 0
+    stats: IndexStats = _NO_STATS
 
 
 class GatewayMetrics:
@@ -116,11 +122,21 @@ class _IndexGauges(Collector):
     def collect(self) -> Iterator[Metric]:
         """Without Redis nothing is said of it."""
         index = self._index()
-        text = "Snapshots asked of workers: one for each found, one for each gap."
-        yield CounterMetricFamily("tailrace_index_snapshots", text, value=index.num_snapshots)
+        stats = index.stats
+        yield GaugeMetricFamily("tailrace_index_bytes", "Bytes that the prefix index takes.", value=stats.num_bytes)
+        for name, text, value in (
+            ("lookups", "Prompts looked up.", stats.num_lookups),
+            ("refused_blocks", "Blocks not taken up for a limit.", stats.num_refused),
+            ("snapshots", "Snapshots asked of workers: one for each found, one for each gap.", index.num_snapshots),
+            ("replays", "Gaps closed with events that Redis still had.", index.num_replays),
+        ):
+            yield CounterMetricFamily(f"tailrace_index_{name}", text, value=value)
         if (redis := index.redis) is not None:
             yield GaugeMetricFamily("tailrace_redis_up", "Redis is followed.", value=float(redis.is_up))
             yield GaugeMetricFamily("tailrace_redis_workers", "Workers registered in Redis.", value=redis.num_workers)
+            yield GaugeMetricFamily(
+                "tailrace_redis_gateways", "Other gateways with something in flight.", value=redis.num_gateways
+            )
             yield CounterMetricFamily("tailrace_redis_troubles", "Times Redis was lost.", value=redis.num_troubles)
 
 

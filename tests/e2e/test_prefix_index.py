@@ -1,17 +1,26 @@
 """Gateways that know what workers cache: from the workers alone, and through Redis."""
 
+import asyncio
+import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tailrace.index.keys import KeySpace, StreamMessage
+from tailrace.kv.events import KVEvents
+from tailrace.messages import KvEventBatch
+from tailrace.rpc.client import Peer
 from tests.helpers.cluster import MODEL, Cluster
 from tests.helpers.redis_servers import RedisServer
 from tests.helpers.traffic import prompt_of
+from tests.helpers.waiting import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 BLOCK = 16
+KEYS = KeySpace("tailrace")
 
 
 def cached_tokens(cluster: Cluster, prompt: list[int], **body: Any) -> int:
@@ -101,3 +110,48 @@ def test_a_redis_that_is_wrong_is_said_and_costs_nothing(small_model: Path) -> N
             assert "tailrace:version says '0'" in cluster.process("prefill-0").said()
             assert "hunter2" not in "".join(process.said() for process in cluster.processes.values())
             assert cluster.post("/v1/completions", prompt="hi", max_tokens=2).json()["model"] == MODEL
+
+
+def routed(cluster: Cluster, prompt: list[int], term: str) -> dict[str, float]:
+    """A term of each pair, by its prefill worker; 0 where it is not named."""
+    answer = cluster.post("/debug/route", model=MODEL, prompt=prompt, max_tokens=2)
+    assert answer.status_code == 200, answer.text
+    return {it["prefill_id"]: it.get(term, 0) for it in answer.json()["prompts"][0]["candidates"] if it["prefill_id"]}
+
+
+async def test_a_lie_in_redis_costs_time_and_no_answer(small_model: Path) -> None:
+    """Somebody tells the stream of one worker's events that it holds what another has computed."""
+    prompt = prompt_of(20 * BLOCK, 1)
+    with RedisServer() as redis, start(small_model, redis=redis.url) as cluster:
+        cluster.start_workers(prefill=2, join="", redis=redis.url)
+        text = cluster.complete(prompt, max_tokens=8)
+        cluster.wait_until(lambda: max(routed(cluster, prompt, "hit_blocks").values()) == 20, "told")
+        [owner] = [name for name, depth in routed(cluster, prompt, "hit_blocks").items() if depth]
+        liar = {"prefill-0": "prefill-1", "prefill-1": "prefill-0"}[owner]
+        peer = Peer(cluster.address(owner), cluster.secret.encode())
+        hashes = [event.block_hash async for batch in peer.snapshot() for event in batch.events]
+        await peer.close()
+        said = json.loads(redis.client().get(KEYS.worker(liar)))
+        lie = StreamMessage(liar, KvEventBatch(said["epoch"], said["sequence"], KVEvents.published(hashes))).fields()
+        redis.client().xadd(KEYS.stream_of(liar), dict(zip(lie[::2], lie[1::2], strict=True)))
+        cluster.wait_until(lambda: routed(cluster, prompt, "hit_blocks")[liar] == 20, "the lie is believed")
+        cluster.process(owner).kill()
+        cluster.wait_for(liar, "decode-0")
+        assert cluster.complete(prompt, max_tokens=8) == text
+
+
+async def test_a_gateway_counts_what_another_has_in_flight(small_model: Path) -> None:
+    prompt = prompt_of(20 * BLOCK, 1)
+    with RedisServer() as redis, start(small_model, redis=redis.url) as one, one.sibling() as other:
+        one.start_workers(join="", redis=redis.url)
+        other.wait_for("prefill-0", "decode-0")
+        one.complete(prompt, max_tokens=2)
+        worker = one.process("prefill-0")
+        worker.signal(signal.SIGSTOP)
+        async with one.client() as client:
+            sent = asyncio.create_task(client.completions.create(model=MODEL, prompt=prompt_of(600, 2), max_tokens=2))
+            await until(lambda: routed(other, prompt, "queue_s")["prefill-0"] > 0.01, 2.5)
+            assert other.metric("tailrace_redis_gateways") == 1
+            worker.signal(signal.SIGCONT)
+            assert (await sent).choices
+        other.wait_until(lambda: other.metric("tailrace_redis_gateways") == 0, "it is computed", 5.0)

@@ -282,7 +282,7 @@ class FakeCluster:
             assert not member.board, member.info.worker_id
             assert member._reserved == {}, member.info.worker_id
             assert member._uncomputed == {}, member.info.worker_id
-        assert self.dispatcher._router._reservations._queues == {}
+        assert self.dispatcher.router._reservations._queues == {}
 
 
 @asynccontextmanager

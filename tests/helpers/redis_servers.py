@@ -14,6 +14,8 @@ from typing import Self
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from tests.helpers.cluster import _die_with_parent, free_ports
 
@@ -55,16 +57,19 @@ class RedisServer:
 
     def start(self) -> None:
         """Empty, whatever it held before."""
-        options = {"port": str(self.port), "bind": "127.0.0.1", "save": "", "appendonly": "no", **self._options}
-        words = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", *_words(value))]
         self._popen = subprocess.Popen(
-            ["redis-server", "--dir", self._directory.name, *words],
+            self._command(),
             stdin=subprocess.DEVNULL,
             stdout=(self.directory / "log").open("ab"),
             stderr=subprocess.STDOUT,
             preexec_fn=_die_with_parent(),
         )
         self.wait_until_up()
+
+    def _command(self) -> list[str]:
+        options = {"port": str(self.port), "bind": "127.0.0.1", "save": "", "appendonly": "no", **self._options}
+        words = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", *_words(value))]
+        return ["redis-server", "--dir", self._directory.name, *words]
 
     def wait_until_up(self) -> None:
         deadline = time.monotonic() + START_S
@@ -80,7 +85,8 @@ class RedisServer:
                 time.sleep(0.01)
 
     def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port, socket_timeout=5.0)
+        """Which gives up at once: the library's own pauses between attempts are seconds."""
+        return redis.Redis(port=self.port, socket_timeout=5.0, retry=Retry(NoBackoff(), 0))
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
@@ -97,6 +103,39 @@ class RedisServer:
             self._popen.kill()
             self._popen.wait(10)
             self._popen = None
+
+
+class Sentinel(RedisServer):
+    """Watches one master, alone: its word is enough for a failover."""
+
+    def __init__(self, service: str, master: RedisServer, *, password: str, master_password: str) -> None:
+        super().__init__()
+        self.service = service
+        self._lines = (
+            f"port {self.port}",
+            "bind 127.0.0.1",
+            f"requirepass {password}",
+            f"sentinel monitor {service} 127.0.0.1 {master.port} 1",
+            f"sentinel auth-pass {service} {master_password}",
+            f"sentinel down-after-milliseconds {service} 500",
+            f"sentinel failover-timeout {service} 3000",
+        )
+        self._password = password
+
+    def _command(self) -> list[str]:
+        path = self.directory / "sentinel.conf"
+        path.write_text("\n".join(self._lines) + "\n")
+        return ["redis-server", str(path), "--sentinel"]
+
+    def knows_a_replica(self) -> bool:
+        with contextlib.closing(redis.Redis(port=self.port, password=self._password)) as client:
+            replicas = client.execute_command("SENTINEL REPLICAS", self.service)
+            return any(b"ok" in told for told in map(_flat, replicas))
+
+
+def _flat(told: object) -> list[object]:
+    """Names and values: the library tells some answers as dictionaries."""
+    return list(told.values()) if isinstance(told, dict) else list(told)
 
 
 def _words(value: str) -> list[str]:

@@ -377,3 +377,19 @@ def test_with_one_it_is_compact() -> None:
     index = CompactIndex(functions())
     index.publish("p0", 1, CHAIN)
     assert repr(index) == "<CompactIndex p0@1=4>"
+
+
+@pytest.mark.parametrize("num_holders", [1, 2, 8, 32])
+def test_the_memory_that_is_asked_for_is_not_exceeded(num_holders):
+    memory = 16 << 20
+    index = compact_index(IndexLimits.of_memory(memory, 1 << 23))
+    random_ = random.Random(num_holders)
+    while not index.stats().num_refused:
+        hashes = [random_.randbytes(16) for _ in range(20_000)]
+        for worker in range(num_holders):
+            index.publish(f"w{worker}", 1, hashes)
+    stats = index.stats()
+    assert memory // 3 < stats.num_bytes <= memory
+    first = index.num_blocks("w0")
+    index.publish("newcomer", 1, [random_.randbytes(16) for _ in range(1000)])
+    assert (index.num_blocks("w0"), index.num_blocks("newcomer")) == (first, 0), "what is there stays"

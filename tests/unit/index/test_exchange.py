@@ -1,0 +1,236 @@
+"""Gateways that tell one another over a real Redis what they have in flight."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections import Counter
+
+import pytest
+
+from tailrace.index.exchange import MAX_BYTES, Exchange, Message
+from tailrace.index.keys import KeySpace
+from tailrace.index.memory import MemoryIndex
+from tailrace.index.redis_client import RedisClient
+from tailrace.index.redis_url import RedisUrl
+from tailrace.policy.other_routers import Given, InFlight, RouterNews
+from tailrace.policy.router import Router
+from tailrace.policy.routing import RouteRequest, WorkerView
+from tailrace.types import Role
+from tests.helpers.redis_servers import RedisServer, redis_cluster
+from tests.helpers.waiting import until
+from tests.unit.index.test_redis import hashes_of
+
+KEYS = KeySpace("tailrace")
+PATIENCE_S = 15.0
+PREFILLS = [WorkerView(f"p{n}", Role.PREFILL, b"", prefill_tokens_per_s=100.0) for n in range(8)]
+DECODES = [WorkerView("d0", Role.DECODE, b"", decode_step_s=0.01, max_num_seqs=1000)]
+
+
+@pytest.fixture
+def server():
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    with redis_cluster() as nodes:
+        yield nodes
+
+
+class PlayedGateway:
+    """A router, and its share in the exchange; no workers."""
+
+    def __init__(self, url, name):
+        self.router = Router(MemoryIndex())
+        client = RedisClient(RedisUrl.parse(url), timeout_s=0.4)
+        self.exchange = Exchange(client, KEYS, router_id=name, news=self._news, hear=self._hear)
+        self.router.share(name, self.exchange.changed)
+
+    def _news(self):
+        return self.router.news({}, time.monotonic())
+
+    def _hear(self, name, news, ttl_s):
+        self.router.hear(name, news, time.monotonic(), ttl_s)
+
+    @property
+    def num_others(self):
+        return self.router.num_others(time.monotonic())
+
+    def send(self, number, num_blocks=20):
+        """A prompt; where it went."""
+        request, hashes = RouteRequest(16 * num_blocks + 1, 16), hashes_of(num_blocks, seed=number)
+        now_s = time.monotonic()
+        route = self.router.route(
+            request, hashes, PREFILLS, DECODES, pair_bytes_per_s={}, bytes_per_token=1, now_s=now_s
+        )
+        self.router.hold(route, number, now_s, len(PREFILLS))
+        return route.prefill_id
+
+
+@contextlib.asynccontextmanager
+async def sharing(*gateways):
+    tasks = [asyncio.create_task(gateway.exchange.run()) for gateway in gateways]
+    try:
+        await until(lambda: all(gateway.exchange.is_following for gateway in gateways), PATIENCE_S)
+        yield
+        for task in tasks:
+            assert not task.done(), task.exception()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def burst(gateways, pause_s):
+    """Largest over mean number of equal prompts a worker gets, of one for each worker."""
+    taken = Counter()
+    for number in range(len(PREFILLS)):
+        taken[gateways[number % len(gateways)].send(number)] += 1
+        await asyncio.sleep(pause_s)
+    return max(taken.values())
+
+
+@pytest.mark.parametrize("kind", ["single", "cluster"])
+async def test_a_burst_over_two_gateways_spreads_as_over_one(kind, request):
+    url = request.getfixturevalue("server").url if kind == "single" else request.getfixturevalue("nodes")[0].url
+    one, other = PlayedGateway(url, "g0"), PlayedGateway(url, "g1")
+    async with sharing(one, other):
+        assert await burst([one, other], 0.08) == 1
+        assert (one.num_others, other.num_others) == (1, 1)
+
+
+async def test_without_it_the_same_burst_herds():
+    alone = [PlayedGateway("redis://127.0.0.1:1", "") for _ in range(2)]
+    assert await burst(alone, 0.0) == 2
+
+
+async def test_a_gateway_that_dies_takes_what_it_told_along(server):
+    one, other = PlayedGateway(server.url, "g0"), PlayedGateway(server.url, "g1")
+    async with sharing(other):
+        async with sharing(one):
+            one.send(1)
+            await until(lambda: other.num_others == 1, PATIENCE_S)
+            await asyncio.sleep(1.2)
+            assert other.num_others == 1, "told again while it lasts"
+        await until(lambda: other.num_others == 0, PATIENCE_S)
+
+
+async def test_what_is_computed_is_told(server):
+    one, other = PlayedGateway(server.url, "g0"), PlayedGateway(server.url, "g1")
+    async with sharing(one, other):
+        worker_id = one.send(1)
+        await until(lambda: other.num_others == 1, PATIENCE_S)
+        one.router.release(worker_id, 1, time.monotonic())
+        await until(lambda: other.num_others == 0, 0.9)
+
+
+async def test_nothing_is_told_where_nothing_happens(server):
+    one, other = PlayedGateway(server.url, "g0"), PlayedGateway(server.url, "g1")
+    async with sharing(one, other):
+        await asyncio.sleep(0.5)
+        with contextlib.closing(server.client()) as client:
+            assert client.exists(KEYS.reservations) == 0
+
+
+async def test_nobody_waits_while_redis_is_away_and_sharing_goes_on_when_it_is_back(server, monkeypatch):
+    monkeypatch.setattr("tailrace.index.backoff.LONGEST_S", 0.3)
+    one, other = PlayedGateway(server.url, "g0"), PlayedGateway(server.url, "g1")
+    async with sharing(one, other):
+        one.send(1)
+        await until(lambda: other.num_others == 1, PATIENCE_S)
+        server.kill()
+        await until(lambda: one.exchange.trouble and other.exchange.trouble, PATIENCE_S)
+        began = time.monotonic()
+        for number in range(100, 120):
+            other.send(number)
+        assert time.monotonic() - began < 0.3
+        await until(lambda: other.num_others == 0, PATIENCE_S)
+        server.start()
+        await until(lambda: one.num_others == other.num_others == 1, PATIENCE_S)
+        assert not one.exchange.trouble
+
+
+async def test_a_stopped_redis_holds_nobody_up(server):
+    one, other = PlayedGateway(server.url, "g0"), PlayedGateway(server.url, "g1")
+    async with sharing(one, other):
+        with server.stopped():
+            one.send(1)
+            await until(lambda: "no answer in time" in one.exchange.trouble, PATIENCE_S)
+            assert one.send(2)
+        await until(lambda: other.num_others == 1, PATIENCE_S)
+
+
+async def test_nothing_is_written_beside_another_versions_keys(server):
+    with contextlib.closing(server.client()) as client:
+        client.set(KEYS.version, "7")
+        gateway = PlayedGateway(server.url, "g0")
+        task = asyncio.create_task(gateway.exchange.run())
+        gateway.send(1)
+        await until(lambda: "tailrace:version says '7'" in gateway.exchange.trouble, PATIENCE_S)
+        assert client.keys() == [KEYS.version]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+# -- messages ---------------------------------------------------------------------------------------------------------
+
+NEWS = RouterNews(
+    {"p0": InFlight(1.5, 100, 2, frozenset({b"12345678", b"abcdefgh"})), "p1": InFlight(0.25)}, (Given("p0", 1.5),)
+)
+
+
+def as_read(message):
+    told = message.fields()
+    return dict(zip(told[::2], told[1::2], strict=True))
+
+
+def test_a_message_is_read_as_it_was_written():
+    message = Message("g0", 1.0, NEWS)
+    assert Message.read(as_read(message)) == message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {b"ttl_ms": b"99999999"},
+        {b"ttl_ms": b"x"},
+        {b"ttl_ms": b"-1"},
+        {b"workers": b"[]"},
+        {b"workers": b"[1]"},
+        {b"workers": b"{"},
+        {b"workers": b"1"},
+        {b"workers": json.dumps({"p0": [1, 2]}).encode()},
+        {b"workers": json.dumps({"p0": [-1, 0, 0, 0]}).encode()},
+        {b"workers": b'{"p0": [NaN, 0, 0, 0]}'},
+        {b"workers": b'{"p0": [1e999, 0, 0, 0]}'},
+        {b"workers": b'{"p0": ["x", 0, 0, 0]}'},
+        {b"workers": b'{"p0": [0, 0, 0, 10000000]}'},
+        {b"workers": b'{"p0": [0, 0, 1' + b"0" * 400 + b", 0]}"},
+        {b"workers": json.dumps({f"p{n}": [0, 0, 0, 0] for n in range(2000)}).encode()},
+        {b"given": b"{}x"},
+        {b"given": b"7"},
+        {b"given": json.dumps([["p0", 1]] * 2000).encode()},
+        {b"given": b'[["p0", -1]]'},
+        {b"marks": b"x" * 8 * 600},
+        {b"marks": b"x" * (MAX_BYTES + 1)},
+        {b"router": b"\xff\xff"},
+        {b"router": 7},
+    ],
+)
+def test_what_no_gateway_wrote_is_refused(changes):
+    with pytest.raises(ValueError, match=r"."):
+        Message.read({**as_read(Message("g0", 1.0, NEWS)), **changes})
+
+
+async def test_garbage_is_passed_over_and_logged_once(server, caplog):
+    one, other = PlayedGateway(server.url, "g0"), PlayedGateway(server.url, "g1")
+    async with sharing(one, other):
+        with contextlib.closing(server.client()) as client:
+            for garbage in ({"a": "b"}, {**as_read(Message("g7", 1.0, NEWS)), b"workers": b"[]"}):
+                client.xadd(KEYS.reservations, garbage)
+        one.send(1)
+        await until(lambda: other.num_others == 1, PATIENCE_S)
+    assert other.exchange.num_garbage == 2
+    assert caplog.text.count("holds what no gateway wrote") == 2, "once a gateway"

@@ -1,0 +1,142 @@
+"""Events that a gateway missed: read from Redis where it still has them, asked of the worker where it has not."""
+
+import contextlib
+
+import pytest
+
+from tailrace.index.keys import KeySpace
+from tests.helpers.redis_servers import RedisServer
+from tests.helpers.redis_workers import PlayedGateway, PlayedWorker, running
+from tests.helpers.waiting import until
+from tests.unit.index.test_mirror import PATIENCE_S, knows, says, well
+from tests.unit.index.test_redis import hashes_of
+
+KEYS = KeySpace("tailrace")
+USER, PASSWORD = "gateway", "a-password-of-gateways"
+
+
+@pytest.fixture
+def server():
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("tailrace.index.mirror.VISIT_S", 0.05)
+    monkeypatch.setattr("tailrace.index.publisher.BEAT_S", 0.1)
+    monkeypatch.setattr("tailrace.index.backoff.LONGEST_S", 0.3)
+
+
+@contextlib.asynccontextmanager
+async def gateway_cut_off(server, gateway):
+    """While workers go on telling Redis."""
+    with contextlib.closing(server.client()) as client:
+        client.execute_command("ACL", "SETUSER", USER, "off")
+        client.execute_command("CLIENT", "KILL", "USER", USER)
+        await until(lambda: gateway.mirror.trouble, PATIENCE_S)
+        yield client
+        client.execute_command("ACL", "SETUSER", USER, "on")
+    await well(gateway.mirror)
+
+
+def pair(server):
+    with contextlib.closing(server.client()) as client:
+        client.execute_command("ACL", "SETUSER", USER, "on", f">{PASSWORD}", "~*", "+@all")
+    worker = PlayedWorker(server.url)
+    return worker, PlayedGateway(f"redis://{USER}:{PASSWORD}@127.0.0.1:{server.port}", worker)
+
+
+async def told(worker):
+    await until(lambda: worker.publisher.registration.sequence == worker.sequence, PATIENCE_S)
+
+
+async def test_what_was_told_while_a_gateway_was_cut_off_is_read_from_redis(server):
+    worker, gateway = pair(server)
+    async with running(worker, gateway):
+        worker.publish(hashes_of(50))
+        await knows(gateway, worker)
+        async with gateway_cut_off(server, gateway):
+            worker.publish(hashes_of(2000, seed=1))
+            worker.retract(hashes_of(50)[20:])
+            await told(worker)
+        await knows(gateway, worker)
+        assert worker.num_snapshots == 1, "the one on being found"
+
+
+async def test_what_redis_no_longer_has_is_asked_of_the_worker(server):
+    worker, gateway = pair(server)
+    async with running(worker, gateway):
+        worker.publish(hashes_of(50))
+        await knows(gateway, worker)
+        async with gateway_cut_off(server, gateway) as client:
+            worker.publish(hashes_of(20, seed=1))
+            await told(worker)
+            client.xtrim(KEYS.stream_of("w0"), maxlen=0, approximate=False)
+        await knows(gateway, worker)
+        assert worker.num_snapshots == 2
+
+
+async def test_a_stream_in_the_place_of_another_is_read_from_its_beginning(server):
+    """As after a failover to a replica whose clock is behind, with messages that nobody here has seen."""
+    worker, gateway = pair(server)
+    async with running(worker, gateway):
+        worker.publish(hashes_of(50))
+        await knows(gateway, worker)
+        stream = KEYS.stream_of("w0")
+        async with gateway_cut_off(server, gateway) as client:
+            worker.publish(hashes_of(20, seed=1))
+            await told(worker)
+            kept = client.xrange(stream)
+            client.delete(stream)
+            for number, (_, fields) in enumerate(kept):
+                client.xadd(stream, fields, id=f"1-{number + 1}")
+        await knows(gateway, worker)
+        worker.publish(hashes_of(20, seed=2))
+        await knows(gateway, worker)
+        assert worker.num_snapshots == 1
+
+
+async def test_a_message_that_got_lost_here_is_read_again(server, monkeypatch):
+    worker, gateway = pair(server)
+    async with running(worker, gateway):
+        worker.publish(hashes_of(50))
+        await knows(gateway, worker)
+        with monkeypatch.context() as patch:
+            patch.setattr(gateway.mirror, "_take", lambda fields: None)
+            worker.publish(hashes_of(20, seed=1))
+            await told(worker)
+            await until(lambda: gateway.feeds.num_replays == 1, PATIENCE_S)
+        worker.retract(hashes_of(20, seed=1)[5:])
+        await knows(gateway, worker)
+        assert worker.num_snapshots == 1
+
+
+def unreachable():
+    raise ConnectionError("no way there")
+
+
+async def test_a_worker_that_cannot_be_reached_is_followed_by_redis_alone(server):
+    worker, gateway = pair(server)
+    async with running(worker, gateway):
+        worker.publish(hashes_of(50))
+        await knows(gateway, worker)
+        gateway.feeds.get("w0")._snapshot = unreachable
+        async with gateway_cut_off(server, gateway):
+            worker.publish(hashes_of(20, seed=1))
+            await told(worker)
+        await knows(gateway, worker)
+
+
+async def test_a_restarted_empty_redis_costs_no_snapshot_where_nothing_was_missed(server):
+    worker = PlayedWorker(server.url)
+    gateway = PlayedGateway(server.url, worker)
+    async with running(worker, gateway):
+        worker.publish(hashes_of(50))
+        await knows(gateway, worker)
+        server.kill()
+        await says(gateway.mirror, "Redis at")
+        worker.publish(hashes_of(20, seed=1))
+        server.start()
+        await knows(gateway, worker)
+        assert worker.num_snapshots == 1
