@@ -16,7 +16,7 @@ from tailrace.policy.router import Router
 from tailrace.policy.routing import RouteRequest, WorkerView
 from tailrace.sim.decode import DecodeJob, DecodeNode
 from tailrace.sim.network import Network
-from tailrace.sim.prefill import LAYOUT, PrefillJob, PrefillNode
+from tailrace.sim.prefill import LAYOUT, Landing, PrefillJob, PrefillNode
 from tailrace.sim.profile import HardwareProfile
 from tailrace.sim.store import StoreTier
 from tailrace.sim.workload import SimRequest, Workload
@@ -188,53 +188,69 @@ class Simulator:
         self._router.hold(route, number, now_s, len(self._prefills))
         record.worker_id = route.prefill_id
         job = PrefillJob(number, request, route.decode_id)
-        if route.chosen.fetch_blocks:
-            self._fetch(job, route.prefill_id, route.chosen.holder_id, now_s)
         node = self._prefills[route.prefill_id]
-        node.accept(job)
+        lands = bool(route.chosen.fetch_blocks) and self._fetch(job, node, route.chosen.holder_id, now_s)
+        node.accept(job, lands=lands)
         self._start(node, now_s)
 
-    def _fetch(self, job: PrefillJob, needer_id: str, holder_id: str, now_s: float) -> None:
-        """The holder lends what it really has, and the needer reads what it has not."""
-        own = len(self._prefills[needer_id].pool.find_prefix(job.request.hashes))
+    def _fetch(self, job: PrefillJob, needer: PrefillNode, holder_id: str, now_s: float) -> bool:
+        """The holder lends what it really has, and the needer reads what it has not. False: there is nothing to read,
+        or no room for it."""
+        hashes = job.request.hashes
         owner_id, tier = _place(holder_id)
         lent: list[int] = []
         if tier == "worker":
-            lent = self._prefills[owner_id].pool.find_prefix(job.request.hashes)[own:]
-            depth = own + len(lent)
+            lent = self._prefills[owner_id].pool.find_prefix(hashes)
+            depth = len(lent)
         else:
-            depth = self._tiers[holder_id].longest_prefix(job.request.hashes)
-        if depth <= own:
-            return
-        num_bytes = (depth - own) * self._workload.block_tokens * self._profile.kv_bytes_per_token
-        job.fetch_depth, job.fetch_tier = depth, tier
-        rate = self._fetch_rates[holder_id, needer_id]
-        job.fetched_at_s = self._network.transfer(holder_id, needer_id, num_bytes, rate, now_s)
+            depth = self._tiers[holder_id].longest_prefix(hashes)
+        landing = needer.begin_landing(hashes, depth)
+        if landing is None:
+            return False
+        needer.publish(self._index)
+        num_bytes = len(landing.blocks) * self._workload.block_tokens * self._profile.kv_bytes_per_token
+        job.fetch_tier = tier
+        rate = self._fetch_rates[holder_id, needer.worker_id]
+        end_s = self._network.transfer(holder_id, needer.worker_id, num_bytes, rate, now_s)
         if lent:
-            holder = self._prefills[owner_id].pool
-            holder.lend(lent)
-            self._at(job.fetched_at_s, lambda _: holder.unlend(lent))
+            del lent[: len(landing.own)]
+            self._prefills[owner_id].pool.lend(lent)
+        self._at(end_s, partial(self._landed, job, needer, landing, owner_id, lent))
+        return True
+
+    def _landed(
+        self, job: PrefillJob, needer: PrefillNode, landing: Landing, owner_id: str, lent: list[int], now_s: float
+    ) -> None:
+        if lent:
+            self._prefills[owner_id].pool.unlend(lent)
+        needer.landed(landing, job)
+        needer.publish(self._index)
+        self._start(needer, now_s)
 
     def _start(self, node: PrefillNode, now_s: float) -> None:
-        done_s = node.start(now_s)
-        if done_s is not None:
-            node.publish(self._index)
-            self._at(done_s, partial(self._prefilled, node))
-
-    def _prefilled(self, node: PrefillNode, now_s: float) -> None:
-        job = node.finish()
+        seconds = node.start()
         node.publish(self._index)
+        if seconds is not None:
+            self._at(now_s + seconds, partial(self._stepped, node))
+
+    def _stepped(self, node: PrefillNode, now_s: float) -> None:
+        done = node.finish()
+        node.publish(self._index)
+        for job in done:
+            self._prefilled(node, job, now_s)
+        self._start(node, now_s)
+
+    def _prefilled(self, node: PrefillNode, job: PrefillJob, now_s: float) -> None:
         if store := self._stores.get(node.worker_id):
             store[0].put(job.request.hashes, self._index)
         self._router.release(node.worker_id, job.number, now_s)
         record = self._records[job.number]
         record.hit_tokens, record.fetched_tokens = job.hit_tokens, job.fetched_tokens
         record.tier = job.fetch_tier if job.fetched_tokens else ""
-        record.first_token_s = now_s
+        record.first_token_s = now_s + self._profile.request_overhead_s
         self._at(
             now_s + self._profile.exposed_transfer_s(job.request.num_prompt_tokens), partial(self._moved, node, job)
         )
-        self._start(node, now_s)
 
     def _moved(self, node: PrefillNode, job: PrefillJob, now_s: float) -> None:
         """The decode worker has all of the prompt's KV."""

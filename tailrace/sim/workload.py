@@ -57,13 +57,15 @@ class Workload:
         return Workload(moved, self.block_tokens)
 
     def oracle_hit_rate(self) -> float:
-        """Prompt tokens that one infinite cache would have, each prompt being there the moment it has arrived."""
+        """Prompt tokens that one infinite cache would have, each prompt being there the moment it has arrived. As in
+        workers, full blocks are found, and at least one token is left to compute."""
         seen: set[bytes] = set()
         found = 0
         for request in self.requests:
-            depth = next((i for i, name in enumerate(request.hashes) if name not in seen), len(request.hashes))
-            found += min(depth * self.block_tokens, request.num_prompt_tokens)
-            seen.update(request.hashes)
+            most = (request.num_prompt_tokens - 1) // self.block_tokens
+            depth = next((i for i, name in enumerate(request.hashes[:most]) if name not in seen), most)
+            found += depth * self.block_tokens
+            seen.update(request.hashes[: request.num_prompt_tokens // self.block_tokens])
         return found / self.num_prompt_tokens
 
 

@@ -48,18 +48,18 @@ def test_a_later_request_finds_what_the_first_one_left() -> None:
     assert result.ttft_mean_s == pytest.approx((H100.prefill_s(0, 3 * BLOCK) + second) / 2)
 
 
-def test_the_last_token_of_a_whole_hit_is_computed() -> None:
+def test_the_last_block_of_a_whole_hit_is_computed_as_workers_do() -> None:
     result = simulate(of(make_request(0.0, 1, 2), make_request(5.0, 1, 2)), num_workers=1)
-    assert result.hit_rate == 0.5
-    both = H100.prefill_s(0, 2 * BLOCK) + H100.prefill_s(2 * BLOCK - 1, 2 * BLOCK)
+    assert result.hit_rate == 0.25
+    both = H100.prefill_s(0, 2 * BLOCK) + H100.prefill_s(BLOCK, 2 * BLOCK)
     assert result.ttft_mean_s == pytest.approx(both / 2)
 
 
 def test_a_small_pool_evicts() -> None:
     requests = of(make_request(0.0, 1, 2, 3), make_request(5.0, 4, 5, 6), make_request(9.0, 1, 2, 3))
-    assert simulate(requests, num_workers=1, blocks_per_worker=6).hit_rate == pytest.approx(1 / 3)
-    # The tail of the first goes first: one block of room leaves two of its three.
-    assert simulate(requests, num_workers=1, blocks_per_worker=5).hit_rate == pytest.approx(2 / 9)
+    assert simulate(requests, num_workers=1, blocks_per_worker=6).hit_rate == pytest.approx(2 / 9)
+    # The tail of the first goes first: room for one block more than the second leaves one of its three.
+    assert simulate(requests, num_workers=1, blocks_per_worker=4).hit_rate == pytest.approx(1 / 9)
 
 
 def test_a_prompt_that_no_pool_can_hold_is_refused() -> None:
@@ -79,7 +79,17 @@ def test_what_another_worker_has_is_fetched_when_its_owner_is_busy() -> None:
     assert (alone.fetch_rate, alone.hit_rate) == (0.0, pytest.approx(20 / 261))
     assert fetched.fetch_rate == pytest.approx(20 / 261)
     assert fetched.tier_hits == {"own": pytest.approx(20 / 261), "worker": fetched.fetch_rate, "cpu": 0.0, "nvme": 0.0}
-    assert fetched.ttft_p50_s < alone.ttft_p50_s
+    assert fetched.ttft_mean_s < alone.ttft_mean_s
+
+
+def test_prompts_share_a_step_and_end_with_it() -> None:
+    budget = H100.chunk_tokens // BLOCK
+    one, two, three = (tuple(range(start, start + length)) for start, length in ((0, budget), (100, 3), (200, 1)))
+    requests = of(*(make_request(0.0, *blocks) for blocks in (one, two, three)))
+    outcome = Simulator(requests, SimOptions(num_workers=1, profile=H100, fetch=False)).run()
+    first_s = H100.prefill_s(0, budget * BLOCK)
+    second_s = first_s + H100.step_s([(0, 3 * BLOCK), (0, BLOCK)])
+    assert [record.ttft_s for record in outcome.records] == pytest.approx([first_s, second_s, second_s])
 
 
 def test_tiers_bring_back_what_a_pool_evicted() -> None:
@@ -87,7 +97,7 @@ def test_tiers_bring_back_what_a_pool_evicted() -> None:
     few = {"num_workers": 1, "blocks_per_worker": 45, "fetch": True}
     assert simulate(requests, **few).fetch_rate == 0.0
     from_memory = simulate(requests, **few, cpu_blocks=200)
-    assert from_memory.tier_hits["cpu"] == pytest.approx(6 / 9)
+    assert from_memory.tier_hits["cpu"] == pytest.approx(6 / 9 * 39 / 40)
     from_disk = simulate(requests, **few, cpu_blocks=1, nvme_blocks=200)
     assert from_disk.tier_hits["nvme"] > 0.5
     assert from_disk.tier_hits["cpu"] == 0.0
