@@ -39,7 +39,7 @@ def _shared_prefixes(random: Random, num_requests: int, block_tokens: int) -> It
     """Groups that share a prefix of 1,000 to 8,000 tokens, the first group being asked most (Zipf), each request with
     500 tokens of its own on average: documents, agents, few-shot prompts."""
     blocks = _Blocks(block_tokens)
-    num_groups = max(1, num_requests // 60)
+    num_groups = max(min(8, num_requests), num_requests // 60)
     lengths = [random.randint(1000, 8000) // block_tokens for _ in range(num_groups)]
     groups = [blocks.prompt((), length * block_tokens) for length in lengths]
     weights = [1 / (rank + 1) for rank in range(num_groups)]

@@ -36,6 +36,7 @@ class PrefillJob:
     fetch_tier: str = ""
     landed_from: int | None = None
     """Blocks from here on were fetched; None: none."""
+    started_s: float | None = None
     # When it is computed.
     hit_tokens: int = 0
     fetched_tokens: int = 0
@@ -106,7 +107,11 @@ class PrefillNode:
         hashes = list(request.hashes[:num_full])
         self._scheduler.submit(Request(job.number, tokens, request.num_prompt_tokens, _SAMPLING, hashes=hashes))
 
-    def start(self) -> float | None:
+    @property
+    def is_computing(self) -> bool:
+        return self._step is not None
+
+    def start(self, now_s: float, slowdown: float = 1.0) -> float | None:
         """Begins a step, unless one runs; how many seconds it takes. None: there is nothing that could be computed."""
         if self._step is not None:
             return None
@@ -115,14 +120,23 @@ class PrefillNode:
             if plan.changes_anything:
                 self._scheduler.finish(plan, StepOutput())
             return None
-        seconds = self.profile.step_s([(chunk.start, chunk.end) for chunk in plan.chunks])
+        seconds = slowdown * self.profile.step_s([(chunk.start, chunk.end) for chunk in plan.chunks])
+        if plan.started:
+            self._note_starts(now_s)
         self._step = _Step(plan, seconds)
         self._view = None
         for chunk in plan.chunks:
             tokens_s = self.profile.compute_s(chunk.start, chunk.end)
-            self._fit.add(chunk.start, chunk.end, tokens_s + self.profile.step_overhead_s / len(plan.chunks))
+            fixed_s = self.profile.step_s(()) / len(plan.chunks)
+            self._fit.add(chunk.start, chunk.end, slowdown * (tokens_s + fixed_s))
         self.busy_s += seconds
         return seconds
+
+    def _note_starts(self, now_s: float) -> None:
+        for started in self._scheduler.jobs():
+            job = self._jobs.get(started.request.id)
+            if job is not None and job.started_s is None:
+                job.started_s = now_s
 
     def finish(self) -> list[PrefillJob]:
         """The prompts that the step has computed. Their blocks stay until `give_back`."""

@@ -36,26 +36,37 @@ class HardwareProfile:
     """Most tokens of a prefill step; what the transfer of the last one takes is not hidden."""
     attention_flops_per_s: float = 0.0
     """Of prefill, as reached where it reads the KV before it; 0: as `flops_per_s`."""
+    prefill_overhead_s: float = 0.0
+    """Of a prefill step beyond `step_overhead_s`."""
+    context_s_per_token: float = 0.0
+    """What a token of KV before a chunk adds to it, whatever the chunk's length."""
     request_overhead_s: float = 0.0
     """What a request spends before its first token in the gateway and between processes, the worker being free."""
+    contention: float = 0.0
+    """Of workers that share a machine: how much longer a step takes while all others compute, as a share of it."""
     max_num_seqs: int = 64
     """Of a prefill worker."""
 
     def compute_s(self, start: int, end: int) -> float:
-        """Tokens start to end of a prompt: 2 P S + 2 layers hidden S^2 floating point operations, less those of the
-        first `start` tokens."""
+        """A chunk, tokens start to end of a prompt: 2 P S + 2 layers hidden S^2 floating point operations, less those
+        of the first `start` tokens, and reading the KV of these."""
         linear = 2.0 * self.num_parameters * (end - start)
         square = 2.0 * self.num_layers * self.hidden_size * (end**2 - start**2)
-        return linear / self.flops_per_s + square / (self.attention_flops_per_s or self.flops_per_s)
+        attention_s = square / (self.attention_flops_per_s or self.flops_per_s)
+        return linear / self.flops_per_s + attention_s + self.context_s_per_token * start
 
     def step_s(self, chunks: Iterable[tuple[int, int]]) -> float:
         """One step over chunks of prompts, (start, end) each."""
-        return self.step_overhead_s + sum(self.compute_s(start, end) for start, end in chunks)
+        fixed_s = self.step_overhead_s + self.prefill_overhead_s
+        return fixed_s + sum(self.compute_s(start, end) for start, end in chunks)
 
     def prefill_s(self, cached_tokens: int, prompt_tokens: int) -> float:
         """A prompt alone, in as many steps as it needs."""
-        num_steps = max(1, -(-(prompt_tokens - cached_tokens) // self.chunk_tokens))
-        return num_steps * self.step_overhead_s + self.compute_s(cached_tokens, prompt_tokens)
+        more = (prompt_tokens - cached_tokens - 1) // self.chunk_tokens
+        begun_before = more * cached_tokens + self.chunk_tokens * more * (more + 1) // 2
+        fixed_s = self.step_overhead_s + self.prefill_overhead_s
+        compute_s = self.compute_s(cached_tokens, prompt_tokens)
+        return (more + 1) * fixed_s + compute_s + self.context_s_per_token * begun_before
 
     @property
     def step_base_s(self) -> float:
@@ -103,7 +114,7 @@ _CPU = HardwareProfile(
     hidden_size=576,
     kv_bytes_per_token=23_040,
     weight_bytes=269e6,
-    flops_per_s=0.49e12,
+    flops_per_s=0.544e12,
     memory_bytes_per_s=35.5e9,
     link_bytes_per_s=9.2e9,
     host_bytes_per_s=9.2e9,
@@ -112,9 +123,14 @@ _CPU = HardwareProfile(
     host_memory_bytes=4e9,
     nvme_bytes=16e9,
     chunk_tokens=512,
+    attention_flops_per_s=0.372e12,
+    prefill_overhead_s=0.003,
+    context_s_per_token=4.37e-6,
+    request_overhead_s=0.007,
 )
-"""SmolLM2-135M in bfloat16 on one core of the benchmarks' machine: rates from the prefill of 1,024 tokens, the decode
-step at batch 1 and the hand-off over nixl on the pages of 2026-11-21. The store's rates and sizes are assumed."""
+"""SmolLM2-135M in bfloat16 on one core of the benchmarks' machine: prefill as `tailrace bench simulator` measures it,
+the decode step at batch 1 and the hand-off over nixl from the pages of 2026-11-21. The store's rates and sizes are
+assumed."""
 
 PROFILES = {
     "h100": _H100,

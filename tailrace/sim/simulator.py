@@ -58,6 +58,8 @@ class RequestRecord:
     hit_tokens: int = 0
     fetched_tokens: int = 0
     tier: str = ""
+    prefill_s: float = float("nan")
+    """From the step that admitted it to the one that computed its last token."""
     first_token_s: float = float("nan")
     finished_s: float = float("nan")
 
@@ -228,10 +230,17 @@ class Simulator:
         self._start(needer, now_s)
 
     def _start(self, node: PrefillNode, now_s: float) -> None:
-        seconds = node.start()
+        seconds = node.start(now_s, self._slowdown(node))
         node.publish(self._index)
         if seconds is not None:
             self._at(now_s + seconds, partial(self._stepped, node))
+
+    def _slowdown(self, node: PrefillNode) -> float:
+        """Of a step that begins now, by who else computes."""
+        if not self._profile.contention or len(self._prefills) < 2:
+            return 1.0
+        others = sum(other.is_computing for other in self._prefills.values() if other is not node)
+        return 1.0 + self._profile.contention * others / (len(self._prefills) - 1)
 
     def _stepped(self, node: PrefillNode, now_s: float) -> None:
         done = node.finish()
@@ -247,6 +256,7 @@ class Simulator:
         record = self._records[job.number]
         record.hit_tokens, record.fetched_tokens = job.hit_tokens, job.fetched_tokens
         record.tier = job.fetch_tier if job.fetched_tokens else ""
+        record.prefill_s = now_s - (job.started_s if job.started_s is not None else now_s)
         record.first_token_s = now_s + self._profile.request_overhead_s
         self._at(
             now_s + self._profile.exposed_transfer_s(job.request.num_prompt_tokens), partial(self._moved, node, job)

@@ -56,6 +56,18 @@ class Workload:
         moved = [replace(request, arrival_s=(request.arrival_s - begin) * factor) for request in self.requests]
         return Workload(moved, self.block_tokens)
 
+    def with_blocks_of(self, block_tokens: int) -> "Workload":
+        """The same prefixes shared in blocks that are smaller, and prompts that are as much shorter. Raises
+        WorkloadError for larger blocks."""
+        if not 1 <= block_tokens <= self.block_tokens:
+            raise WorkloadError(f"block_tokens: must be from 1 to {self.block_tokens}, got {block_tokens}")
+        scaled = []
+        for request in self.requests:
+            full, rest = divmod(request.num_prompt_tokens, self.block_tokens)
+            tokens = full * block_tokens + rest * block_tokens // self.block_tokens
+            scaled.append(replace(request, num_prompt_tokens=max(1, tokens)))
+        return Workload(scaled, block_tokens)
+
     def oracle_hit_rate(self) -> float:
         """Prompt tokens that one infinite cache would have, each prompt being there the moment it has arrived. As in
         workers, full blocks are found, and at least one token is left to compute."""

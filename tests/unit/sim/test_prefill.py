@@ -17,7 +17,7 @@ def make_job(number: int, *blocks: int) -> PrefillJob:
 
 def run_step(node: PrefillNode) -> list[int]:
     """Numbers of those that it computed."""
-    assert node.start() is not None
+    assert node.start(0.0) is not None
     return [job.number for job in node.finish()]
 
 
@@ -28,7 +28,7 @@ def test_a_prompt_whose_prefix_is_fetched_keeps_its_place() -> None:
     assert landing is not None
     node.accept(first, lands=True)
     node.accept(second)
-    assert node.start() is None, "it is waited for"
+    assert node.start(0.0) is None, "it is waited for"
     assert node.view().num_waiting == 2
     node.landed(landing, first)
     assert run_step(node) == [1, 2]
@@ -59,7 +59,7 @@ def test_without_room_nothing_is_fetched_and_nothing_held() -> None:
     node = make_node(num_blocks=4)
     running = make_job(1, 1, 2, 3)
     node.accept(running)
-    assert node.start() is not None
+    assert node.start(0.0) is not None
     assert node.begin_landing(make_job(2, 10, 11).request.hashes, 2) is None
     node.finish()
     node.give_back(running)
