@@ -103,8 +103,7 @@ class PrefillNode:
         self._jobs[job.number] = job
         # Of the tokens the scheduler looks at their number only.
         tokens = cast("list[int]", range(request.num_prompt_tokens))
-        num_full = request.num_prompt_tokens // self.block_tokens
-        hashes = list(request.hashes[:num_full])
+        hashes = list(request.full_hashes(self.block_tokens))
         self._scheduler.submit(Request(job.number, tokens, request.num_prompt_tokens, _SAMPLING, hashes=hashes))
 
     @property

@@ -26,8 +26,8 @@ UNLIMITED = "unlimited"
 """The decode worker that stands for as many as are needed."""
 
 
-TIERS = ("worker", "cpu", "nvme")
-"""Where a fetched block may come from: another worker's memory, a store's memory, a store's disk."""
+TIERS = ("worker", "decode", "cpu", "nvme")
+"""Where a fetched block may come from: memory of another prefill worker, of a decode worker or of a store, a disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class SimOptions:
     num_decode: int | None = None
     """None: as many as are needed, so that every sequence decodes alone."""
     blocks_per_worker: int = 20_000
+    decode_blocks: int | None = None
+    """Of each decode worker; None: as many as a prefill worker has."""
     decode_max_num_seqs: int = 256
     policy: str = "cost"
     fetch: bool = True
@@ -77,6 +79,8 @@ class Outcome:
     records: list[RequestRecord] = field(default_factory=list)
     busy_s: list[float] = field(default_factory=list)
     """Prefill seconds of each worker."""
+    least_ttft_s: list[float] = field(default_factory=list)
+    """Of each request: no queue, and without a fetch all that one infinite cache would have, answers included."""
     tiers: tuple[str, ...] = TIERS
 
 
@@ -85,7 +89,7 @@ class Simulator:
         self._workload = workload
         self._options = options
         self._profile = options.profile
-        largest = max(options.blocks_per_worker, options.cpu_blocks, options.nvme_blocks)
+        largest = max(options.blocks_per_worker, options.decode_blocks or 0, options.cpu_blocks, options.nvme_blocks)
         self._index = MemoryIndex(largest) if index is None else index
         self._router = Router(self._index, options.policy)
         self._network = Network()
@@ -95,6 +99,8 @@ class Simulator:
             name: PrefillNode(name, options.blocks_per_worker, workload.block_tokens, options.profile) for name in names
         }
         self._decodes = self._make_decodes()
+        self._pools = {name: node.pool for name, node in self._prefills.items()}
+        self._pools |= {name: node.pool for name, node in self._decodes.items()}
         self._stores = {name: self._make_store(name) for name in names} if options.fetch else {}
         self._tiers = {tier.holder_id: tier for store in self._stores.values() for tier in store}
         self._beside = {name: [tier.holder_id for tier in store] for name, store in self._stores.items()}
@@ -113,7 +119,14 @@ class Simulator:
         while self._events:
             now_s, _, act = heapq.heappop(self._events)
             act(now_s)
-        return Outcome(self._records, [node.busy_s for node in self._prefills.values()])
+        return Outcome(self._records, [node.busy_s for node in self._prefills.values()], self._least_ttft_s())
+
+    def _least_ttft_s(self) -> list[float]:
+        hits = self._workload.oracle_hits(answers=True)
+        return [
+            self._profile.request_overhead_s + self._profile.prefill_s(hit, request.num_prompt_tokens)
+            for request, hit in zip(self._workload.requests, hits, strict=True)
+        ]
 
     # -- setting up ---------------------------------------------------------------------------------------------------
 
@@ -122,7 +135,7 @@ class Simulator:
         return {
             f"d{number}": DecodeNode(
                 f"d{number}",
-                options.blocks_per_worker,
+                options.decode_blocks or options.blocks_per_worker,
                 options.decode_max_num_seqs,
                 options.profile,
                 stepwise=options.stepwise_decode,
@@ -147,18 +160,23 @@ class Simulator:
         profile = self._profile
         sources = {
             "worker": profile.link_bytes_per_s,
+            "decode": profile.link_bytes_per_s,
             "cpu": profile.host_bytes_per_s,
             "nvme": profile.nvme_bytes_per_s,
         }
         rates: dict[tuple[str, str], float] = {}
-        for holder in (*names, *self._tiers):
-            owner, tier = _place(holder)
+        for holder in (*names, *self._decodes, *self._tiers):
+            tier = self._tier(holder)
             for needer in names:
-                if needer != owner:
+                if needer != holder.partition("/")[0]:
                     rates[holder, needer] = min(profile.link_bytes_per_s, sources[tier])
-                elif tier != "worker":
+                elif needer != holder:
                     rates[holder, needer] = sources[tier]
         return rates
+
+    def _tier(self, holder_id: str) -> str:
+        """Which of TIERS a holder is; a store's is named after its node."""
+        return "decode" if holder_id in self._decodes else holder_id.partition("/")[2] or "worker"
 
     def _decode_views(self, now_s: float) -> list[WorkerView]:
         if self._decodes:
@@ -199,35 +217,42 @@ class Simulator:
         """The holder lends what it really has, and the needer reads what it has not. False: there is nothing to read,
         or no room for it."""
         hashes = job.request.hashes
-        owner_id, tier = _place(holder_id)
         lent: list[int] = []
-        if tier == "worker":
-            lent = self._prefills[owner_id].pool.find_prefix(hashes)
-            depth = len(lent)
+        if (tier := self._tiers.get(holder_id)) is not None:
+            depth = tier.longest_prefix(hashes)
         else:
-            depth = self._tiers[holder_id].longest_prefix(hashes)
+            lent = self._pools[holder_id].find_prefix(hashes)
+            depth = len(lent)
         landing = needer.begin_landing(hashes, depth)
         if landing is None:
             return False
         needer.publish(self._index)
         num_bytes = len(landing.blocks) * self._workload.block_tokens * self._profile.kv_bytes_per_token
-        job.fetch_tier = tier
+        job.fetch_tier = self._tier(holder_id)
         rate = self._fetch_rates[holder_id, needer.worker_id]
         end_s = self._network.transfer(holder_id, needer.worker_id, num_bytes, rate, now_s)
+        del lent[: len(landing.own)]
         if lent:
-            del lent[: len(landing.own)]
-            self._prefills[owner_id].pool.lend(lent)
-        self._at(end_s, partial(self._landed, job, needer, landing, owner_id, lent))
+            self._pools[holder_id].lend(lent)
+        self._at(end_s, partial(self._landed, job, needer, landing, holder_id, lent))
         return True
 
     def _landed(
         self, job: PrefillJob, needer: PrefillNode, landing: Landing, owner_id: str, lent: list[int], now_s: float
     ) -> None:
         if lent:
-            self._prefills[owner_id].pool.unlend(lent)
+            self._pools[owner_id].unlend(lent)
+            self._wake(owner_id, now_s)
         needer.landed(landing, job)
         needer.publish(self._index)
         self._start(needer, now_s)
+
+    def _wake(self, worker_id: str, now_s: float) -> None:
+        """Blocks of its pool may have become available."""
+        if worker_id in self._decodes:
+            self._plan(self._decodes[worker_id], now_s)
+        else:
+            self._start(self._prefills[worker_id], now_s)
 
     def _start(self, node: PrefillNode, now_s: float) -> None:
         seconds = node.start(now_s, self._slowdown(node))
@@ -282,8 +307,9 @@ class Simulator:
 
     def _join(self, node: DecodeNode, job: PrefillJob, steps: int, now_s: float) -> None:
         tokens = job.request.num_prompt_tokens + job.request.num_output_tokens
-        num_blocks = min(node.num_blocks, -(-tokens // self._workload.block_tokens))
-        node.accept(DecodeJob(job.number, job.request.num_prompt_tokens, steps, num_blocks), now_s)
+        num_blocks = min(node.pool.num_blocks, -(-tokens // self._workload.block_tokens))
+        hashes = (*job.request.full_hashes(self._workload.block_tokens), *job.request.answer_hashes)[:num_blocks]
+        node.accept(DecodeJob(job.number, job.request.num_prompt_tokens, steps, num_blocks, hashes), now_s)
         self._plan(node, now_s)
 
     def _plan(self, node: DecodeNode, now_s: float) -> None:
@@ -298,10 +324,5 @@ class Simulator:
             return
         for left in node.advance(now_s):
             self._records[left.number].finished_s = now_s
+        node.publish(self._index)
         self._plan(node, now_s)
-
-
-def _place(holder_id: str) -> tuple[str, str]:
-    """Whose node a holder is on, and which of TIERS it is."""
-    owner, _, kind = holder_id.partition("/")
-    return owner, kind or "worker"
