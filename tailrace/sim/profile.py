@@ -82,6 +82,17 @@ class HardwareProfile:
         """The last chunk's bytes over the link: what came before moved while prefill computed."""
         return min(prompt_tokens, self.chunk_tokens) * self.kv_bytes_per_token / self.link_bytes_per_s
 
+    def slowed(self, factor: float) -> "HardwareProfile":
+        """Prefills that take `factor` times as long."""
+        return replace(
+            self,
+            flops_per_s=self.flops_per_s / factor,
+            attention_flops_per_s=self.attention_flops_per_s / factor,
+            step_overhead_s=self.step_overhead_s * factor,
+            prefill_overhead_s=self.prefill_overhead_s * factor,
+            context_s_per_token=self.context_s_per_token * factor,
+        )
+
     def with_link(self, gbit_per_s: float) -> "HardwareProfile":
         return replace(self, link_bytes_per_s=gbit_per_s * 1e9 / 8)
 

@@ -4,6 +4,7 @@ import asyncio
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from tailrace.checkpoint.model_config import ModelConfig
@@ -24,11 +25,17 @@ PAIRED_LENGTHS = (256, 512, 1024)
 @dataclass(frozen=True, slots=True)
 class MeasuredProfile:
     profile: HardwareProfile
+    slowness: tuple[float, ...]
+    """Of each round, over all of them: the median of its prefills over those of their kinds."""
     samples: tuple[PrefillSample, ...]
     """Medians, one of each kind of prompt."""
     fastest: float
     slowest: float
     """Of all single measurements, over the median of their kind."""
+
+    def between(self, number: int) -> HardwareProfile:
+        """As the machine was between round `number` and the next one."""
+        return self.profile.slowed(statistics.mean(self.slowness[number : number + 2]))
 
     def report(self) -> dict[str, Any]:
         """Costs in the units in which people think of them, and how far the samples are from them."""
@@ -43,6 +50,7 @@ class MeasuredProfile:
             "contention": round(profile.contention, 4),
             "num_samples": len(errors),
             "samples_over_median": [round(self.fastest, 3), round(self.slowest, 3)],
+            "slowness_of_rounds": [round(value, 3) for value in self.slowness],
             "fit_error_mean": round(statistics.mean(map(abs, errors)), 4),
             "fit_error_max": round(max(map(abs, errors)), 4),
         }
@@ -70,7 +78,7 @@ class ProfileMeter:
         self._num_workers = config.prefill
         self._limit = min(about.max_position_embeddings, config.max_model_len or about.max_position_embeddings) - 1
         self._ask = _Ask(asker, model, about.vocab_size)
-        self._alone: list[Served] = []
+        self._rounds: list[list[Served]] = []
         self._slowdowns: list[float] = []
 
     async def warm_up(self) -> None:
@@ -80,14 +88,16 @@ class ProfileMeter:
 
     async def take_round(self) -> None:
         """The cluster must be idle. Raises UnavailableError when a request fails."""
+        alone_ones: list[Served] = []
         for length in filter(self._fits, LENGTHS):
             (alone,) = await self._ask.at_once(length, 1)
-            self._alone.append(alone)
+            alone_ones.append(alone)
             if length in PAIRED_LENGTHS and self._num_workers > 1:
                 await self._take_paired(length, alone.prefill_s)
         for before, rest in AFTER_PREFIX:
             if self._fits(before + rest):
-                self._alone.append(await self._ask.after_prefix(before, rest))
+                alone_ones.append(await self._ask.after_prefix(before, rest))
+        self._rounds.append(alone_ones)
 
     async def _take_paired(self, length: int, alone_s: float) -> None:
         """Counts only where the router gave one to each worker."""
@@ -101,16 +111,22 @@ class ProfileMeter:
     def result(self) -> MeasuredProfile:
         """Of all rounds so far; at least one."""
         kinds: dict[tuple[int, int], list[float]] = defaultdict(list)
-        for one in self._alone:
-            kinds[one.hit_tokens, one.prompt_tokens].append(one.prefill_s)
-        samples = tuple(PrefillSample(*kind, statistics.median(seconds)) for kind, seconds in kinds.items())
+        for one in chain(*self._rounds):
+            kinds[_kind(one)].append(one.prefill_s)
+        medians = {kind: statistics.median(seconds) for kind, seconds in kinds.items()}
+        samples = tuple(PrefillSample(*kind, seconds) for kind, seconds in medians.items())
         profile = replace(
             calibrated(self._base, samples),
-            request_overhead_s=statistics.median(one.ttft_s - one.prefill_s for one in self._alone),
+            request_overhead_s=statistics.median(one.ttft_s - one.prefill_s for one in chain(*self._rounds)),
             contention=max(0.0, statistics.median(self._slowdowns)) if self._slowdowns else 0.0,
         )
-        spread = [value / statistics.median(seconds) for seconds in kinds.values() for value in seconds]
-        return MeasuredProfile(profile, samples, min(spread), max(spread))
+        ratios = [[one.prefill_s / medians[_kind(one)] for one in taken] for taken in self._rounds]
+        slowness = tuple(map(statistics.median, ratios))
+        return MeasuredProfile(profile, slowness, samples, min(chain(*ratios)), max(chain(*ratios)))
+
+
+def _kind(one: Served) -> tuple[int, int]:
+    return one.hit_tokens, one.prompt_tokens
 
 
 class _Ask:

@@ -66,6 +66,8 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class _Replay:
+    number: int
+    """Of the round of measurements before it."""
     case: Case
     policy: str
     served: Sequence[Served]
@@ -108,17 +110,17 @@ async def _measure(config: UpConfig, options: SimulatorBenchOptions, model: Path
             askers[policy] = await stack.enter_async_context(Asker(cluster.api_url, headers=EXPLAIN))
         meter = ProfileMeter(askers[options.policies[0]], name, config, about)
         await meter.warm_up()
-        await meter.take_round()
-        for case in todo:
+        for number, case in enumerate(todo):
             await meter.take_round()
             workload = case.workload.at_load(options.load, config.prefill, meter.result().profile)
             for policy, asker in askers.items():
                 blocks = TokenBlocks(workload, about.vocab_size, f"{case.name} {case.seed}")
                 real = await replay(asker, name, workload, blocks)
-                replays.append(_Replay(replace(case, workload=workload), policy, real))
+                replays.append(_Replay(number, replace(case, workload=workload), policy, real))
         await meter.take_round()
     measured = meter.result()
-    runs = [describe(one, simulate(one, config, measured.profile), config.prefill) for one in replays]
+    simulated = [simulate(one, config, measured.between(one.number)) for one in replays]
+    runs = [describe(one, said, config.prefill) for one, said in zip(replays, simulated, strict=True)]
     return {
         **head,
         "options": {**asdict(options), "trace": options.trace.name if options.trace else None},

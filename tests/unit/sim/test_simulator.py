@@ -157,7 +157,7 @@ def test_decode_by_formula_and_step_by_step_agree_in_a_whole_run(fetch: bool) ->
     workload = generate("chat", 300, 64, seed=6).at_load(0.02, 2, H100)
     options = {"num_decode": 2, "blocks_per_worker": 2000, "decode_blocks": 700, "fetch": fetch}
     fast, slow = (simulate(workload, **options, stepwise_decode=stepwise) for stepwise in (False, True))
-    assert (fast.tier_hits["decode"] > 0.1) == fetch
+    assert (fast.tier_hits["decode"] > 0.05) == fetch
     for name, value in dataclasses.asdict(fast).items():
         assert value == pytest.approx(getattr(slow, name), rel=1e-6), name
 
