@@ -203,6 +203,7 @@ class PrefillNode:
                 fingerprint=LAYOUT,
                 num_waiting=self._scheduler.num_waiting + len(self._line),
                 num_running=self._scheduler.num_running,
+                waiting_tokens=self._scheduler.waiting_tokens,
                 free_blocks=ledger.free,
                 cached_blocks=ledger.cached,
                 total_blocks=ledger.total,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -24,9 +24,8 @@ from tailrace.cli.bench.run import measure_and_show
 from tailrace.cli.cluster import running_cluster
 from tailrace.cli.console import ClusterConsole
 from tailrace.cli.model import fetch_model
-from tailrace.config import UpConfig
+from tailrace.config import RoutingPolicy, UpConfig
 from tailrace.errors import ConfigError
-from tailrace.policy.routing import POLICIES
 from tailrace.sim.generate import GENERATORS, generate
 from tailrace.sim.profile import HardwareProfile
 from tailrace.sim.simulator import SimOptions, Simulator
@@ -50,7 +49,8 @@ class SimulatorBenchOptions:
     """Workloads of each kind; of a trace, pieces one after the other."""
 
     def __post_init__(self) -> None:
-        for name, values, known in (("workload", self.workloads, GENERATORS), ("policy", self.policies, POLICIES)):
+        policies = get_args(RoutingPolicy)
+        for name, values, known in (("workload", self.workloads, GENERATORS), ("policy", self.policies, policies)):
             if unknown := [value for value in values if value not in known]:
                 raise ConfigError(f"{name}: must be one of {', '.join(known)}, got {unknown[0]!r}", param=name)
 
@@ -103,12 +103,15 @@ async def _measure(config: UpConfig, options: SimulatorBenchOptions, model: Path
     listener = ClusterConsole(Console(stderr=True), quiet=True)
     replays: list[_Replay] = []
     async with AsyncExitStack() as stack:
-        askers: dict[str, Asker] = {}
-        for policy in options.policies:
+
+        async def started(policy: str) -> Asker:
             arm = config.model_copy(update={"port": 0, "routing_policy": policy})
             cluster = await stack.enter_async_context(running_cluster(arm, model, listener))
-            askers[policy] = await stack.enter_async_context(Asker(cluster.api_url, headers=EXPLAIN))
-        meter = ProfileMeter(askers[options.policies[0]], name, config, about)
+            return await stack.enter_async_context(Asker(cluster.api_url, headers=EXPLAIN))
+
+        askers = {policy: await started(policy) for policy in options.policies}
+        # A cluster of its own: a router that has just seen the meter's requests would still count them as load.
+        meter = ProfileMeter(await started("round-robin"), name, config, about)
         await meter.warm_up()
         for number, case in enumerate(todo):
             await meter.take_round()
