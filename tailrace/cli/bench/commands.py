@@ -287,6 +287,7 @@ def bench_simulator(
     policy: Annotated[str, typer.Option(help="With commas between; each has a cluster.")] = "cost,round-robin",
     requests: Annotated[int, typer.Option(min=2, max=100_000, help="Of one run.")] = 60,
     load: Annotated[float, typer.Option(min=0.01, max=100, help="As in tailrace simulate.")] = 1.0,
+    fetch: Annotated[bool, typer.Option("--fetch/--no-fetch", help="Of prefixes, in the simulation.")] = False,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each workload and policy.")] = 3,
     as_json: AsJson = False,
 ) -> None:
@@ -299,6 +300,7 @@ def bench_simulator(
         policies=tuple(policy.split(",")),
         num_requests=requests,
         load=load,
+        fetch=fetch,
         seeds=seeds,
     )
     settings = {"model": model, "dtype": dtype, "quantization": quantization, "prefill": prefill, "num_blocks": blocks}

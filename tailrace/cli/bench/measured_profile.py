@@ -74,10 +74,11 @@ class ProfileMeter:
     """Takes samples, a round at a time: a machine's speed drifts, and rounds between other work see the same drift."""
 
     def __init__(self, asker: Asker, model: str, config: UpConfig, about: ModelConfig) -> None:
+        """The cluster's policy must be round-robin."""
         self._base = unmeasured(about, config)
         self._num_workers = config.prefill
         self._limit = min(about.max_position_embeddings, config.max_model_len or about.max_position_embeddings) - 1
-        self._ask = _Ask(asker, model, about.vocab_size)
+        self._ask = _Ask(asker, model, about.vocab_size, config.prefill)
         self._rounds: list[list[Served]] = []
         self._slowdowns: list[float] = []
 
@@ -132,7 +133,8 @@ def _kind(one: Served) -> tuple[int, int]:
 class _Ask:
     """Prompts that nobody has seen."""
 
-    def __init__(self, asker: Asker, model: str, vocab_size: int) -> None:
+    def __init__(self, asker: Asker, model: str, vocab_size: int, num_workers: int) -> None:
+        self._num_workers = num_workers
         self._asker = asker
         self._model = model
         self._vocab_size = vocab_size
@@ -142,9 +144,10 @@ class _Ask:
         return await asyncio.gather(*(self._ask(prompt) for prompt in self._prompts(count, num_tokens)))
 
     async def after_prefix(self, before: int, rest: int) -> Served:
-        """`rest` tokens after a prefix that has just been computed, on the worker that has it or on another."""
+        """`rest` tokens after a prefix that each worker has just computed: requests go round."""
         (prefix,), (tail,) = self._prompts(1, before), self._prompts(1, rest)
-        await self._ask([*prefix, tail[0]])
+        for _ in range(self._num_workers):
+            await self._ask([*prefix, tail[0]])
         return await self._ask([*prefix, *tail])
 
     def _prompts(self, count: int, num_tokens: int) -> list[list[int]]:

@@ -45,6 +45,8 @@ class SimulatorBenchOptions:
     num_requests: int = 60
     load: float = 1.0
     """Prefill seconds of all prompts, uncached, over the workers' time."""
+    fetch: bool = False
+    """Whether prefill workers fetch prefixes from one another, at the rate of a link that is not measured here."""
     seeds: int = 3
     """Workloads of each kind; of a trace, pieces one after the other."""
 
@@ -122,7 +124,7 @@ async def _measure(config: UpConfig, options: SimulatorBenchOptions, model: Path
                 replays.append(_Replay(number, replace(case, workload=workload), policy, real))
         await meter.take_round()
     measured = meter.result()
-    simulated = [simulate(one, config, measured.between(one.number)) for one in replays]
+    simulated = [simulate(one, config, measured.between(one.number), fetch=options.fetch) for one in replays]
     runs = [describe(one, said, config.prefill) for one, said in zip(replays, simulated, strict=True)]
     return {
         **head,
@@ -135,9 +137,9 @@ async def _measure(config: UpConfig, options: SimulatorBenchOptions, model: Path
     }
 
 
-def simulate(one: _Replay, config: UpConfig, profile: HardwareProfile) -> list[Served]:
+def simulate(one: _Replay, config: UpConfig, profile: HardwareProfile, *, fetch: bool) -> list[Served]:
     assert config.num_blocks is not None, "set by the command"
-    options = SimOptions(config.prefill, profile, blocks_per_worker=config.num_blocks, policy=one.policy, fetch=False)
+    options = SimOptions(config.prefill, profile, blocks_per_worker=config.num_blocks, policy=one.policy, fetch=fetch)
     return [Served.simulated(record) for record in Simulator(one.case.workload, options).run().records]
 
 
