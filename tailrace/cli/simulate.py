@@ -32,6 +32,8 @@ class SimulateOptions:
     workers: int
     decode: int | None
     blocks_per_worker: int
+    decode_blocks: int | None
+    """None: as many as blocks_per_worker."""
     policy: str
     profile: str
     link_gbit_per_s: float | None
@@ -87,6 +89,7 @@ def _sim_options(options: SimulateOptions, profile: HardwareProfile) -> SimOptio
         profile=profile,
         num_decode=options.decode,
         blocks_per_worker=options.blocks_per_worker,
+        decode_blocks=options.decode_blocks,
         policy=options.policy,
         fetch=options.fetch,
         cpu_blocks=int(profile.host_memory_bytes // block_bytes) if cpu is None else cpu,
@@ -105,6 +108,7 @@ def _about(options: SimulateOptions) -> dict[str, Any]:
         "workers": options.workers,
         "decode": options.decode,
         "blocks_per_worker": options.blocks_per_worker,
+        "decode_blocks": options.decode_blocks or options.blocks_per_worker if options.decode else None,
         "block_tokens": options.block_tokens,
         "load": options.load,
         "seed": options.seed,

@@ -17,6 +17,9 @@ def simulate(
     workers: Annotated[int, typer.Option(min=1, max=1024, help="Prefill workers.")] = 8,
     decode: Annotated[int | None, typer.Option(min=1, max=1024, help="Decode workers; default: unlimited.")] = None,
     blocks_per_worker: Annotated[int, typer.Option(min=1, max=10_000_000, help="KV blocks of each.")] = 20_000,
+    decode_blocks: Annotated[
+        int | None, typer.Option(min=1, max=10_000_000, help="KV blocks of each decode worker; default: the same.")
+    ] = None,
     block_tokens: Annotated[int, typer.Option(min=1, max=65_536, help="Of a block; a trace has its own.")] = 512,
     policy: Annotated[str, typer.Option(help="cost, round-robin, least-loaded or prefix.")] = "cost",
     load: Annotated[
@@ -53,6 +56,7 @@ def simulate(
         workers=workers,
         decode=decode,
         blocks_per_worker=blocks_per_worker,
+        decode_blocks=decode_blocks,
         policy=policy,
         profile=profile,
         link_gbit_per_s=link_gbit,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -16,7 +16,9 @@ from tailrace.errors import ConfigError
 from tailrace.kv.hashing import HASH_BYTES, chain_seed, hash_blocks
 from tailrace.kv.layout import KVLayout
 from tailrace.messages import StoreUsage
-from tailrace.rpc.client import Peer
+
+if TYPE_CHECKING:
+    from tailrace.rpc.client import Peer
 
 T = TypeVar("T")
 _HASH = re.compile(rf"[0-9a-fA-F]{{{2 * HASH_BYTES}}}")
@@ -44,7 +46,7 @@ def usage(address: Address, as_json: Annotated[bool, typer.Option("--json", help
 def pin(address: Address, owner: Owner, hashes: Hashes = None, tokens: Tokens = None, salt: Salt = "") -> None:
     """Keep blocks that are in the store, whatever comes, until it restarts. All of those named, or none."""
 
-    async def run(peer: Peer) -> tuple[int, int]:
+    async def run(peer: "Peer") -> tuple[int, int]:
         names = await _names(peer, hashes, tokens, salt)
         return len(names), await peer.pin(owner, names)
 
@@ -56,7 +58,7 @@ def pin(address: Address, owner: Owner, hashes: Hashes = None, tokens: Tokens = 
 def unpin(address: Address, owner: Owner, hashes: Hashes = None, tokens: Tokens = None, salt: Salt = "") -> None:
     """Let go of blocks; without any named, of all that the owner has pinned."""
 
-    async def run(peer: Peer) -> int:
+    async def run(peer: "Peer") -> int:
         wanted = await _names(peer, hashes, tokens, salt) if hashes or tokens else ()
         return await peer.unpin(owner, wanted)
 
@@ -71,7 +73,9 @@ def quota(address: Address, tenant: str, memory: Size = None, disk: Size = None)
     print(f"{tenant}: memory {memory or 'unbounded'}, disk {disk or 'unbounded'}")
 
 
-def _ask(address: str, call: Callable[[Peer], Awaitable[T]]) -> T:
+def _ask(address: str, call: "Callable[[Peer], Awaitable[T]]") -> T:
+    from tailrace.rpc.client import Peer
+
     async def run() -> T:
         peer = Peer(address, CommonConfig().secret.get_secret_value().encode())
         try:
@@ -82,7 +86,7 @@ def _ask(address: str, call: Callable[[Peer], Awaitable[T]]) -> T:
     return asyncio.run(run())
 
 
-async def _names(peer: Peer, hashes: Sequence[str] | None, tokens: Path | None, salt: str) -> list[bytes]:
+async def _names(peer: "Peer", hashes: Sequence[str] | None, tokens: Path | None, salt: str) -> list[bytes]:
     """Raises ConfigError for what names no block."""
     if bool(hashes) == (tokens is not None):
         raise ConfigError("name blocks by their hashes or by --tokens, not by both", param="hashes")

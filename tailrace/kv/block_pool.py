@@ -216,6 +216,9 @@ class BlockPool:
     def lend_revocably(self, blocks: Sequence[int], on_revoked: Callable[[], None]) -> RevocableLoan:
         """As `lend`, but sequences of this worker come first."""
         self._require(blocks, _HELD, "lend")
+        for block in blocks:
+            if self._hashes[block] is None:
+                raise ValueError(f"cannot lend block {block} revocably: it is not registered")
         loan = RevocableLoan(tuple(blocks), on_revoked)
         self._open_loans[loan] = None
         for block in blocks:

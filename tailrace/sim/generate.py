@@ -39,7 +39,7 @@ def _shared_prefixes(random: Random, num_requests: int, block_tokens: int) -> It
     """Groups that share a prefix of 1,000 to 8,000 tokens, the first group being asked most (Zipf), each request with
     500 tokens of its own on average: documents, agents, few-shot prompts."""
     blocks = _Blocks(block_tokens)
-    num_groups = max(1, num_requests // 60)
+    num_groups = max(min(8, num_requests), num_requests // 60)
     lengths = [random.randint(1000, 8000) // block_tokens for _ in range(num_groups)]
     groups = [blocks.prompt((), length * block_tokens) for length in lengths]
     weights = [1 / (rank + 1) for rank in range(num_groups)]
@@ -52,7 +52,7 @@ def _shared_prefixes(random: Random, num_requests: int, block_tokens: int) -> It
 
 def _chat(random: Random, num_requests: int, block_tokens: int) -> Iterator[SimRequest]:
     """Conversations of some five turns below one system prompt of 1,500 tokens. Each turn's prompt is all that was said
-    before, answers included, and 200 tokens more; a reader takes 30 s on average. Answers are not in the caches."""
+    before, answers included, and 200 tokens more; a reader takes 30 s on average."""
     blocks = _Blocks(block_tokens)
     system = blocks.prompt((), 1500 // block_tokens * block_tokens)
     begin_s = 0.0
@@ -65,9 +65,10 @@ def _chat(random: Random, num_requests: int, block_tokens: int) -> Iterator[SimR
         for _ in range(turns):
             prompt = min(MAX_PROMPT_TOKENS, context + 1 + int(random.expovariate(1 / 200)))
             answer = 1 + int(random.expovariate(1 / 400))
-            hashes = blocks.prompt(known[: prompt // block_tokens], prompt)
-            yield SimRequest(now_s, prompt, answer, hashes)
-            known, context = hashes[: prompt // block_tokens], prompt + answer
+            full, context = prompt // block_tokens, prompt + answer
+            hashes = blocks.prompt(known[:full], prompt)
+            known = blocks.prompt(hashes[:full], context)[: context // block_tokens]
+            yield SimRequest(now_s, prompt, answer, hashes, known[full:])
             now_s += random.expovariate(1 / 30)
 
 

@@ -31,11 +31,15 @@ class SimResult:
     fetch_rate: float
     """Found elsewhere and fetched."""
     oracle_hit_rate: float
-    """Of one infinite cache."""
+    """Of one infinite cache of prompts."""
+    oracle_answers_hit_rate: float
+    """Of one that has the answers too, as far as the workload names their blocks."""
     imbalance: float
     """Greatest prefill busy time of a worker over the mean."""
     utilization: float
     """Mean prefill busy time over the time from the first arrival to the last first token."""
+    ttft_floor_mean_s: float
+    """No policy gets below: no queue, and all of the infinite cache at hand."""
     ttft_mean_s: float
     ttft_p50_s: float
     ttft_p99_s: float
@@ -43,7 +47,7 @@ class SimResult:
     goodput: float
     """Requests a second that met all SLOs, from the first arrival to the last token."""
     tier_hits: dict[str, float]
-    """Share of prompt tokens by where they were found: own, worker, cpu, nvme."""
+    """Share of prompt tokens by where they were found: own, worker, decode, cpu, nvme."""
 
     @classmethod
     def of(cls, workload: Workload, outcome: Outcome, slo: Slo) -> "SimResult":
@@ -61,6 +65,8 @@ class SimResult:
             hit_rate=tiers["own"],
             fetch_rate=sum(record.fetched_tokens for record in served) / total,
             oracle_hit_rate=workload.oracle_hit_rate(),
+            oracle_answers_hit_rate=workload.oracle_hit_rate(answers=True),
+            ttft_floor_mean_s=_mean(outcome.least_ttft_s),
             imbalance=_ratio(max(outcome.busy_s), mean_busy_s),
             utilization=_ratio(mean_busy_s, max((r.first_token_s for r in served), default=begin_s) - begin_s),
             ttft_mean_s=_mean(ttfts),

@@ -17,7 +17,7 @@ from tailrace.policy.router import Lenders, Router
 from tailrace.policy.routing import RouteRequest, Way, WorkerView
 from tailrace.sim.decode import DecodeJob, DecodeNode
 from tailrace.sim.network import Network
-from tailrace.sim.prefill import LAYOUT, PrefillJob, PrefillNode
+from tailrace.sim.prefill import LAYOUT, Landing, PrefillJob, PrefillNode
 from tailrace.sim.profile import HardwareProfile
 from tailrace.sim.store import StoreTier
 from tailrace.sim.workload import SimRequest, Workload
@@ -27,8 +27,8 @@ UNLIMITED = "unlimited"
 """The decode worker that stands for as many as are needed."""
 
 
-TIERS = ("worker", "cpu", "nvme")
-"""Where a fetched block may come from: another worker's memory, a store's memory, a store's disk."""
+TIERS = ("worker", "decode", "cpu", "nvme")
+"""Where a fetched block may come from: memory of another prefill worker, of a decode worker or of a store, a disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class SimOptions:
     num_decode: int | None = None
     """None: as many as are needed, so that every sequence decodes alone."""
     blocks_per_worker: int = 20_000
+    decode_blocks: int | None = None
+    """Of each decode worker; None: as many as a prefill worker has."""
     decode_max_num_seqs: int = 256
     policy: str = "cost"
     fetch: bool = True
@@ -59,6 +61,8 @@ class RequestRecord:
     hit_tokens: int = 0
     fetched_tokens: int = 0
     tier: str = ""
+    prefill_s: float = float("nan")
+    """From the step that admitted it to the one that computed its last token."""
     first_token_s: float = float("nan")
     finished_s: float = float("nan")
 
@@ -76,6 +80,8 @@ class Outcome:
     records: list[RequestRecord] = field(default_factory=list)
     busy_s: list[float] = field(default_factory=list)
     """Prefill seconds of each worker."""
+    least_ttft_s: list[float] = field(default_factory=list)
+    """Of each request: no queue, and without a fetch all that one infinite cache would have, answers included."""
     tiers: tuple[str, ...] = TIERS
 
 
@@ -94,7 +100,7 @@ class Simulator:
         self._workload = workload
         self._options = options
         self._profile = options.profile
-        largest = max(options.blocks_per_worker, options.cpu_blocks, options.nvme_blocks)
+        largest = max(options.blocks_per_worker, options.decode_blocks or 0, options.cpu_blocks, options.nvme_blocks)
         self._index = MemoryIndex(largest) if index is None else index
         self._router = Router(self._index, options.policy)
         self._network = Network()
@@ -104,6 +110,8 @@ class Simulator:
             name: PrefillNode(name, options.blocks_per_worker, workload.block_tokens, options.profile) for name in names
         }
         self._decodes = self._make_decodes()
+        self._pools = {name: node.pool for name, node in self._prefills.items()}
+        self._pools |= {name: node.pool for name, node in self._decodes.items()}
         self._stores = {name: self._make_store(name) for name in names} if options.fetch else {}
         self._tiers = {tier.holder_id: tier for store in self._stores.values() for tier in store}
         self._fetch_rates = self._make_fetch_rates(names) if options.fetch else {}
@@ -123,7 +131,14 @@ class Simulator:
         while self._events:
             now_s, _, act = heapq.heappop(self._events)
             act(now_s)
-        return Outcome(self._records, [node.busy_s for node in self._prefills.values()])
+        return Outcome(self._records, [node.busy_s for node in self._prefills.values()], self._least_ttft_s())
+
+    def _least_ttft_s(self) -> list[float]:
+        hits = self._workload.oracle_hits(answers=True)
+        return [
+            self._profile.request_overhead_s + self._profile.prefill_s(hit, request.num_prompt_tokens)
+            for request, hit in zip(self._workload.requests, hits, strict=True)
+        ]
 
     # -- setting up ---------------------------------------------------------------------------------------------------
 
@@ -132,7 +147,7 @@ class Simulator:
         return {
             f"d{number}": DecodeNode(
                 f"d{number}",
-                options.blocks_per_worker,
+                options.decode_blocks or options.blocks_per_worker,
                 options.decode_max_num_seqs,
                 options.profile,
                 stepwise=options.stepwise_decode,
@@ -157,18 +172,23 @@ class Simulator:
         profile = self._profile
         sources = {
             "worker": profile.link_bytes_per_s,
+            "decode": profile.link_bytes_per_s,
             "cpu": profile.host_bytes_per_s,
             "nvme": profile.nvme_bytes_per_s,
         }
         rates: dict[tuple[str, str], float] = {}
-        for holder in (*names, *self._tiers):
-            owner, tier = _place(holder)
+        for holder in (*names, *self._decodes, *self._tiers):
+            tier = self._tier(holder)
             for needer in names:
-                if needer != owner:
+                if needer != holder.partition("/")[0]:
                     rates[holder, needer] = min(profile.link_bytes_per_s, sources[tier])
-                elif tier != "worker":
+                elif needer != holder:
                     rates[holder, needer] = sources[tier]
         return rates
+
+    def _tier(self, holder_id: str) -> str:
+        """Which of TIERS a holder is; a store's is named after its node."""
+        return "decode" if holder_id in self._decodes else holder_id.partition("/")[2] or "worker"
 
     def _decode_views(self, now_s: float) -> list[WorkerView]:
         if self._decodes:
@@ -199,53 +219,84 @@ class Simulator:
         self._router.hold(route, number, now_s, len(self._prefills))
         record.worker_id = route.prefill_id
         job = PrefillJob(number, request, route.decode_id)
-        if route.chosen.fetch_blocks:
-            self._fetch(job, route.prefill_id, route.chosen.holder_id, now_s)
         node = self._prefills[route.prefill_id]
-        node.accept(job)
+        lands = bool(route.chosen.fetch_blocks) and self._fetch(job, node, route.chosen.holder_id, now_s)
+        node.accept(job, lands=lands)
         self._start(node, now_s)
 
-    def _fetch(self, job: PrefillJob, needer_id: str, holder_id: str, now_s: float) -> None:
-        """The holder lends what it really has, and the needer reads what it has not."""
-        own = len(self._prefills[needer_id].pool.find_prefix(job.request.hashes))
-        owner_id, tier = _place(holder_id)
+    def _fetch(self, job: PrefillJob, needer: PrefillNode, holder_id: str, now_s: float) -> bool:
+        """The holder lends what it really has, and the needer reads what it has not. False: there is nothing to read,
+        or no room for it."""
+        hashes = job.request.hashes
         lent: list[int] = []
-        if tier == "worker":
-            lent = self._prefills[owner_id].pool.find_prefix(job.request.hashes)[own:]
-            depth = own + len(lent)
+        if (tier := self._tiers.get(holder_id)) is not None:
+            depth = tier.longest_prefix(hashes)
         else:
-            depth = self._tiers[holder_id].longest_prefix(job.request.hashes)
-        if depth <= own:
-            return
-        num_bytes = (depth - own) * self._workload.block_tokens * self._profile.kv_bytes_per_token
-        job.fetch_depth, job.fetch_tier = depth, tier
-        rate = self._fetch_rates[holder_id, needer_id]
-        job.fetched_at_s = self._network.transfer(holder_id, needer_id, num_bytes, rate, now_s)
+            lent = self._pools[holder_id].find_prefix(hashes)
+            depth = len(lent)
+        landing = needer.begin_landing(hashes, depth)
+        if landing is None:
+            return False
+        needer.publish(self._index)
+        num_bytes = len(landing.blocks) * self._workload.block_tokens * self._profile.kv_bytes_per_token
+        job.fetch_tier = self._tier(holder_id)
+        rate = self._fetch_rates[holder_id, needer.worker_id]
+        end_s = self._network.transfer(holder_id, needer.worker_id, num_bytes, rate, now_s)
+        del lent[: len(landing.own)]
         if lent:
-            holder = self._prefills[owner_id].pool
-            holder.lend(lent)
-            self._at(job.fetched_at_s, lambda _: holder.unlend(lent))
+            self._pools[holder_id].lend(lent)
+        self._at(end_s, partial(self._landed, job, needer, landing, holder_id, lent))
+        return True
+
+    def _landed(
+        self, job: PrefillJob, needer: PrefillNode, landing: Landing, owner_id: str, lent: list[int], now_s: float
+    ) -> None:
+        if lent:
+            self._pools[owner_id].unlend(lent)
+            self._wake(owner_id, now_s)
+        needer.landed(landing, job)
+        needer.publish(self._index)
+        self._start(needer, now_s)
+
+    def _wake(self, worker_id: str, now_s: float) -> None:
+        """Blocks of its pool may have become available."""
+        if worker_id in self._decodes:
+            self._plan(self._decodes[worker_id], now_s)
+        else:
+            self._start(self._prefills[worker_id], now_s)
 
     def _start(self, node: PrefillNode, now_s: float) -> None:
-        done_s = node.start(now_s)
-        if done_s is not None:
-            node.publish(self._index)
-            self._at(done_s, partial(self._prefilled, node))
-
-    def _prefilled(self, node: PrefillNode, now_s: float) -> None:
-        job = node.finish()
+        seconds = node.start(now_s, self._slowdown(node))
         node.publish(self._index)
+        if seconds is not None:
+            self._at(now_s + seconds, partial(self._stepped, node))
+
+    def _slowdown(self, node: PrefillNode) -> float:
+        """Of a step that begins now, by who else computes."""
+        if not self._profile.contention or len(self._prefills) < 2:
+            return 1.0
+        others = sum(other.is_computing for other in self._prefills.values() if other is not node)
+        return 1.0 + self._profile.contention * others / (len(self._prefills) - 1)
+
+    def _stepped(self, node: PrefillNode, now_s: float) -> None:
+        done = node.finish()
+        node.publish(self._index)
+        for job in done:
+            self._prefilled(node, job, now_s)
+        self._start(node, now_s)
+
+    def _prefilled(self, node: PrefillNode, job: PrefillJob, now_s: float) -> None:
         if store := self._stores.get(node.worker_id):
             store[0].put(job.request.hashes, self._index)
         self._router.release(node.worker_id, job.number, now_s)
         record = self._records[job.number]
         record.hit_tokens, record.fetched_tokens = job.hit_tokens, job.fetched_tokens
         record.tier = job.fetch_tier if job.fetched_tokens else ""
-        record.first_token_s = now_s
+        record.prefill_s = now_s - (job.started_s if job.started_s is not None else now_s)
+        record.first_token_s = now_s + self._profile.request_overhead_s
         self._at(
             now_s + self._profile.exposed_transfer_s(job.request.num_prompt_tokens), partial(self._moved, node, job)
         )
-        self._start(node, now_s)
 
     def _moved(self, node: PrefillNode, job: PrefillJob, now_s: float) -> None:
         """The decode worker has all of the prompt's KV."""
@@ -267,8 +318,9 @@ class Simulator:
 
     def _join(self, node: DecodeNode, job: PrefillJob, steps: int, now_s: float) -> None:
         tokens = job.request.num_prompt_tokens + job.request.num_output_tokens
-        num_blocks = min(node.num_blocks, -(-tokens // self._workload.block_tokens))
-        node.accept(DecodeJob(job.number, job.request.num_prompt_tokens, steps, num_blocks), now_s)
+        num_blocks = min(node.pool.num_blocks, -(-tokens // self._workload.block_tokens))
+        hashes = (*job.request.full_hashes(self._workload.block_tokens), *job.request.answer_hashes)[:num_blocks]
+        node.accept(DecodeJob(job.number, job.request.num_prompt_tokens, steps, num_blocks, hashes), now_s)
         self._plan(node, now_s)
 
     def _plan(self, node: DecodeNode, now_s: float) -> None:
@@ -283,10 +335,5 @@ class Simulator:
             return
         for left in node.advance(now_s):
             self._records[left.number].finished_s = now_s
+        node.publish(self._index)
         self._plan(node, now_s)
-
-
-def _place(holder_id: str) -> tuple[str, str]:
-    """Whose node a holder is on, and which of TIERS it is."""
-    owner, _, kind = holder_id.partition("/")
-    return owner, kind or "worker"

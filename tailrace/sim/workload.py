@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -29,6 +29,12 @@ class SimRequest:
     num_output_tokens: int
     hashes: tuple[bytes, ...]
     """One a block of the prompt, chained: equal hashes mean equal prefixes. A partial last block may have one."""
+    answer_hashes: tuple[bytes, ...] = ()
+    """Of the full blocks after the prompt's full ones, once the answer is written. A trace does not name them."""
+
+    def full_hashes(self, block_tokens: int) -> tuple[bytes, ...]:
+        """Of the prompt's full blocks: a worker finds no other."""
+        return self.hashes[: self.num_prompt_tokens // block_tokens]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +62,34 @@ class Workload:
         moved = [replace(request, arrival_s=(request.arrival_s - begin) * factor) for request in self.requests]
         return Workload(moved, self.block_tokens)
 
-    def oracle_hit_rate(self) -> float:
-        """Prompt tokens that one infinite cache would have, each prompt being there the moment it has arrived."""
-        seen: set[bytes] = set()
-        found = 0
+    def with_blocks_of(self, block_tokens: int) -> "Workload":
+        """The same prefixes shared in blocks that are smaller, and prompts that are as much shorter. Raises
+        WorkloadError for larger blocks."""
+        if not 1 <= block_tokens <= self.block_tokens:
+            raise WorkloadError(f"block_tokens: must be from 1 to {self.block_tokens}, got {block_tokens}")
+        scaled = []
         for request in self.requests:
-            depth = next((i for i, name in enumerate(request.hashes) if name not in seen), len(request.hashes))
-            found += min(depth * self.block_tokens, request.num_prompt_tokens)
-            seen.update(request.hashes)
-        return found / self.num_prompt_tokens
+            full, rest = divmod(request.num_prompt_tokens, self.block_tokens)
+            tokens = full * block_tokens + rest * block_tokens // self.block_tokens
+            scaled.append(replace(request, num_prompt_tokens=max(1, tokens)))
+        return Workload(scaled, block_tokens)
+
+    def oracle_hit_rate(self, *, answers: bool = False) -> float:
+        """Share of prompt tokens that `oracle_hits` finds."""
+        return sum(self.oracle_hits(answers=answers)) / self.num_prompt_tokens
+
+    def oracle_hits(self, *, answers: bool = False) -> Iterator[int]:
+        """Tokens of each prompt that one infinite cache would have, each prompt being there the moment it has arrived,
+        with `answers` its answer too. As in workers, full blocks are found, and at least one token is computed."""
+        seen: set[bytes] = set()
+        for request in self.requests:
+            most = (request.num_prompt_tokens - 1) // self.block_tokens
+            yield (
+                next((i for i, name in enumerate(request.hashes[:most]) if name not in seen), most) * self.block_tokens
+            )
+            seen.update(request.full_hashes(self.block_tokens))
+            if answers:
+                seen.update(request.answer_hashes)
 
 
 def read_trace(path: Path, block_tokens: int = 512) -> Workload:

@@ -1,5 +1,6 @@
 """The sub-commands of `tailrace bench`. Each imports its benchmark when it runs."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -316,6 +317,42 @@ def bench_index(
         raise ConfigError(f"blocks: at most 4 sizes at once, got {len(sizes)}", param="blocks")
     options = IndexBenchOptions(blocks=sizes, workers=workers, lookups=lookups, rounds=rounds, batches=batches)
     run_index(options, as_json=as_json)
+
+
+@bench_app.command("simulator")
+def bench_simulator(
+    model: Model = DEFAULT_MODEL,
+    dtype: Dtype = "auto",
+    quantization: Quantization = "none",
+    prefill: Annotated[
+        int, typer.Option(min=1, max=64, help="Prefill workers, a thread each: no more than cores.")
+    ] = 2,
+    blocks: Annotated[int, typer.Option(min=8, max=1 << 20, help="Of 16 tokens, of each worker.")] = 1000,
+    workload: Annotated[str, typer.Option(help="shared-prefix, chat, sharegpt; with commas between.")] = (
+        "shared-prefix,chat"
+    ),
+    trace: Annotated[Path | None, typer.Option(help="Instead: requests in Mooncake's format, made shorter.")] = None,
+    policy: Annotated[str, typer.Option(help="With commas between; each has a cluster.")] = "cost,round-robin",
+    requests: Annotated[int, typer.Option(min=2, max=100_000, help="Of one run.")] = 60,
+    load: Annotated[float, typer.Option(min=0.01, max=100, help="As in tailrace simulate.")] = 1.0,
+    fetch: Annotated[bool, typer.Option("--fetch/--no-fetch", help="Of prefixes, in the simulation.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each workload and policy.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """What the simulator predicts of a cluster on this machine, beside what it does."""
+    from tailrace.cli.bench.simulator import SimulatorBenchOptions, run_simulator
+
+    options = SimulatorBenchOptions(
+        workloads=tuple(workload.split(",")),
+        trace=trace,
+        policies=tuple(policy.split(",")),
+        num_requests=requests,
+        load=load,
+        fetch=fetch,
+        seeds=seeds,
+    )
+    settings = {"model": model, "dtype": dtype, "quantization": quantization, "prefill": prefill, "num_blocks": blocks}
+    run_simulator(_quiet({**settings, "threads": 1}), options, as_json=as_json)
 
 
 @bench_app.command("redis")

@@ -5,7 +5,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +28,18 @@ class RequestTimes:
     prompt_tokens: int = 0
     output_tokens: int = 0
     """As `usage` says."""
-    cached_by_tier: dict[str, int] = field(default_factory=dict)
-    """Of the prompt's tokens, where this product says where they were found."""
+    usage: dict[str, Any] = field(default_factory=dict)
+    """All of it."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Of the answer, names in lower case."""
     error: str = ""
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     """The first content is there, or there will be none."""
+
+    @property
+    def cached_by_tier(self) -> dict[str, int]:
+        """Of the prompt's tokens, where this product says where they were found."""
+        return (self.usage.get("tailrace") or {}).get("cached_tokens_by_tier", {})
 
     @property
     def ttft_s(self) -> float:
@@ -76,10 +83,18 @@ def token_prompts(count: int, num_tokens: int, vocab_size: int, *, seed: int) ->
 class Asker:
     """One API. Close it with `async with`."""
 
-    def __init__(self, api_url: str, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        """`api_url` ends with /v1."""
+    def __init__(
+        self,
+        api_url: str,
+        *,
+        transport: httpx.AsyncBaseTransport | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """`api_url` ends with /v1; `headers` go with every request."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._http = httpx.AsyncClient(trust_env=False, timeout=600.0, limits=limits, transport=transport)
+        self._http = httpx.AsyncClient(
+            trust_env=False, timeout=600.0, limits=limits, transport=transport, headers=headers
+        )
         self._url = api_url.rstrip("/")
         self._began = time.perf_counter()
 
@@ -113,6 +128,7 @@ class Asker:
 
     async def _follow(self, body: Body, times: RequestTimes) -> None:
         async with self._http.stream("POST", f"{self._url}/completions", json=body) as response:
+            times.headers = dict(response.headers)
             if response.status_code == httpx.codes.OK:
                 async for event in _events(response):
                     self._note(times, event)
@@ -127,8 +143,8 @@ class Asker:
         if "error" in event:
             times.error = str(event["error"].get("message", "the answer broke off"))
         if usage := event.get("usage"):
+            times.usage = usage
             times.prompt_tokens, times.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-            times.cached_by_tier = (usage.get("tailrace") or {}).get("cached_tokens_by_tier", {})
         if any(choice.get("text") or choice.get("logprobs") for choice in event.get("choices", ())):
             times.chunks_at.append(self.now())
             times.begun.set()

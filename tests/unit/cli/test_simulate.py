@@ -42,7 +42,7 @@ def test_a_trace_is_simulated(tmp_path: Path):
     trace.write_text("\n".join(map(json.dumps, lines)))
     figures = json.loads(run("simulate", "--trace", str(trace), "--workers", "1", "--json")[1])
     assert figures["requests"] == 9
-    assert figures["hit_rate"] == figures["oracle_hit_rate"] == pytest.approx((512 + 7 * 600) / 5400)
+    assert figures["hit_rate"] == figures["oracle_hit_rate"] == pytest.approx(8 * 512 / 5400), "full blocks only"
 
 
 @pytest.mark.parametrize(

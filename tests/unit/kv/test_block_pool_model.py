@@ -148,10 +148,10 @@ class PoolMachine(RuleBasedStateMachine):
             self.model[block].lends -= 1
         self.refresh_lru(blocks[::-1])
 
-    @precondition(lambda self: self.blocks_in(*HELD))
+    @precondition(lambda self: self.index_blocks())
     @rule(data=st.data())
     def lend_revocably(self, data: st.DataObject) -> None:
-        blocks = self.choose(data, self.blocks_in(*HELD))
+        blocks = self.choose(data, self.index_blocks())
         loan = self.pool.lend_revocably(blocks, lambda: self.revoked.append(loan))
         self.loans.append(loan)
         for block in blocks:
@@ -191,8 +191,17 @@ class PoolMachine(RuleBasedStateMachine):
     def register_later(self, data: st.DataObject, block_hash: bytes) -> None:
         self.register(data.draw(st.sampled_from(self.bare_blocks())), block_hash)
 
+    def index_blocks(self) -> list[int]:
+        return [block for block, entry in self.model.items() if entry.block_hash is not None]
+
+    @precondition(lambda self: self.bare_blocks())
+    @rule(data=st.data())
+    def lend_a_bare_block_revocably(self, data: st.DataObject) -> None:
+        with pytest.raises(ValueError, match="it is not registered"):
+            self.pool.lend_revocably([data.draw(st.sampled_from(self.bare_blocks()))], lambda: None)
+
     def bare_blocks(self) -> list[int]:
-        held = self.blocks_in(BlockState.ACTIVE, BlockState.LENT, BlockState.LOANED)
+        held = self.blocks_in(BlockState.ACTIVE, BlockState.LENT)
         return [block for block in held if self.model[block].block_hash is None]
 
     def register(self, block: int, block_hash: bytes) -> None:

@@ -22,7 +22,7 @@ def test_kv_and_weights_are_those_of_llama_8b() -> None:
 def test_only_the_last_chunk_of_a_transfer_is_exposed() -> None:
     h100 = PROFILES["h100"].with_link(400)
     assert h100.link_bytes_per_s == 50e9
-    assert h100.exposed_transfer_s(100_000) == h100.exposed_transfer_s(8192) == pytest.approx(8192 * 131_072 / 50e9)
+    assert h100.exposed_transfer_s(100_000) == h100.exposed_transfer_s(2048) == pytest.approx(2048 * 131_072 / 50e9)
 
 
 def test_the_cpu_profile_says_what_the_engine_benchmark_measured() -> None:

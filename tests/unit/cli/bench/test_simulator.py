@@ -1,0 +1,144 @@
+import asyncio
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from tailrace.cli.bench.load import Asker, RequestTimes
+from tailrace.cli.bench.replay import EXPLAIN, Figures, Served, TokenBlocks, compared, replay
+from tailrace.cli.bench.simulator import SimulatorBenchOptions, _agreement, cases, summarize
+from tailrace.cli.main import app
+from tailrace.errors import ConfigError, UnavailableError
+from tailrace.sim.simulator import RequestRecord
+from tailrace.sim.workload import SimRequest, Workload, block_name
+
+BLOCK = 16
+
+
+def make_workload(*prompts: tuple[int, ...], tokens: int = 40) -> Workload:
+    return Workload(
+        [SimRequest(0.01 * i, tokens, 1, tuple(map(block_name, blocks))) for i, blocks in enumerate(prompts)], BLOCK
+    )
+
+
+def make_served(ttft_s: float = 1.0, *, hit: int = 0, worker: int = 0, prefill_s: float = 0.5) -> Served:
+    return Served(100, hit, 0, ttft_s, prefill_s, worker)
+
+
+def test_equal_names_are_equal_tokens_and_nothing_else_is():
+    workload = make_workload((1, 2, 3), (1, 2, 4), (5, 2, 3))
+    blocks = TokenBlocks(workload, 49_152, "a")
+    first, second, third = (blocks.prompt(i, request) for i, request in enumerate(workload.requests))
+    assert [len(tokens) for tokens in (first, second, third)] == [40, 40, 40]
+    assert first[:32] == second[:32]
+    assert first[32:] != second[32:], "what has no full block shares nothing"
+    assert first[16:32] == third[16:32]
+    assert first[:16] != third[:16]
+    assert all(1000 <= token < 49_152 for token in first)
+    assert TokenBlocks(workload, 49_152, "b").prompt(0, workload.requests[0])[:16] != first[:16]
+
+
+def test_figures_and_their_errors():
+    real = Figures.of([make_served(1.0, hit=50), make_served(3.0, worker=1, prefill_s=1.5)], 2)
+    assert (real.hit_rate, real.ttft_mean_s, real.ttft_p50_s, real.ttft_p99_s) == (0.25, 2.0, 1.0, 3.0)
+    assert (real.imbalance, real.prefill_mean_s) == (1.5, 1.0)
+    said = Figures.of([make_served(1.5, hit=60), make_served(3.0, prefill_s=1.5)], 2)
+    errors = compared(real, said)
+    assert errors["hit_rate"] == pytest.approx(0.05)
+    assert errors["ttft_mean_s"] == pytest.approx(0.125)
+    assert errors["imbalance"] == pytest.approx(2.0 / 1.5 - 1.0)
+
+
+def test_a_simulated_worker_and_a_real_one_are_matched_by_number():
+    record = RequestRecord(SimRequest(0.0, 100, 1, ()), worker_id="p1", prefill_s=0.2, first_token_s=0.5)
+    assert Served.simulated(record) == Served(100, 0, 0, 0.5, 0.2, 1)
+    real = [make_served(worker=worker) for worker in (0, 1, 0, -1)]
+    simulated = [make_served(worker=worker) for worker in (1, 0, 1, 0)]
+    assert _agreement(real, simulated, 2) == 0.75
+
+
+def _answer(request: httpx.Request) -> httpx.Response:
+    body = json.loads(request.content)
+    assert request.headers["x-tailrace-explain"] == "1"
+    assert body["max_tokens"] == 1
+    usage = {
+        "prompt_tokens": len(body["prompt"]),
+        "completion_tokens": 1,
+        "prompt_tokens_details": {"cached_tokens": 32},
+        "tailrace": {"prefill_ms": 12.5, "cached_tokens_by_tier": {"worker": 16, "peer": 16}},
+    }
+    events = [{"choices": [{"text": "a"}]}, {"choices": [], "usage": usage}]
+    chosen = json.dumps([{"chosen": {"prefill_id": "prefill-1", "decode_id": "decode-0"}}])
+    text = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    return httpx.Response(200, text=text, headers={"X-Tailrace-Explain": chosen})
+
+
+def test_a_replay_says_what_became_of_each_request():
+    workload = make_workload((1, 2), (1, 3))
+
+    async def run() -> list[Served]:
+        async with Asker("http://test/v1", transport=httpx.MockTransport(_answer), headers=EXPLAIN) as asker:
+            return await replay(asker, "m", workload, TokenBlocks(workload, 49_152, ""))
+
+    served = asyncio.run(run())
+    assert [(one.prompt_tokens, one.hit_tokens, one.fetched_tokens, one.worker) for one in served] == [
+        (40, 16, 16, 1)
+    ] * 2
+    assert all(one.prefill_s == 0.0125 and one.ttft_s > 0.0 for one in served)
+
+
+def test_a_failed_request_fails_the_benchmark():
+    with pytest.raises(UnavailableError, match="HTTP 503"):
+        Served.answered(RequestTimes(0.0, error="HTTP 503: no"))
+
+
+def test_cases_are_in_the_workers_blocks(tmp_path: Path):
+    options = SimulatorBenchOptions(num_requests=10, seeds=2)
+    found = list(cases(options, BLOCK))
+    assert [(case.name, case.seed) for case in found] == [
+        ("shared-prefix", 0),
+        ("shared-prefix", 1),
+        ("chat", 0),
+        ("chat", 1),
+    ]
+    assert all(case.workload.block_tokens == BLOCK for case in found)
+    trace = tmp_path / "t.jsonl"
+    lines = [{"timestamp": i, "input_length": 1000, "output_length": 5, "hash_ids": [0, 1 + i]} for i in range(20)]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    first, second = cases(SimulatorBenchOptions(trace=trace, num_requests=10, seeds=2), BLOCK)
+    assert first.workload.requests[0].num_prompt_tokens == 16 + 488 * 16 // 512
+    assert second.workload.requests[0].hashes[1] == block_name(11)
+    with pytest.raises(ConfigError, match="trace: has 20 requests, 30 are needed"):
+        list(cases(SimulatorBenchOptions(trace=trace, num_requests=10, seeds=3), BLOCK))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--workload", "chat,tea"), "workload: must be one of shared-prefix, chat, sharegpt, got 'tea'"),
+        (("--policy", "cost,luck"), "policy: must be one of"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_starts(arguments, said):
+    result = CliRunner().invoke(app, ["bench", "simulator", *arguments])
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_a_summary_has_the_spread_of_the_errors():
+    figures = dict.fromkeys(Figures.__slots__, 1.0)
+    runs = [
+        {
+            "workload": "chat",
+            "policy": "cost",
+            "real": figures,
+            "simulated": figures,
+            "error": dict.fromkeys(figures, e),
+        }
+        for e in (-0.1, 0.3)
+    ]
+    (row,) = summarize(runs)
+    assert row["runs"] == 2
+    assert row["ttft_mean_s"] == {"real": 1.0, "simulated": 1.0, "error": [0.1, -0.1, 0.3]}

@@ -1,0 +1,44 @@
+import dataclasses
+
+import pytest
+
+from tailrace.sim.calibrate import PrefillSample, calibrated
+from tailrace.sim.profile import PROFILES
+
+BASE = PROFILES["cpu"]
+KINDS = ((0, 32), (0, 128), (0, 700), (0, 2000), (512, 576), (1024, 1280), (1984, 2048))
+
+
+def samples_of(profile) -> list[PrefillSample]:
+    return [PrefillSample(*kind, profile.prefill_s(*kind)) for kind in KINDS]
+
+
+def test_what_a_profile_predicts_gives_the_profile_back():
+    truth = dataclasses.replace(
+        BASE,
+        flops_per_s=1.3e12,
+        attention_flops_per_s=0.2e12,
+        context_s_per_token=9e-6,
+        prefill_overhead_s=0.004,
+    )
+    found = calibrated(BASE, samples_of(truth))
+    for name in ("flops_per_s", "attention_flops_per_s", "context_s_per_token", "prefill_overhead_s"):
+        assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=1e-6), name
+    assert found.prefill_s(300, 1500) == pytest.approx(truth.prefill_s(300, 1500))
+
+
+def test_no_cost_is_negative():
+    truth = dataclasses.replace(BASE, attention_flops_per_s=float("inf"), context_s_per_token=0.0)
+    bent = [dataclasses.replace(s, seconds=s.seconds * (1 - s.prompt_tokens / 20_000)) for s in samples_of(truth)]
+    found = calibrated(BASE, bent)
+    assert found.attention_flops_per_s > 0.0
+    assert found.context_s_per_token >= 0.0
+    assert found.prefill_s(0, 4000) >= found.prefill_s(0, 2000) > 0.0
+
+
+def test_too_few_kinds_or_no_growth_are_refused():
+    with pytest.raises(ValueError, match="4 lengths at least are needed, got 1"):
+        calibrated(BASE, [PrefillSample(0, 64, 0.1)] * 9)
+    falling = [PrefillSample(0, 16 * i, 1.0 / i**3) for i in range(1, 9)]
+    with pytest.raises(ValueError, match="no longer with more tokens"):
+        calibrated(BASE, falling)
