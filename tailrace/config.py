@@ -187,7 +187,9 @@ class WorkerConfig(EngineFields):
     data_host: str = Field(default="", max_length=255)
     """Interface of the stream transport; empty: host."""
     store: Address | None = None
-    """gRPC address of the store on this machine; a prefill worker offers it what it has computed."""
+    """gRPC address of the store on this machine; a worker offers it what it has computed."""
+    offer_low_water: float = Field(default=0.1, ge=0, le=0.5)
+    """Share of the pool: when fewer blocks are free, those that would be evicted next are offered to the store."""
 
     @model_validator(mode="after")
     def _secret_where_reachable(self) -> Self:

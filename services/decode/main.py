@@ -1,6 +1,7 @@
 """The decode worker's process."""
 
 from services.decode.service import DecodeService
+from services.decode.swap import SwapPulls
 from services.decode.worker import DecodeWorker
 from tailrace.config import WorkerConfig
 from tailrace.engine.engine import Engine
@@ -10,7 +11,7 @@ from tailrace.rpc.server import Server
 from tailrace.types import Role
 from tailrace.worker.attach import Attachments
 from tailrace.worker.engine_thread import EngineThread
-from tailrace.worker.host import Parts, Wiring, die, load_parts, open_plane, serve, worker_info
+from tailrace.worker.host import Parts, Wiring, die, load_parts, make_offers, open_plane, serve, worker_info
 from tailrace.worker.life import run_process
 from tailrace.worker.member import Identity
 from tailrace.worker.peers import OwnerPeers
@@ -26,14 +27,24 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
     server = Server(identity.secret)
     port = server.bind(config.host, config.port)
     parts = Parts(config, identity, engine, pool, await open_plane(config, identity, engine, pool))
+    offered, swap_cost = parts.offer_policy(), parts.swap_cost()
     scheduler = DecodeScheduler(
         pool,
         block_size=engine.layout.block_size,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         stop=parts.stop_rule,
+        offers=offered,
+        swap_cost=swap_cost,
     )
-    worker = DecodeWorker(parts.step_runner(), scheduler, pool, block_bytes=engine.layout.block_bytes)
+    worker = DecodeWorker(
+        parts.step_runner(),
+        scheduler,
+        pool,
+        block_bytes=engine.layout.block_bytes,
+        offers=offered,
+        swap_cost=swap_cost,
+    )
     peers = OwnerPeers(
         parts.transfer.needer,
         engine.layout,
@@ -41,14 +52,17 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         epoch=identity.epoch,
         secret=identity.secret,
     )
-    service = DecodeService(worker, RequestMaker(engine.layout, engine.config.vocab_size), peers)
+    offers = make_offers(parts, port)
+    requests = RequestMaker(engine.layout, engine.config.vocab_size)
+    service = DecodeService(worker, requests, peers, offers)
     thread = EngineThread(
         worker, deliver=service.deliver, died=die, overlap=parts.overlap, chore=engine.cache.touch_more
     )
     attachments = Attachments(worker_info(config, identity, engine, port), service, steps=lambda: thread.num_steps)
-    service.connect(thread, attachments)
+    swaps = None if config.store is None else SwapPulls(config.store, worker, thread, peers, engine.layout)
+    service.connect(thread, attachments, swaps)
     try:
-        await serve(parts, Wiring(thread, attachments, worker), server)
+        await serve(parts, Wiring(thread, attachments, worker, offers=offers), server)
     finally:
         await service.close()
         await peers.close()

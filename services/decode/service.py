@@ -4,9 +4,11 @@ import asyncio
 from functools import partial
 
 from services.decode.pull import PromptPull
+from services.decode.swap import SwapPulls
 from services.decode.worker import DecodeWorker
 from tailrace.worker.attach import Attachments, Leg
 from tailrace.worker.engine_thread import EngineThread
+from tailrace.worker.offering import StoreOffers
 from tailrace.worker.reading import Peers
 from tailrace.worker.report import StepReport
 from tailrace.worker.requests import RequestMaker
@@ -15,18 +17,23 @@ from tailrace.worker.requests import RequestMaker
 class DecodeService:
     """Glue without decisions. Event loop only."""
 
-    def __init__(self, worker: DecodeWorker, requests: RequestMaker, peers: Peers) -> None:
+    def __init__(
+        self, worker: DecodeWorker, requests: RequestMaker, peers: Peers, offers: StoreOffers | None = None
+    ) -> None:
+        """`offers`: None where there is no store."""
         self._worker = worker
         self._requests = requests
         self._peers = peers
+        self._offers = offers
         self._pulls: dict[int, PromptPull] = {}
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._engine: EngineThread
         self._attachments: Attachments
+        self._swaps: SwapPulls | None
 
-    def connect(self, engine: EngineThread, attachments: Attachments) -> None:
-        """Everyone knows everyone, once, before anything runs."""
-        self._engine, self._attachments = engine, attachments
+    def connect(self, engine: EngineThread, attachments: Attachments, swaps: SwapPulls | None = None) -> None:
+        """Everyone knows everyone, once, before anything runs. `swaps`: None where there is no store."""
+        self._engine, self._attachments, self._swaps = engine, attachments, swaps
 
     # -- LegHandler ---------------------------------------------------------------------------------------------------
 
@@ -62,6 +69,12 @@ class DecodeService:
 
     def deliver(self, report: StepReport) -> None:
         self._attachments.deliver(report)
+        if self._offers is not None:
+            for chain in report.chains:
+                self._offers.add(chain)
+        if self._swaps is not None:
+            for swap in report.fetching:
+                self._swaps.begin(swap)
         for destination in report.granted:
             if (pull := self._pulls.get(destination.request_id)) is not None:
                 pull.grant(destination)
@@ -75,3 +88,5 @@ class DecodeService:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._swaps is not None:
+            await self._swaps.close()

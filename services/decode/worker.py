@@ -7,16 +7,20 @@ from dataclasses import dataclass
 
 from tailrace.errors import InvalidRequestError, OverloadedError, TailraceError
 from tailrace.kv.block_pool import BlockPool, BlockState
-from tailrace.messages import ChoiceFinished, FirstToken, Holding, HoldingState, LegFailed, LegReport, Load
+from tailrace.messages import ChoiceFinished, Fetch, FirstToken, Holding, HoldingState, LegFailed, LegReport, Load
 from tailrace.plan import StepOutput, StepPlan
 from tailrace.policy.decode_scheduler import DecodeScheduler
 from tailrace.policy.estimates import PrefillFit, StepFit
+from tailrace.policy.offers import OfferPolicy
+from tailrace.policy.prefix_fetches import PrefixFetch
 from tailrace.policy.request import DrawnToken, Request
 from tailrace.policy.sequence import DecodeStep
+from tailrace.policy.swap import SwapCost
 from tailrace.worker.holdings import pending_reads
 from tailrace.worker.limits import MAX_WAITING, line_is_full, no_logits
+from tailrace.worker.prefix_fetch import PulledPrefix, patience_s
 from tailrace.worker.rates import FIT_FORGET, FIT_SPREAD, Ewma
-from tailrace.worker.report import Destination, StepReport, with_ledger
+from tailrace.worker.report import Destination, PrefixDestination, StepReport, with_ledger
 from tailrace.worker.runner import LaunchedStep, Runner
 
 log = logging.getLogger(__name__)
@@ -48,16 +52,30 @@ class _Life:
     first_local: float = 0.0
     joined: float = 0.0
     pull: Pull | None = None
+    fetches: tuple[Fetch, ...] = ()
+    """Of blocks that it had lost here."""
 
 
 class DecodeWorker:
     """Engine thread only."""
 
-    def __init__(self, runner: Runner, scheduler: DecodeScheduler, pool: BlockPool, *, block_bytes: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: DecodeScheduler,
+        pool: BlockPool,
+        *,
+        block_bytes: int,
+        offers: OfferPolicy | None = None,
+        swap_cost: SwapCost | None = None,
+    ) -> None:
+        """`offers` and `swap_cost`: the scheduler's own; None where there is no store."""
         self.block_bytes = block_bytes
         self._runner = runner
         self._scheduler = scheduler
         self._pool = pool
+        self._offers = offers
+        self._swap_cost = swap_cost
         self._lives: dict[int, _Life] = {}
         self._step_s = Ewma()
         self._step_fit = StepFit(FIT_FORGET, FIT_SPREAD)
@@ -157,6 +175,29 @@ class DecodeWorker:
         life.open_choices.difference_update(choices or tuple(life.open_choices))
         self._end_if_over(request_id, self._report)
 
+    # -- blocks that come back from the store --------------------------------------------------------------------------
+
+    def swap_landed(self, swap_id: int, blocks: Sequence[int]) -> None:
+        """A read ended well."""
+        self._scheduler.swaps.landed(swap_id, blocks)
+
+    def end_swap(self, swap_id: int, pulled: PulledPrefix, in_flight: Sequence[int]) -> None:
+        """Nothing more comes of it; blocks `in_flight` may still be written: `settle` follows for them."""
+        if self._swap_cost is not None:
+            self._swap_cost.note(len(pulled.tiers), pulled.seconds)
+        request_id = self._scheduler.swaps.request_of(swap_id)
+        if (life := self._lives.get(request_id)) is not None:
+            life.fetches += pulled.fetches
+        self._scheduler.end_swap(swap_id, in_flight)
+        if in_flight:
+            self.quarantine(in_flight)
+
+    def _swap(self, fetch: PrefixFetch, cost: SwapCost) -> PrefixDestination:
+        size = cost.block_tokens
+        patience = patience_s(self._prefill_fit.seconds(fetch.num_local * size, fetch.end * size))
+        blocks = tuple(fetch.blocks[: fetch.end])
+        return PrefixDestination(fetch.request.id, fetch.request.hashes, blocks, fetch.num_local, patience)
+
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def launch(self) -> LaunchedStep | None:
@@ -172,6 +213,10 @@ class DecodeWorker:
             self._book(step.plan, step.pending.wait(), report)
         for arrival in self._scheduler.grant():
             report.granted.append(Destination(arrival.request.id, tuple(arrival.blocks), arrival.num_local))
+        if self._offers is not None:
+            report.chains = self._offers.due()
+        if self._swap_cost is not None:
+            report.fetching = [self._swap(fetch, self._swap_cost) for fetch in self._scheduler.swaps.drain_granted()]
         report.kv_events = self._pool.drain_events()
         report.load = self.load()
         return report
@@ -183,6 +228,8 @@ class DecodeWorker:
             self._step_fit.add(len(plan.decode), out.elapsed_s)
         elif plan.chunks and not plan.decode:
             self._prefill_fit.add_step(((chunk.start, chunk.end) for chunk in plan.chunks), out.elapsed_s)
+            if self._swap_cost is not None:
+                self._swap_cost.prefill_tokens_per_s = self._prefill_fit.tokens_per_s
         self._tell(self._scheduler.finish(plan, out), report)
 
     def _note_local_starts(self, plan: StepPlan) -> None:
@@ -253,6 +300,14 @@ class DecodeWorker:
             if landing:
                 request_id = arrival.request.id
                 held.append(Holding(self._name(request_id), HoldingState.LANDING, landing, self._age(request_id, now)))
+        for sequence, fetch in self._scheduler.swaps.held():
+            landing = tuple(b for b in fetch.blocks if self._pool.state(b) is BlockState.LANDING)
+            named.update(landing)
+            request_id = sequence.request.id if sequence is not None else -1
+            name = self._name(request_id) if sequence is not None else "a fetch that nobody waits for"
+            rest = tuple(b for b in fetch.blocks if b not in landing)
+            held.append(Holding(name, HoldingState.ACTIVE, rest, self._age(request_id, now)))
+            held.append(Holding(name, HoldingState.LANDING, landing, self._age(request_id, now)))
         return [*held, *pending_reads(self._pool, named)]
 
     def _name(self, request_id: int) -> str:
@@ -280,4 +335,5 @@ def _leg_report(request_id: int, life: _Life, now: float) -> LegReport:
         decode_s=now - began,
         cached_tokens=life.cached_tokens if local else 0,
         cached_by_tier={"worker": life.cached_tokens} if local and life.cached_tokens else {},
+        fetches=life.fetches,
     )

@@ -37,6 +37,9 @@ MAX_PULLS = 16
 MAX_LOANS = 256
 PULL_TIMEOUT_S = 10.0
 """A read that takes longer is stalled: its slots are quarantined until it ends."""
+ASK_AGAIN_S = 0.05
+MAX_VAIN_ASKS = 40
+"""A worker lends little at a time: while it has nothing left to lend of what it has, it is asked again so often."""
 SNAPSHOT_BLOCKS = 4096
 
 
@@ -183,20 +186,37 @@ class StoreNode:
     async def _try_pull(self, storage: Storage, offer: BlockOffer, wanted: list[OfferedBlock]) -> None:
         if self._peers is None:
             raise UnavailableError("the store is not open")
-        link = await self._peers.link(offer.source)
+        vain = 0
+        while wanted and vain < MAX_VAIN_ASKS:
+            num_taken = await self._pull_some(self._peers, storage, offer, wanted)
+            if num_taken is None:
+                return
+            if not num_taken:
+                vain += 1
+                await asyncio.sleep(ASK_AGAIN_S)
+            wanted = wanted[num_taken:]
+
+    async def _pull_some(
+        self, peers: OwnerPeers, storage: Storage, offer: BlockOffer, wanted: list[OfferedBlock]
+    ) -> int | None:
+        """How many of them, from the first on, have come. None: there is no more to be had, or no room for it."""
+        link = await peers.link(offer.source)
         names = tuple(piece.block_hash for piece in wanted)
         identity = self._identity
         terms = LendTerms("", 0, b"", identity.worker_id, identity.epoch, link.transport, block_hashes=names)
-        async with self._peers.lend(offer.source, terms) as events:
+        async with peers.lend(offer.source, terms) as events:
             async for event in events:
                 if isinstance(event, LendDone):
-                    return
+                    return 0 if event.cached_tokens else None
                 if event.first_index or len(event.blocks) > len(wanted):
                     raise TransferError(f"{offer.source.worker_id} lent blocks that nobody asked for")
                 arrivals = storage.store.reserve(wanted[: len(event.blocks)], offer.tenant)
                 if arrivals:
                     await self._read(storage, link.read(_reads(arrivals, names, event)), arrivals)
-                return
+                    return len(event.blocks)
+                if event.blocks:
+                    return None
+        return None
 
     async def _read(self, storage: Storage, read: PendingRead, arrivals: list[Arrival]) -> None:
         """A slot is landing until its read has settled, whatever becomes of the task."""

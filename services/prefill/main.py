@@ -34,7 +34,14 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         max_num_batched_tokens=config.max_num_batched_tokens,
         stop=parts.stop_rule,
     )
-    worker = PrefillWorker(parts.step_runner(), scheduler, pool, engine.layout, pool_address=engine.cache.address)
+    worker = PrefillWorker(
+        parts.step_runner(),
+        scheduler,
+        pool,
+        engine.layout,
+        pool_address=engine.cache.address,
+        offers=parts.offer_policy(),
+    )
     peers = OwnerPeers(
         parts.transfer.needer,
         engine.layout,

@@ -22,6 +22,7 @@ from tailrace.messages import (
 )
 from tailrace.plan import StepOutput, StepPlan
 from tailrace.policy.estimates import PrefillFit
+from tailrace.policy.offers import OfferPolicy
 from tailrace.policy.prefill_scheduler import PrefillJob, PrefillScheduler
 from tailrace.policy.prefix_fetches import PrefixFetch
 from tailrace.policy.request import Request
@@ -62,12 +63,20 @@ class PrefillWorker:
     """Engine thread only."""
 
     def __init__(
-        self, runner: Runner, scheduler: PrefillScheduler, pool: BlockPool, layout: KVLayout, *, pool_address: int
+        self,
+        runner: Runner,
+        scheduler: PrefillScheduler,
+        pool: BlockPool,
+        layout: KVLayout,
+        *,
+        pool_address: int,
+        offers: OfferPolicy | None = None,
     ) -> None:
-        """`pool_address`: of the first byte of block 0."""
+        """`pool_address`: of the first byte of block 0; `offers`: None where there is no store."""
         self._runner = runner
         self._scheduler = scheduler
         self._pool = pool
+        self._offers = offers
         self._block_size = layout.block_size
         self._block_bytes = layout.block_bytes
         self._pool_address = pool_address
@@ -75,7 +84,6 @@ class PrefillWorker:
         self._fit = PrefillFit(FIT_FORGET, FIT_SPREAD)
         self._fetch_rate = Ewma()
         self._ended: list[int] = []
-        self._chains: list[Sequence[bytes]] = []
         self._failed: list[LegFailed] = []
         self._lends: list[LendProgress] = []
 
@@ -103,8 +111,8 @@ class PrefillWorker:
     def drop(self, request_id: int, in_flight: Sequence[int] = ()) -> None:
         """Cancelled, or pulled. Idempotent. Blocks `in_flight` may still be written; `settle` follows for them."""
         if self._lives.pop(request_id, None) is not None:
-            if (job := self._scheduler.job(request_id)) is not None and job.is_computed:
-                self._chains.append(job.request.hashes)
+            if self._offers is not None and (job := self._scheduler.job(request_id)) is not None and job.is_computed:
+                self._offers.note_over(job.request.hashes)
             self._scheduler.drop(request_id, in_flight)
             self._ended.append(request_id)
 
@@ -149,7 +157,8 @@ class PrefillWorker:
         if step is not None:
             self._book(step.plan, step.pending.wait(), report)
         report.ended, self._ended = self._ended, []
-        report.chains, self._chains = self._chains, []
+        if self._offers is not None:
+            report.chains = self._offers.due()
         report.failed, self._failed = [*report.failed, *self._failed], []
         report.fetching = [self._destination(fetch) for fetch in self._scheduler.drain_granted()]
         report.kv_events = self._pool.drain_events()
@@ -157,7 +166,8 @@ class PrefillWorker:
         return report
 
     def _destination(self, fetch: PrefixFetch) -> PrefixDestination:
-        patience = patience_s((fetch.end - fetch.num_local) * self._block_size, self._fit.tokens_per_s)
+        size = self._block_size
+        patience = patience_s(self._fit.seconds(fetch.num_local * size, fetch.end * size))
         blocks = tuple(fetch.blocks[: fetch.end])
         return PrefixDestination(fetch.request.id, fetch.request.hashes, blocks, fetch.num_local, patience)
 

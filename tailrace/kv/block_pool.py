@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,17 +108,25 @@ class BlockPool:
         self._open_loans: dict[RevocableLoan, None] = {}
         """The oldest first."""
         self._hashes: list[bytes | None] = [None] * num_blocks
+        self._parents = [b""] * num_blocks
+        """Hash of the block before it in its chain; empty: it is the first. Of registered blocks."""
         self._by_hash: dict[bytes, int] = {}
         # A stack: a block that was just freed is warm in the caches, one never used may not even have memory yet.
         self._free = list(range(num_blocks - 1, -1, -1))
         self._evictable: OrderedDict[int, None] = OrderedDict()
         """Cached blocks, the first to be evicted first."""
+        self.num_taken = 0
+        """Blocks handed out so far."""
         self._events: list[KVEvent] = []
 
     def __repr__(self) -> str:
         return f"<BlockPool {self.num_blocks}: {self.ledger()}>"
 
     # -- what is there ------------------------------------------------------------------------------------------------
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
 
     @property
     def num_available(self) -> int:
@@ -133,6 +142,24 @@ class BlockPool:
                 break
             blocks.append(block)
         return blocks
+
+    def next_evicted(self, count: int) -> list[int]:
+        """The first `count` cached blocks in the order in which they would be evicted now."""
+        return list(islice(self._evictable, max(0, count)))
+
+    def chain_of(self, block: int) -> list[bytes]:
+        """Hashes from the first block of its chain to this one; empty when it or one before it is not findable.
+
+        O(its depth).
+        """
+        chain: list[bytes] = []
+        at: int | None = self._known(block)
+        while at is not None and (own := self._hashes[at]) is not None:
+            chain.append(own)
+            if not self._parents[at]:
+                return chain[::-1]
+            at = self._by_hash.get(self._parents[at])
+        return []
 
     def generation(self, block: int) -> int:
         return self._generations[self._known(block)]
@@ -180,8 +207,8 @@ class BlockPool:
             self._references[block] -= 1
             self._settle(block)
 
-    def register(self, block: int, block_hash: bytes) -> None:
-        """The block is completely written, and findable from now on.
+    def register(self, block: int, block_hash: bytes, parent: bytes = b"") -> None:
+        """The block is completely written, and findable from now on. `parent`: hash of the one before it in its chain.
 
         Two sequences may compute the same block at the same time: the first one registered stays the one to find.
         """
@@ -191,6 +218,7 @@ class BlockPool:
             raise ValueError(f"block {block} is registered under another hash")
         if self._prefix_caching and block_hash not in self._by_hash:
             self._hashes[block] = block_hash
+            self._parents[block] = parent
             self._by_hash[block_hash] = block
             self._events.append(KVEvent(KVEventKind.PUBLISH, block_hash))
 
@@ -299,6 +327,7 @@ class BlockPool:
             raise ValueError(f"count must not be negative, not {count}")
         if count > self.num_available:
             return None
+        self.num_taken += count
         blocks: list[int] = []
         for _ in range(count):
             block = self._free[-1] if self._free else self._evict()

@@ -54,6 +54,11 @@ def hash_encoded(data: bytes, block_size: int, parent: bytes) -> list[bytes]:
     return hashes
 
 
+def parent_of(hashes: Sequence[bytes], index: int) -> bytes:
+    """The hash of the block before this one of a chain; empty before the first."""
+    return hashes[index - 1] if index else b""
+
+
 def encode_tokens(tokens: Sequence[int], count: int) -> bytes:
     """The first `count` tokens as little-endian uint32. Raises ValueError for token ids outside uint32."""
     try:

@@ -10,56 +10,66 @@ how many a sequence has is known all the same, and so is whether it ends by its 
 have ended otherwise leaves a row behind that is nobody's.
 """
 
-import heapq
 from collections.abc import Sequence as Seq
 
 from tailrace.kv.block_pool import BlockPool
-from tailrace.kv.hashing import extend_hashes, hash_blocks
-from tailrace.plan import BlockAppend, Chunk, SequenceStart, StepOutput, StepPlan
+from tailrace.kv.hashing import extend_hashes, parent_of
+from tailrace.plan import BlockAppend, SequenceStart, StepOutput, StepPlan
 from tailrace.policy.arrivals import Arrivals
 from tailrace.policy.copies import PendingCopies
 from tailrace.policy.flights import Flights
 from tailrace.policy.forks import branch
+from tailrace.policy.local_prefill import LocalPrefill
+from tailrace.policy.offers import OfferPolicy
 from tailrace.policy.request import DrawnToken, Request, StopRule, blocks_for
 from tailrace.policy.running import PlannedRows, RunningBatch, drawn_rows
 from tailrace.policy.sequence import Arrival, DecodeStep, Finish, Sequence
 from tailrace.policy.slots import Slots
+from tailrace.policy.swap import SwapCost, SwapIns
 
 
 class DecodeScheduler:
     """Owns the requests of a decode worker; `pool` is written here only."""
 
     def __init__(
-        self, pool: BlockPool, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, stop: StopRule
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        stop: StopRule,
+        offers: OfferPolicy | None = None,
+        swap_cost: SwapCost | None = None,
     ) -> None:
+        """`offers`: None where there is no store; `swap_cost`: None where nothing is fetched back from it."""
         self._pool = pool
         self._block_size = block_size
         self._budget = max_num_batched_tokens
         self._slots = Slots(max_num_seqs)
         self._stop = stop
+        self._offers = offers
         self._arrivals = Arrivals(pool, block_size)
-        self._local: list[tuple[tuple[int, int, int], Sequence]] = []
-        self._computing: list[Sequence] = []
         self._joining: list[Sequence] = []
         self._running = RunningBatch(block_size, stop)
         self._flights: Flights[PlannedRows] = Flights(pool)
         self._copies = PendingCopies(pool)
+        self._local = LocalPrefill(pool, self._slots, self._flights, block_size, swap_cost)
         self.num_preempted = 0
 
     # -- load ---------------------------------------------------------------------------------------------------------
 
     @property
     def num_waiting(self) -> int:
-        return len(self._arrivals) + len(self._local) + len(self._joining)
+        return len(self._arrivals) + self._local.num_waiting + len(self._joining)
 
     @property
     def num_running(self) -> int:
-        return len(self._running) + len(self._computing)
+        return len(self._running) + len(self._local.computing)
 
     @property
     def waiting_tokens(self) -> int:
-        waiting = [sequence for _, sequence in self._local]
-        return sum(len(s.tokens) - s.num_computed for s in [*waiting, *self._computing])
+        return self._local.waiting_tokens
 
     @property
     def booked_blocks(self) -> int:
@@ -67,7 +77,7 @@ class DecodeScheduler:
 
     def sequences(self) -> list[Sequence]:
         """Everyone who holds blocks."""
-        return [*self._running.sequences(), *self._computing, *self._joining]
+        return [*self._running.sequences(), *self._local.computing, *self._joining]
 
     def arrivals(self) -> list[Arrival]:
         return self._arrivals.all()
@@ -90,7 +100,7 @@ class DecodeScheduler:
         return True
 
     def _is_idle(self) -> bool:
-        return not (self._arrivals or self._local or self.sequences())
+        return not (self._arrivals or self._local.num_waiting or self.sequences())
 
     def want_destination(self, request_id: int) -> None:
         """The owner has something to pull; `grant` gives the blocks as soon as there is room."""
@@ -101,7 +111,7 @@ class DecodeScheduler:
         """Destinations for those that wait for one, in order of rank, while there is room. Head of the line first."""
         granted: list[Arrival] = []
         for arrival in self._arrivals.waiting():
-            overtakes = self._local and self._local[0][1].request.rank < arrival.request.rank
+            overtakes = (head := self._local.line.head) is not None and head.request.rank < arrival.request.rank
             # A running sequence may need its next block at the next step: keep one for each.
             if overtakes or not self._arrivals.claim(arrival, spare=len(self._running)):
                 break
@@ -117,8 +127,7 @@ class DecodeScheduler:
         arrival = self._arrivals.pop(request_id)
         assert arrival is not None, "callers know what they booked"
         request = arrival.request
-        for block, block_hash in zip(arrival.blocks, request.hashes, strict=False):
-            self._pool.register(block, block_hash)
+        self._register(arrival.blocks, request.hashes, 0, len(request.hashes))
         parent = Sequence(
             request, request.choices, list(request.tokens), list(request.hashes), arrival.blocks, len(request.tokens)
         )
@@ -141,14 +150,22 @@ class DecodeScheduler:
         """The read into these blocks stalls: it may still write them."""
         self._pool.quarantine(blocks)
 
+    # -- blocks that come back from the store --------------------------------------------------------------------------
+
+    @property
+    def swaps(self) -> SwapIns:
+        """Who fetches its blocks back: to be asked for what is granted, and told what has landed."""
+        return self._local.swaps
+
+    def end_swap(self, swap_id: int, in_flight: Seq[int]) -> None:
+        """Nothing more is read for it. Blocks `in_flight` may still be written, and stay landing until `settle`."""
+        self._local.end_swap(swap_id, in_flight)
+
     # -- local work ---------------------------------------------------------------------------------------------------
 
     def submit_local(self, request: Request) -> None:
         """Compute the prompt here."""
-        self._wait(Sequence(request, request.choices, list(request.tokens), []))
-
-    def _wait(self, sequence: Sequence) -> None:
-        heapq.heappush(self._local, (sequence.rank, sequence))
+        self._local.line.add(Sequence(request, request.choices, list(request.tokens), []))
 
     def drop(self, request_id: int, choices: Seq[int] = (), in_flight: Seq[int] = ()) -> None:
         """Cancelled. `choices` empty: the whole request. Unknown ids are fine. `in_flight` as in `recompute`."""
@@ -167,16 +184,12 @@ class DecodeScheduler:
                 sequence.choices = rest
 
     def _of_request(self, request_id: int) -> list[Sequence]:
-        waiting = [sequence for _, sequence in self._local]
-        return [s for s in [*self.sequences(), *waiting] if s.request.id == request_id]
+        return [s for s in [*self.sequences(), *self._local.waiting()] if s.request.id == request_id]
 
     def _remove(self, sequence: Sequence) -> None:
         self._running.discard(sequence)
-        self._computing = [s for s in self._computing if s is not sequence]
+        self._local.discard(sequence)
         self._joining = [s for s in self._joining if s is not sequence]
-        if any(s is sequence for _, s in self._local):
-            self._local = [entry for entry in self._local if entry[1] is not sequence]
-            heapq.heapify(self._local)
         self._vacate(sequence)
 
     def _vacate(self, sequence: Sequence) -> None:
@@ -201,17 +214,17 @@ class DecodeScheduler:
         appended = self._grow(due.growing)
         started = self._start_joined()
         rows = self._running.rows(has_ended=due.has_ended)
-        prompts: list[Sequence] = []
+        local = self._local.plan(self._budget - len(rows.slots), spare=len(self._running))
         plan = StepPlan(
-            chunks=self._chunks(self._budget - len(rows.slots), started, prompts),
+            chunks=local.chunks,
             released=self._slots.drain_released(),
-            started=started,
+            started=[*started, *local.started],
             appended=appended,
             copies=self._copies.drain(),
             decode=rows.slots,
         )
         if plan.changes_anything:
-            self._begin(plan, PlannedRows(rows, prompts))
+            self._begin(plan, PlannedRows(rows, local.prompts))
         return plan
 
     def _begin(self, plan: StepPlan, rows: PlannedRows) -> None:
@@ -222,7 +235,7 @@ class DecodeScheduler:
             promised.update(sequence.hashes[chunk.start // self._block_size : chunk.end // self._block_size])
             # A prompt that draws for its slot alone decodes on from there; others fork first.
             if chunk.choices == (sequence.slot_choice,):
-                self._computing.remove(sequence)
+                self._local.computing.remove(sequence)
                 self._running.add(sequence)
                 sequence.num_tokens += 1
         self._flights.begin(plan, rows, frozenset(promised))
@@ -246,7 +259,7 @@ class DecodeScheduler:
     def _allocate_by_preempting(self, sequence: Sequence) -> int | None:
         """None: the sequence itself was the lowest in rank, and gave way."""
         while (got := self._pool.allocate(1)) is None:
-            victim = max([*self._running.sequences(), *self._computing], key=lambda s: s.rank)
+            victim = max([*self._running.sequences(), *self._local.computing], key=lambda s: s.rank)
             self._preempt(victim)
             if victim is sequence:
                 return None
@@ -255,15 +268,17 @@ class DecodeScheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Let its blocks go (they stay cached while nobody needs them); compute it again later, from what is left."""
         self.num_preempted += 1
+        self._offer(sequence)
+        sequence.num_offered = sequence.num_computed // self._block_size
         self._remove(sequence)
         sequence.num_computed = sequence.num_planned = 0
         sequence.hashes = []
-        self._wait(sequence)
+        self._local.line.add(sequence)
 
     def _start_joined(self) -> list[SequenceStart]:
         """Rows for the joined ones. When nobody runs and none can start, the lowest in rank gives way."""
         started = [s.as_start() for s in list(self._joining) if self._try_start(s)]
-        while not (started or self._running or self._computing or self._flights) and len(self._joining) > 1:
+        while not (started or self._running or self._local.computing or self._flights) and len(self._joining) > 1:
             self._preempt(max(self._joining, key=lambda s: s.rank))
             started = [s.as_start() for s in list(self._joining) if self._try_start(s)]
         return started
@@ -271,15 +286,10 @@ class DecodeScheduler:
     def _try_start(self, sequence: Sequence) -> bool:
         if not len(self._slots) or not self._has_room_for_last(sequence):
             return False
-        self._take_slot(sequence)
+        sequence.enter(self._slots.take())
         self._joining.remove(sequence)
         self._running.add(sequence)
         return True
-
-    def _take_slot(self, sequence: Sequence) -> None:
-        slot = self._slots.take()
-        assert slot is not None, "callers look first"
-        sequence.slot, sequence.slot_choice = slot, sequence.choices[0]
 
     def _has_room_for_last(self, sequence: Sequence) -> bool:
         if len(sequence.tokens) <= len(sequence.blocks) * self._block_size:
@@ -288,49 +298,6 @@ class DecodeScheduler:
         if fresh is not None:
             sequence.blocks.extend(fresh)
         return fresh is not None
-
-    def _chunks(self, budget: int, started: list[SequenceStart], prompts: list[Sequence]) -> list[Chunk]:
-        """`started` and `prompts` are added to."""
-        chunks: list[Chunk] = []
-        for sequence in self._computing:
-            if budget > 0 and sequence.num_planned < len(sequence.tokens):
-                budget -= self._add_chunk(sequence, budget, chunks)
-                prompts.append(sequence)
-        while budget > 0 and (admitted := self._admit_local()) is not None:
-            started.append(admitted.as_start())
-            budget -= self._add_chunk(admitted, budget, chunks)
-            prompts.append(admitted)
-        return chunks
-
-    def _add_chunk(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
-        start, total = sequence.num_planned, len(sequence.tokens)
-        end = sequence.num_planned = min(total, start + budget)
-        chunks.append(Chunk(sequence.slot, start, end, sequence.choices if end == total else ()))
-        return end - start
-
-    def _admit_local(self) -> Sequence | None:
-        if not self._local or not len(self._slots):
-            return None
-        sequence = self._local[0][1]
-        if not sequence.hashes:
-            sequence.hashes = hash_blocks(sequence.tokens, self._block_size, sequence.request.hash_seed)
-        reusable = sequence.hashes[: (len(sequence.tokens) - 1) // self._block_size]
-        cached = self._pool.find_prefix(reusable)
-        if self._flights.will_find(reusable, len(cached)):
-            return None
-        self._pool.acquire(cached)
-        missing = blocks_for(len(sequence.tokens), self._block_size) - len(cached)
-        has_room = self._pool.num_available >= missing + len(self._running)
-        fresh = self._pool.allocate(missing) if has_room else None
-        if fresh is None:
-            self._pool.release(cached)
-            return None
-        heapq.heappop(self._local)
-        self._take_slot(sequence)
-        sequence.blocks = [*cached, *fresh]
-        sequence.num_computed = sequence.num_planned = len(cached) * self._block_size
-        self._computing.append(sequence)
-        return sequence
 
     # -- after the step -----------------------------------------------------------------------------------------------
 
@@ -368,6 +335,7 @@ class DecodeScheduler:
             self._running.set_watch(sequence)
         else:
             step.finished.append(Finish(sequence.key, reason))
+            self._offer(sequence)
             self._remove(sequence)
 
     def _finish_prompts(self, plan: StepPlan, prompts: list[Sequence], out: StepOutput, step: DecodeStep) -> None:
@@ -401,15 +369,23 @@ class DecodeScheduler:
             parent = sequence.hashes[-1] if sequence.hashes else sequence.request.hash_seed
             fresh = sequence.tokens[len(sequence.hashes) * size : full * size]
             sequence.hashes += extend_hashes(fresh, size, parent)
-        for index in range(first, full):
-            self._pool.register(sequence.blocks[index], sequence.hashes[index])
+        self._register(sequence.blocks, sequence.hashes, first, full)
+
+    def _register(self, blocks: Seq[int], hashes: Seq[bytes], first: int, end: int) -> None:
+        for index in range(first, end):
+            self._pool.register(blocks[index], hashes[index], parent_of(hashes, index))
+
+    def _offer(self, sequence: Sequence) -> None:
+        """It lets its blocks go: the store may want those that are computed."""
+        if self._offers is not None:
+            self._offers.note_over(sequence.hashes[: sequence.num_computed // self._block_size])
 
     def _settle_prompt(self, sequence: Sequence, first: list[DrawnToken], step: DecodeStep) -> None:
         """The last chunk drew for every choice. The slot stays with its own choice, if that goes on."""
         if sequence in self._running:
             self._continue(sequence, first[0], step)
             return
-        self._computing.remove(sequence)
+        self._local.computing.remove(sequence)
         slot, own = sequence.slot, sequence.slot_choice
         for child in self._fork(sequence, first, step):
             if child.choices[0] == own:
@@ -427,14 +403,16 @@ class DecodeScheduler:
         sequence.tokens.append(token.token_id)
         self._running.set_watch(sequence)
         if token.finish_reason is not None:
+            self._offer(sequence)
             self._remove(sequence)
 
     def _fork(self, parent: Sequence, first: Seq[DrawnToken], step: DecodeStep) -> list[Sequence]:
         """Those of its choices that go on and have their blocks; the others wait to be computed again."""
         branches = branch(self._pool, self._copies, self._block_size, parent, first, step)
         for child in branches.homeless:
-            self._wait(child)
+            self._local.line.add(child)
         if not branches.held:
+            self._offer(parent)
             self._flights.release(parent.blocks)
         return branches.held
 

@@ -78,6 +78,11 @@ class PrefillFit:
         if computed >= 1 and 0.0 < seconds < float("inf"):
             self._fit.add(squares / computed, seconds / computed, float(computed))
 
+    def seconds(self, cached_tokens: int, prompt_tokens: int) -> float:
+        """Of the prefill of tokens `cached_tokens` to `prompt_tokens`; 0 before the first measurement."""
+        base, slope = self._line()
+        return base * (prompt_tokens - cached_tokens) + slope * (prompt_tokens**2 - cached_tokens**2)
+
     @property
     def curve_s(self) -> float:
         """b, seconds per square token; 0 while it cannot be told from noise."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tailrace.kv.block_pool import BlockPool
+from tailrace.kv.hashing import parent_of
 from tailrace.plan import Chunk, SequenceStart, StepOutput, StepPlan
 from tailrace.policy.flights import Flights
 from tailrace.policy.prefix_fetches import PrefixFetch, PrefixFetches
@@ -165,18 +166,18 @@ class PrefillScheduler:
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """Continue what runs, then admit what waits, until the token budget is used.
+        """Continue what runs and what was fetched, in order of rank; then admit what waits, until the budget is used.
 
         May be called once more before `finish`.
         """
         jobs = [job for job in self._running.values() if job.num_planned < len(job.request.tokens)]
+        started = [self._start(job) for job in self._go_on(jobs)]
         chunks: list[Chunk] = []
         budget = self._budget
         for job in jobs:
             if budget == 0:
                 break
             budget -= self._add_chunk(job, budget, chunks)
-        started: list[SequenceStart] = []
         while (admitted := self._admit(budget)) is not None:
             started.append(self._start(admitted))
             budget -= self._add_chunk(admitted, budget, chunks)
@@ -185,6 +186,19 @@ class PrefillScheduler:
         if plan.changes_anything:
             self._begin(plan, jobs[: len(chunks)])
         return plan
+
+    def _go_on(self, jobs: list[PrefillJob]) -> list[PrefillJob]:
+        """Those whose prefix has come and for whom something of the budget is left: put among `jobs`, and returned."""
+        fetched: list[PrefillJob] = []
+        while len(self._slots) and (ended := self._fetches.first_ended()) is not None:
+            before = [job for job in jobs if job.request.rank < ended.request.rank]
+            if sum(len(job.request.tokens) - job.num_planned for job in before) >= self._budget:
+                break
+            self._fetches.take(ended)
+            fetched.append(self._run(ended.request, ended.blocks, ended.num_ready))
+            jobs.append(fetched[-1])
+        jobs.sort(key=lambda job: job.request.rank)
+        return fetched
 
     def _add_chunk(self, job: PrefillJob, budget: int, chunks: list[Chunk]) -> int:
         start, total = job.num_planned, len(job.request.tokens)
@@ -212,12 +226,10 @@ class PrefillScheduler:
         )
 
     def _admit(self, budget: int) -> PrefillJob | None:
-        """Whose prefix has come, then the line. Lets the head of the line fetch even when there is no budget left.
+        """From the line. Lets its head fetch even when there is no budget left.
 
         Head of the line only: a prompt that does not fit is not overtaken by a smaller one.
         """
-        if budget > 0 and len(self._slots) and (ended := self._fetches.take_ended()) is not None:
-            return self._run(ended.request, ended.blocks, ended.num_ready)
         while (request := self._head()) is not None and self._has_buffer():
             # At least one token is left to compute: somebody must draw.
             reusable = request.hashes[: (len(request.tokens) - 1) // self._block_size]
@@ -284,7 +296,8 @@ class PrefillScheduler:
     def _mark_ready(self, job: PrefillJob) -> None:
         full = job.num_computed // self._block_size
         for index in range(job.num_ready, full):
-            self._pool.register(job.blocks[index], job.request.hashes[index])
+            hashes = job.request.hashes
+            self._pool.register(job.blocks[index], hashes[index], parent_of(hashes, index))
         job.num_ready = len(job.blocks) if job.is_computed else full
 
     def _complete(self, job: PrefillJob, out: StepOutput, row: int) -> None:

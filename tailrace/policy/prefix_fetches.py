@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tailrace.kv.block_pool import BlockPool
+from tailrace.kv.hashing import parent_of
 from tailrace.policy.request import Request, blocks_for
 
 MAX_QUARANTINED_SHARE = 0.25
@@ -72,8 +73,12 @@ class PrefixFetches:
         for piece in sorted(pieces, key=lambda piece: piece.start):
             if piece.start <= reached:
                 reached = max(reached, piece.stop)
-        too_many = self._pool.ledger().quarantined > MAX_QUARANTINED_SHARE * self._pool.num_blocks
-        return num_found if too_many else min(reached, limit)
+        return min(reached, limit) if self.may_fetch else num_found
+
+    @property
+    def may_fetch(self) -> bool:
+        """False: too many blocks wait for reads that are late."""
+        return self._pool.ledger().quarantined <= MAX_QUARANTINED_SHARE * self._pool.num_blocks
 
     def will_find(self, hashes: Sequence[bytes], num_found: int) -> bool:
         """Does a fetch bring the block that a prompt with these hashes lacks first?"""
@@ -81,15 +86,18 @@ class PrefixFetches:
             hashes[num_found] in fetch.promised for fetch in self._open.values() if not fetch.is_over
         )
 
-    def claim(self, request: Request, found: Sequence[int], end: int) -> bool:
-        """The whole table at once, `found` first. False: the pool cannot give it now, or too much of it is taken."""
+    def claim(self, request: Request, found: Sequence[int], end: int, *, spare: int = 0) -> bool:
+        """The whole table at once, `found` first.
+
+        False: the pool cannot give it now and keep `spare` blocks, or too much of it is taken.
+        """
         held = sum(len(fetch.blocks) for fetch in self._open.values())
         if held * FETCHING_SHARE > self._pool.num_blocks:
             return False
         self._pool.acquire(found)
         num_blocks = blocks_for(len(request.tokens), self._block_size)
         landing = None
-        if self._pool.num_available >= num_blocks - len(found):
+        if self._pool.num_available >= num_blocks - len(found) + spare:
             landing = self._pool.allocate_landing(end - len(found))
         fresh = self._pool.allocate(num_blocks - end) if landing is not None else None
         if landing is None or fresh is None:
@@ -117,7 +125,8 @@ class PrefixFetches:
         self._pool.landed(blocks)
         fetch.landed.update(blocks)
         while fetch.num_ready < fetch.end and fetch.blocks[fetch.num_ready] in fetch.landed:
-            self._pool.register(fetch.blocks[fetch.num_ready], fetch.request.hashes[fetch.num_ready])
+            at, hashes = fetch.num_ready, fetch.request.hashes
+            self._pool.register(fetch.blocks[at], hashes[at], parent_of(hashes, at))
             fetch.num_ready += 1
 
     # -- after --------------------------------------------------------------------------------------------------------
@@ -134,10 +143,18 @@ class PrefixFetches:
         fetch.is_over = True
         return None
 
-    def take_ended(self) -> PrefixFetch | None:
-        """The first in line of those that can go on; its blocks are the caller's now."""
+    def has_ended(self, request_id: int) -> bool:
+        """It can go on, and has not been taken yet."""
+        return (fetch := self._open.get(request_id)) is not None and fetch.is_over
+
+    def first_ended(self) -> PrefixFetch | None:
+        """The first in line of those that can go on."""
         ended = [fetch for fetch in self._open.values() if fetch.is_over]
-        return self._open.pop(min(ended, key=lambda fetch: fetch.request.rank).request.id) if ended else None
+        return min(ended, key=lambda fetch: fetch.request.rank) if ended else None
+
+    def take(self, ended: PrefixFetch) -> None:
+        """Its blocks are the caller's now."""
+        del self._open[ended.request.id]
 
     def drop(self, request_id: int, in_flight: Sequence[int]) -> bool:
         """Gives back all but the blocks `in_flight`, which stay landing. False: no such request.

@@ -27,6 +27,8 @@ class Sequence:
     """The choice whose draws the runner appends to the slot."""
 
     # Filled in by the scheduler.
+    num_offered: int = 0
+    """Leading blocks that a store was offered when it gave way, and may bring back."""
     num_planned: int = 0
     """As num_computed, once the steps in flight are over. For prompts."""
     num_tokens: int = 0
@@ -52,6 +54,11 @@ class Sequence:
     def is_gone(self) -> bool:
         """Ended, cancelled or preempted since its row was planned."""
         return self.slot < 0
+
+    def enter(self, slot: int | None) -> None:
+        """The slot is its own from now on; callers have looked whether there is one."""
+        assert slot is not None
+        self.slot, self.slot_choice = slot, self.choices[0]
 
     def as_start(self) -> SequenceStart:
         """For a plan, which may be carried out when this has changed."""

@@ -27,7 +27,9 @@ from tailrace.messages import (
     Load,
     WorkerInfo,
 )
+from tailrace.policy.offers import OfferPolicy
 from tailrace.policy.request import StopRule
+from tailrace.policy.swap import SwapCost
 from tailrace.rpc.gen import kv_pb2_grpc
 from tailrace.rpc.server import KvOwnerServicer, Server, add_worker
 from tailrace.transfer import PeerEndpoints, PoolMemory, TransferPlane, open_transfer
@@ -77,6 +79,15 @@ class Parts:
         if self.config.overlap_scheduling != "auto":
             return self.config.overlap_scheduling == "on"
         return self.on_gpu
+
+    def offer_policy(self) -> OfferPolicy | None:
+        """None where no store is configured."""
+        return OfferPolicy(self.pool, low_water=self.config.offer_low_water) if self.config.store else None
+
+    def swap_cost(self) -> SwapCost | None:
+        """None where no store is configured."""
+        layout = self.layout
+        return SwapCost(block_bytes=layout.block_bytes, block_tokens=layout.block_size) if self.config.store else None
 
     def step_runner(self) -> Runner:
         """A GPU computes beside the engine's thread by itself; a CPU needs a thread for it."""

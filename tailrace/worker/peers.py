@@ -33,6 +33,11 @@ class OwnerPeers:
     def identity(self) -> tuple[str, int]:
         return self._worker_id, self._epoch
 
+    async def find(self, address: str) -> KvSource:
+        """Who is there now. Raises UnavailableError and what `meet` of a Peer raises."""
+        endpoints, _ = await self._peer(address).meet(self._worker_id, self._epoch, self._layout, ("nixl", "stream"))
+        return KvSource(endpoints.worker_id, endpoints.epoch, address, b"")
+
     async def link(self, source: KvSource) -> Link:
         """Raises LayoutMismatchError, TransferError, or WorkerLostError when the owner is not who it should be."""
         key = (source.worker_id, source.epoch)

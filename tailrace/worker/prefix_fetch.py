@@ -30,9 +30,9 @@ MAX_EMPTY_LOANS = 3
 """In a row. An owner that has blocks and lends none lends to others, or has not noticed that our last loan is over."""
 
 
-def patience_s(num_tokens: int, tokens_per_s: float) -> float:
-    """How long to wait for these tokens where computing goes at this rate (0: not measured yet)."""
-    return max(MIN_PATIENCE_S, num_tokens / tokens_per_s) if tokens_per_s > 0 else UNKNOWN_PATIENCE_S
+def patience_s(compute_s: float) -> float:
+    """How long to wait for what could be computed in `compute_s` (0: not measured yet)."""
+    return max(MIN_PATIENCE_S, compute_s) if compute_s > 0 else UNKNOWN_PATIENCE_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ class StepReport:
     kv_events: list[KVEvent] = field(default_factory=list)
     lends: list[LendProgress] = field(default_factory=list)
     chains: list[Sequence[bytes]] = field(default_factory=list)
-    """Hashes of prompts that were computed and are over: a store may want their blocks."""
+    """Cached ones, by their hashes from the first block on: a store may want them."""
     granted: list[Destination] = field(default_factory=list)
     fetching: list[PrefixDestination] = field(default_factory=list)
 

@@ -7,8 +7,10 @@ from tailrace.kv.block_pool import BlockPool, BlockState
 from tailrace.kv.hashing import chain_seed, hash_blocks
 from tailrace.plan import StepPlan
 from tailrace.policy.decode_scheduler import DecodeScheduler
+from tailrace.policy.offers import OfferPolicy
 from tailrace.policy.request import DrawnToken, Request, StopRule, blocks_for
 from tailrace.policy.sequence import DecodeStep
+from tailrace.policy.swap import SwapCost
 from tailrace.types import FinishReason, SamplingParams, SequenceKey
 from tests.helpers.fake_runner import EOS, FakeRunner, FakeStep, generate
 
@@ -76,6 +78,20 @@ class FakePull:
         return [block for flight in self.flights for block in flight.targets]
 
 
+@dataclass(slots=True, eq=False)
+class FakeSwap:
+    """A fetch of blocks that were lost here, from a store that may not have them all."""
+
+    id: int
+    tokens: list[int]
+    hashes: list[bytes]
+    table: list[int]
+    num_local: int
+    num_told: int
+    flights: list[Flight] = field(default_factory=list)
+    is_over: bool = False
+
+
 class DecodeWorld:
     """Drives a DecodeScheduler as the decode worker does, and holds every answer against the truth."""
 
@@ -89,6 +105,8 @@ class DecodeWorld:
         max_model_len: int | None = None,
         prefix_caching: bool = True,
         overlap: bool = False,
+        low_water: float = 0.0,
+        swaps: bool = True,
     ) -> None:
         """`overlap`: a step is planned and launched before the one before it is finished."""
         self.overlap = overlap
@@ -98,16 +116,26 @@ class DecodeWorld:
         self.max_model_len = max_model_len or num_blocks * block_size
         self.pool = BlockPool(num_blocks, epoch=1, prefix_caching=prefix_caching)
         self.runner = FakeRunner(self.pool, block_size=block_size, max_num_seqs=max_num_seqs)
+        self.offers = OfferPolicy(self.pool, low_water=low_water)
+        self.offered: list[list[bytes]] = []
+        self.stored: set[bytes] = set()
+        """What the store has taken; nothing as long as no test says so."""
+        self.swap_cost = SwapCost(block_bytes=100, block_tokens=block_size)
+        self.swaps: dict[int, FakeSwap] = {}
+        self.num_swapped_in = 0
         self.scheduler = DecodeScheduler(
             self.pool,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             stop=StopRule(frozenset({EOS}), self.max_model_len),
+            offers=self.offers,
+            swap_cost=self.swap_cost if swaps else None,
         )
         self.pulls: dict[int, FakePull] = {}
         self.ghosts: list[FakePull] = []
         """Pulls whose request is gone or is computed here, with reads that still write."""
+        self.late_swaps: list[FakeSwap] = []
         self.requests: dict[int, Request] = {}
         self.choices: dict[int, set[int]] = {}
         """Wanted ones that are not finished."""
@@ -213,6 +241,49 @@ class DecodeWorld:
         answer, reason = expected(request, choice, self.max_model_len)
         return DrawnToken(choice, answer[0], None, reason if len(answer) == 1 else None)
 
+    # -- what the store does -------------------------------------------------------------------------------------------
+
+    def store_takes(self, count: int = 1000) -> None:
+        """Of each chain that was offered, the first `count` blocks."""
+        for chain in self.offered:
+            self.stored.update(chain[:count])
+
+    def read_swap(self, swap: FakeSwap, count: int) -> None:
+        """A read of the next blocks, as far as the store has them."""
+        start = swap.num_told
+        while swap.num_told < min(start + count, len(swap.table)) and swap.hashes[swap.num_told] in self.stored:
+            swap.num_told += 1
+        if swap.num_told > start:
+            swap.flights.append(Flight([(swap.table[index], index) for index in range(start, swap.num_told)]))
+
+    def land_swap(self, swap: FakeSwap, at: int = 0) -> None:
+        flight = swap.flights.pop(at)
+        for block, index in flight.blocks:
+            assert self.pool.state(block) in (BlockState.LANDING, BlockState.QUARANTINED), f"block {block} was reused"
+            self.runner.land(block, index, swap.tokens)
+        if swap.is_over:
+            self.scheduler.settle(flight.targets)
+        else:
+            self.scheduler.swaps.landed(swap.id, flight.targets)
+            self.num_swapped_in += len(flight.targets)
+
+    def end_swap(self, swap: FakeSwap) -> None:
+        """Time is up: what is still being read comes late."""
+        del self.swaps[swap.id]
+        swap.is_over = True
+        self.late_swaps.append(swap)
+        in_flight = [block for flight in swap.flights for block in flight.targets]
+        self.scheduler.end_swap(swap.id, in_flight)
+        if in_flight:
+            self.scheduler.quarantine(in_flight)
+
+    def _finish_swaps(self) -> None:
+        for swap in list(self.swaps.values()):
+            self.read_swap(swap, len(swap.table))
+            while swap.flights:
+                self.land_swap(swap)
+            self.end_swap(swap)
+
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def step(self) -> StepPlan:
@@ -225,6 +296,13 @@ class DecodeWorld:
             self.ahead = None
         if plan.changes_anything:
             self.take(self.scheduler.finish(plan, step.wait()))
+        for chain in map(list, self.offers.due()):
+            assert len(self.pool.find_prefix(chain)) == len(chain) > 0, "offered what is not there"
+            self.offered.append(chain)
+        for fetch in self.scheduler.swaps.drain_granted():
+            request, told = fetch.request, fetch.num_local
+            table = fetch.blocks[: fetch.end]
+            self.swaps[request.id] = FakeSwap(request.id, list(request.tokens), list(request.hashes), table, told, told)
         for arrival in self.scheduler.grant():
             assert len(arrival.blocks) == blocks_for(len(arrival.request.tokens), self.block_size)
             pull = self.pulls[arrival.request.id]
@@ -245,6 +323,7 @@ class DecodeWorld:
         again = self.scheduler.schedule()
         assert not again.changes_anything, f"slept on {again}"
         assert not self.scheduler.grant(), "slept on a grant"
+        assert not self.scheduler.swaps.drain_granted(), "slept on a swap"
 
     def take(self, step: DecodeStep) -> None:
         columns = step.tokens
@@ -276,6 +355,7 @@ class DecodeWorld:
                 while pull.flights:
                     self.land(pull)
                 self.join(request_id)
+            self._finish_swaps()
             self.step()
         assert not any(self.choices.values()), f"unfinished: {self.choices}; {self.pool.ledger()}"
         self._land_ghosts()
@@ -283,6 +363,7 @@ class DecodeWorld:
 
     def settle(self) -> None:
         """Turns until the engine's thread would sleep."""
+        self._finish_swaps()
         while not self.step().is_empty or self.ahead is not None:
             pass
 
@@ -290,6 +371,9 @@ class DecodeWorld:
         for pull in self.ghosts:
             while pull.flights:
                 self.land(pull)
+        for swap in self.late_swaps:
+            while swap.flights:
+                self.land_swap(swap)
 
     def check(self) -> None:
         self.pool.check_integrity()

@@ -39,7 +39,7 @@ class RequestTimes:
     @property
     def cached_by_tier(self) -> dict[str, int]:
         """Of the prompt's tokens, where this product says where they were found."""
-        return (self.usage.get("tailrace") or {}).get("cached_tokens_by_tier", {})
+        return dict((self.usage.get("tailrace") or {}).get("cached_tokens_by_tier", {}))
 
     @property
     def ttft_s(self) -> float:

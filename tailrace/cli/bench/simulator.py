@@ -24,7 +24,8 @@ from tailrace.cli.bench.run import measure_and_show
 from tailrace.cli.cluster import running_cluster
 from tailrace.cli.console import ClusterConsole
 from tailrace.cli.model import fetch_model
-from tailrace.config import RoutingPolicy, UpConfig
+from tailrace.config import UpConfig
+from tailrace.config_values import RoutingPolicy
 from tailrace.errors import ConfigError
 from tailrace.sim.generate import GENERATORS, generate
 from tailrace.sim.profile import HardwareProfile

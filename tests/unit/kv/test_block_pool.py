@@ -310,3 +310,29 @@ def test_what_is_lent_for_good_is_never_handed_out() -> None:
     assert pool.allocate(1) is None
     pool.unlend(blocks)
     assert pool.num_available == 2
+
+
+# -- what would go next, and what belongs to it -----------------------------------------------------------------------
+
+
+def test_the_next_to_be_evicted_are_named_in_order() -> None:
+    pool = make_pool(8)
+    a, b = cache_sequence(pool, "a", 2), cache_sequence(pool, "b", 3)
+    assert pool.next_evicted(3) == [a[1], a[0], b[2]]
+    assert pool.next_evicted(100) == [a[1], a[0], b[2], b[1], b[0]]
+    assert pool.next_evicted(0) == pool.next_evicted(-1) == []
+    assert (pool.num_free, pool.num_taken) == (3, 5)
+
+
+def test_a_chain_is_known_from_its_last_block_while_all_of_it_is_there() -> None:
+    pool = make_pool(4)
+    blocks = allocated(pool, 3)
+    for index, block_hash in enumerate(hashes := hashes_of("a", 3)):
+        pool.register(blocks[index], block_hash, hashes[index - 1] if index else b"")
+    assert pool.chain_of(blocks[2]) == hashes
+    assert pool.chain_of(blocks[0]) == hashes[:1]
+    assert pool.chain_of(3) == []
+    pool.release(blocks)
+    pool.acquire(blocks[1:])
+    allocated(pool, 2)
+    assert pool.chain_of(blocks[2]) == []

@@ -5,10 +5,11 @@ Blocks of 4 tokens.
 
 import pytest
 
+from tailrace.kv.hashing import hash_blocks
 from tailrace.plan import BlockAppend, BlockCopy, Chunk
 from tailrace.policy.request import StopRule
 from tailrace.types import FinishReason, SamplingParams
-from tests.helpers.decode_world import DecodeWorld, make_request
+from tests.helpers.decode_world import HASH_SEED, DecodeWorld, make_request
 
 A = list(range(100, 140))
 B = list(range(200, 240))
@@ -293,3 +294,62 @@ def test_the_choices_that_stay_are_answered_in_full(steps: int, choice: int) -> 
     world.check_answers()
     assert {key[1] for key in world.reasons} == {0, 1, 2} - {choice}
     world.check_empty()
+
+
+# -- what a store is offered ------------------------------------------------------------------------------------------
+
+
+def chain(world: DecodeWorld, request_id: int, num_blocks: int, choice: int = 0) -> list[bytes]:
+    """Hashes of the first blocks of a choice's prompt and answer."""
+    tokens = [*world.requests[request_id].tokens, *world.answers[request_id, choice]]
+    return hash_blocks(tokens[: 4 * num_blocks], 4, HASH_SEED)
+
+
+def test_at_its_end_a_sequence_is_offered_with_its_answer_as_far_as_blocks_are_full() -> None:
+    world = DecodeWorld(budget=64)
+    request_id = local(world, A[:6], sampling=SamplingParams(max_tokens=7, ignore_eos=True))
+    world.run_to_end()
+    assert len(world.answers[request_id, 0]) == 7
+    # Thirteen tokens: the KV of the last one was never computed.
+    assert world.offered == [chain(world, request_id, 3)]
+    assert world.pool.find_prefix(world.offered[0]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_a_prompt_that_ends_with_its_first_tokens_is_offered(num_tokens: int) -> None:
+    world = DecodeWorld(budget=64)
+    request_id = local(world, A[:9], choices=(0, 1), sampling=SamplingParams(max_tokens=num_tokens, ignore_eos=True))
+    world.run_to_end()
+    assert world.offered == [chain(world, request_id, 2)] * num_tokens
+
+
+def test_choices_are_offered_each_with_the_prompt_that_they_share() -> None:
+    world = DecodeWorld(budget=64)
+    request_id = local(world, A[:8], choices=(0, 1), sampling=SamplingParams(max_tokens=6, ignore_eos=True))
+    world.run_to_end()
+    assert world.offered == [chain(world, request_id, 3, choice) for choice in (0, 1)]
+    assert world.offered[0][:2] == world.offered[1][:2]
+
+
+def test_whoever_gives_way_is_offered_with_what_it_has_computed() -> None:
+    world = DecodeWorld(num_blocks=4, budget=64, max_model_len=16)
+    local(world, A[:7])
+    second = local(world, B[:7])
+    while not world.scheduler.num_preempted:
+        world.step()
+    assert world.offered == [chain(world, second, 1)], "its second block went to who stayed"
+
+
+def test_a_cancelled_answer_is_offered_when_its_blocks_are_about_to_go() -> None:
+    world = DecodeWorld(num_blocks=8, budget=64, low_water=0.5, max_model_len=32)
+    first = local(world, A[:6])
+    for _ in range(4):
+        world.step()
+    world.cancel(first)
+    world.settle()
+    assert world.offered == [], "enough is free"
+    local(world, B[:14], sampling=SamplingParams(max_tokens=1, ignore_eos=True))
+    world.step()
+    assert chain(world, first, 2) in world.offered
+    world.run_to_end()
+    assert world.offered.count(chain(world, first, 2)) == 1

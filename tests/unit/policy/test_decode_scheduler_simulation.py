@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tailrace.policy.request import Request
 from tailrace.types import SamplingParams
-from tests.helpers.decode_world import DecodeWorld
+from tests.helpers.decode_world import DecodeWorld, FakeSwap
 
 BLOCK = 4
 FAMILIES = [[family * 100 + at for at in range(64)] for family in range(3)]
@@ -35,8 +35,11 @@ class DecodeMachine(RuleBasedStateMachine):
         budget=st.integers(1, 24),
         caching=st.booleans(),
         overlap=st.booleans(),
+        low_water=st.sampled_from((0.0, 0.3, 1.0)),
     )
-    def begin(self, num_blocks: int, max_num_seqs: int, budget: int, caching: bool, overlap: bool) -> None:
+    def begin(
+        self, num_blocks: int, max_num_seqs: int, budget: int, caching: bool, overlap: bool, low_water: float = 0.3
+    ) -> None:
         self.world = DecodeWorld(
             num_blocks=num_blocks,
             block_size=BLOCK,
@@ -45,6 +48,7 @@ class DecodeMachine(RuleBasedStateMachine):
             max_model_len=num_blocks * BLOCK,
             prefix_caching=caching,
             overlap=overlap,
+            low_water=low_water,
         )
 
     @rule(
@@ -97,6 +101,25 @@ class DecodeMachine(RuleBasedStateMachine):
             self.world.cancel_choices(request_id, (choice,))
 
     @rule(count=st.integers(1, 5))
+    def store_takes(self, count: int) -> None:
+        self.world.store_takes(count)
+
+    @rule(pick=st.integers(0, 7), count=st.integers(1, 4))
+    def read_swap(self, pick: int, count: int) -> None:
+        self._of_swaps(pick, lambda swap: self.world.read_swap(swap, count))
+
+    @rule(pick=st.integers(0, 7), at=st.integers(0, 3))
+    def land_swap(self, pick: int, at: int) -> None:
+        flying = [swap for swap in [*self.world.swaps.values(), *self.world.late_swaps] if swap.flights]
+        if flying:
+            swap = flying[pick % len(flying)]
+            self.world.land_swap(swap, at % len(swap.flights))
+
+    @rule(pick=st.integers(0, 7))
+    def end_swap(self, pick: int) -> None:
+        self._of_swaps(pick, self.world.end_swap)
+
+    @rule(count=st.integers(1, 5))
     def steps(self, count: int) -> None:
         for _ in range(count):
             self.world.step()
@@ -113,6 +136,10 @@ class DecodeMachine(RuleBasedStateMachine):
             self.world.check()
             self.world.check_answers()
             self.world.check_empty()
+
+    def _of_swaps(self, pick: int, act: Callable[[FakeSwap], object]) -> None:
+        if self.world.swaps:
+            act(self.world.swaps[sorted(self.world.swaps)[pick % len(self.world.swaps)]])
 
     def _of_pulls(self, pick: int, act: Callable[[int], object]) -> None:
         if self.world.pulls:
@@ -140,6 +167,10 @@ def play(seed: int, *, overlap: bool) -> DecodeWorld:
         (4, lambda: machine.lend(rng.randint(0, 7), rng.randint(1, 4))),
         (4, lambda: machine.land(rng.randint(0, 7), rng.randint(0, 3))),
         (4, lambda: machine.join(rng.randint(0, 7))),
+        (2, lambda: machine.store_takes(rng.randint(1, 5))),
+        (3, lambda: machine.read_swap(rng.randint(0, 7), rng.randint(1, 4))),
+        (3, lambda: machine.land_swap(rng.randint(0, 7), rng.randint(0, 3))),
+        (2, lambda: machine.end_swap(rng.randint(0, 7))),
         (1, lambda: machine.fail(rng.randint(0, 7), rng.random() < 0.5)),
         (1, lambda: machine.cancel(rng.randint(0, 7))),
         (1, lambda: machine.cancel_choice(rng.randint(0, 7), rng.randint(0, 2))),
@@ -164,3 +195,39 @@ def arrive(machine: DecodeMachine, rng: random.Random) -> None:
 def test_long_lives_end_with_every_answer_right_and_no_block_held(seed: int, overlap: bool) -> None:
     world = play(seed, overlap=overlap)
     assert world.reasons, "nobody was answered: the life was empty"
+
+
+def play_in_little_room(seed: int, *, overlap: bool) -> DecodeWorld:
+    """Everybody's answer outgrows the pool again and again; the store takes much of what is offered."""
+    rng = random.Random(seed)
+    machine = DecodeMachine()
+    machine.begin(rng.randint(6, 12), 4, rng.choice((4, 8, 24)), True, overlap, low_water=0.0)
+    world = machine.world
+    actions = [
+        (12, lambda: machine.steps(rng.randint(1, 3))),
+        (2, lambda: arrive_with_a_long_answer(world, rng)),
+        (3, lambda: machine.store_takes(rng.randint(1, 6))),
+        (5, lambda: machine.read_swap(rng.randint(0, 7), rng.randint(1, 4))),
+        (5, lambda: machine.land_swap(rng.randint(0, 7), rng.randint(0, 3))),
+        (2, lambda: machine.end_swap(rng.randint(0, 7))),
+        (0.2, lambda: machine.cancel(rng.randint(0, 7))),
+    ]
+    weights = [weight for weight, _ in actions]
+    for _ in range(300):
+        rng.choices([action for _, action in actions], weights)[0]()
+        world.check()
+    machine.teardown()
+    return world
+
+
+def arrive_with_a_long_answer(world: DecodeWorld, rng: random.Random) -> None:
+    tokens = [rng.randint(0, 5) for _ in range(rng.randint(1, 10))]
+    sampling = SamplingParams(max_tokens=rng.randint(6, 4 * world.pool.num_blocks), seed=rng.random(), ignore_eos=True)
+    world.submit_local(world.request(tokens, sampling=sampling, choices=tuple(range(rng.choice((1, 1, 2))))))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_whoever_gives_way_comes_back_by_way_of_the_store_with_the_same_answer(overlap: bool) -> None:
+    worlds = [play_in_little_room(seed, overlap=overlap) for seed in range(25)]
+    assert sum(world.scheduler.num_preempted for world in worlds) > 100
+    assert sum(world.num_swapped_in for world in worlds) > 100, "the store brought next to nothing"

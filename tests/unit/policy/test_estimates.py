@@ -129,3 +129,11 @@ def test_impossible_steps_are_ignored(rows: int, seconds: float) -> None:
     fit = StepFit()
     fit.add(rows, seconds)
     assert (fit.base_s, fit.row_s) == (0.0, 0.0)
+
+
+def test_a_prefill_fit_says_what_a_stretch_of_tokens_takes() -> None:
+    fit = PrefillFit()
+    assert fit.seconds(0, 1024) == 0.0
+    for cached, prompt in ((0, 512), (512, 1024), (0, 2048)):
+        fit.add(cached, prompt, 1e-3 * (prompt - cached) + 1e-7 * (prompt**2 - cached**2))
+    assert fit.seconds(256, 768) == pytest.approx(1e-3 * 512 + 1e-7 * (768**2 - 256**2))

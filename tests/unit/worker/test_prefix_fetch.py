@@ -203,8 +203,6 @@ async def test_claims_beyond_what_is_wanted_are_cut() -> None:
     assert fetch.asked == [("a", 0, 2)]
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "rate", "patience"), [(1024, 1000.0, 1.024), (64, 1000.0, 0.25), (1024, 0.0, 1.0)]
-)
-def test_a_fetch_may_take_what_computing_would(num_tokens: int, rate: float, patience: float) -> None:
-    assert patience_s(num_tokens, rate) == patience
+@pytest.mark.parametrize(("compute_s", "patience"), [(1.024, 1.024), (0.064, 0.25), (0.0, 1.0)])
+def test_a_fetch_may_take_what_computing_would(compute_s: float, patience: float) -> None:
+    assert patience_s(compute_s) == patience

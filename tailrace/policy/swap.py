@@ -1,0 +1,169 @@
+"""Sequences that gave way and are fetched back from the store, where that is cheaper than computing them again.
+
+Who fetches holds all the blocks that it will need, found, landing or fresh, and waits for nothing but its own reads,
+which end in a bounded time whatever happens to the store. It gives way to nobody meanwhile, and at most half of the
+pool is held like this unless there is only one: so whoever runs can go on, and two that fetch cannot wait for each
+other. A sequence that is cancelled meanwhile is forgotten at once, its blocks when its fetch has ended.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from tailrace.kv.block_pool import BlockPool
+from tailrace.policy.prefix_fetches import PrefixFetch, PrefixFetches
+from tailrace.policy.request import Request
+from tailrace.policy.sequence import Sequence
+
+OVERHEAD_S = 0.005
+"""Asking, and the turns of the event loop and of the engine until the blocks can be used."""
+MAX_SKIPPED = 64
+WEIGHT = 0.2
+"""Of a new measurement."""
+
+
+class SwapCost:
+    """Is fetching cheaper than computing, by measured rates? Where one is not known yet, fetching finds out.
+
+    After a fetch that brought nothing the next one is skipped, then two, four, and so on: a store that stands still
+    costs each of these fetches its patience.
+    """
+
+    def __init__(self, *, block_bytes: int, block_tokens: int) -> None:
+        self._block_bytes = block_bytes
+        self.block_tokens = block_tokens
+        self.prefill_tokens_per_s = 0.0
+        """Kept up to date by the worker; 0: not measured."""
+        self.fetch_bytes_per_s = 0.0
+        """0: not measured."""
+        self._num_to_skip = 0
+        self._last_skip = 0
+
+    def is_cheaper(self, num_blocks: int) -> bool:
+        """Asked once a sequence: False counts as a skipped one."""
+        if self._num_to_skip > 0:
+            self._num_to_skip -= 1
+            return False
+        if self.prefill_tokens_per_s <= 0 or self.fetch_bytes_per_s <= 0:
+            return True
+        fetch_s = num_blocks * self._block_bytes / self.fetch_bytes_per_s + OVERHEAD_S
+        return fetch_s < num_blocks * self.block_tokens / self.prefill_tokens_per_s
+
+    def note(self, num_blocks: int, seconds: float) -> None:
+        """A fetch brought so many blocks in so many seconds."""
+        if num_blocks == 0:
+            self._last_skip = self._num_to_skip = min(MAX_SKIPPED, max(1, 2 * self._last_skip))
+            return
+        self._last_skip = 0
+        rate = num_blocks * self._block_bytes / max(seconds, 1e-6)
+        known = self.fetch_bytes_per_s
+        self.fetch_bytes_per_s = (1 - WEIGHT) * known + WEIGHT * rate if known else rate
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fetched:
+    """`blocks` is the whole block table; so many of them are `ready`, the rest is to be computed."""
+
+    sequence: Sequence
+    blocks: list[int]
+    num_ready: int
+
+
+class SwapIns:
+    """Those that fetch, by an id of their own: a request may have several choices here."""
+
+    def __init__(self, pool: BlockPool, block_size: int, cost: SwapCost | None) -> None:
+        """`cost`: None where there is no store."""
+        self._fetches = PrefixFetches(pool, block_size)
+        self._cost = cost
+        self._sequences: dict[int, Sequence] = {}
+        """Those that are still wanted."""
+        self._next_id = 1
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def num_tokens(self) -> int:
+        """To be computed once what is fetched has come."""
+        return self._fetches.num_tokens
+
+    def sequences(self) -> list[Sequence]:
+        return list(self._sequences.values())
+
+    def request_of(self, swap_id: int) -> int:
+        """The request's id; -1: it is gone."""
+        sequence = self._sequences.get(swap_id)
+        return sequence.request.id if sequence is not None else -1
+
+    def held(self) -> list[tuple[Sequence | None, PrefixFetch]]:
+        """Who holds which blocks; None: somebody who is gone."""
+        return [(self._sequences.get(fetch.request.id), fetch) for fetch in self._fetches.all()]
+
+    def reach(self, sequence: Sequence, num_found: int, limit: int) -> int:
+        """Leading blocks, `limit` at most, that are worth waiting for; `num_found` are here already."""
+        end = min(sequence.num_offered, limit)
+        if end <= num_found or self._cost is None or not self._fetches.may_fetch:
+            return num_found
+        if self._cost.is_cheaper(end - num_found):
+            return end
+        sequence.num_offered = 0
+        return num_found
+
+    def will_find(self, hashes: Seq[bytes], num_found: int) -> bool:
+        """Does a fetch bring the block that a sequence with these hashes lacks first?"""
+        return self._fetches.will_find(hashes, num_found)
+
+    def claim(self, sequence: Sequence, found: Seq[int], end: int, *, spare: int) -> bool:
+        """All its blocks at once, `found` first. False: the pool cannot give them now and keep `spare` blocks."""
+        request = sequence.request
+        stand_in = Request(
+            self._next_id,
+            sequence.tokens,
+            request.num_prompt_tokens,
+            request.sampling,
+            sequence.choices,
+            request.priority,
+            request.hash_seed,
+            sequence.hashes,
+        )
+        if not self._fetches.claim(stand_in, found, end, spare=spare):
+            return False
+        self._next_id += 1
+        self._sequences[stand_in.id] = sequence
+        sequence.num_offered = 0
+        return True
+
+    def drain_granted(self) -> list[PrefixFetch]:
+        """Whose reads may begin since the last call; `request.id` is the fetch's. Each ends with `end`."""
+        return self._fetches.drain_granted()
+
+    def landed(self, swap_id: int, blocks: Seq[int]) -> None:
+        """A read into these blocks ended well."""
+        self._fetches.landed(swap_id, blocks)
+
+    def end(self, swap_id: int, in_flight: Seq[int]) -> Sequence | None:
+        """Nothing more comes. Returned: who must wait in line again, because blocks `in_flight` may still be written.
+
+        These stay landing.
+        """
+        if swap_id not in self._sequences:
+            self._fetches.drop(swap_id, in_flight)
+            return None
+        late = self._fetches.end(swap_id, in_flight)
+        return self._sequences.pop(swap_id) if late is not None else None
+
+    def take_ended(self) -> Fetched | None:
+        """The first of those that can go on; its blocks are the caller's now."""
+        if (ended := self._fetches.first_ended()) is None:
+            return None
+        self._fetches.take(ended)
+        return Fetched(self._sequences.pop(ended.request.id), ended.blocks, ended.num_ready)
+
+    def discard(self, sequence: Sequence) -> None:
+        """Also somebody who does not fetch."""
+        for swap_id, fetching in list(self._sequences.items()):
+            if fetching is sequence:
+                del self._sequences[swap_id]
+                # What nothing is read into any more nobody else would give back.
+                if self._fetches.has_ended(swap_id):
+                    self._fetches.drop(swap_id, ())
