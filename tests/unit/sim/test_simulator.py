@@ -167,7 +167,7 @@ def test_cost_beats_the_other_policies_where_prefixes_are_shared(kind: str) -> N
     workload = generate(kind, 1500, BLOCK, seed=7).at_load(1.5, 8, H100)
     results = {policy: simulate(workload, num_workers=8, policy=policy) for policy in POLICIES}
     cost = results["cost"]
-    assert cost.hit_rate > 0.97 * cost.oracle_hit_rate
+    assert cost.hit_rate > 0.95 * cost.oracle_hit_rate
     assert cost.hit_rate > results["round-robin"].hit_rate + 0.02
     for other in ("round-robin", "least-loaded", "prefix"):
         assert cost.ttft_mean_s < results[other].ttft_mean_s, other

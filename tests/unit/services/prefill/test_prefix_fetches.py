@@ -31,7 +31,7 @@ def _both_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    monkeypatch.setattr(prefill_worker, "patience_s", lambda num_tokens, rate: seconds)
+    monkeypatch.setattr(prefill_worker, "patience_s", lambda compute_s: seconds)
     monkeypatch.setattr(reading, "MIN_STALL_S", seconds)
 
 
