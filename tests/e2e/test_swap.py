@@ -32,11 +32,19 @@ def num_swapped(cluster: Cluster) -> int:
     return sum(map(int, re.findall(r"(\d+) of \d+ lost blocks came back", cluster.process("decode-0").said())))
 
 
+async def start(cluster: Cluster) -> None:
+    """A store that knows what a block is, and a worker that has met it."""
+    cluster.start("kvstore", "store", cpu_memory="64MiB")
+    cluster.start_workers(prefill=0, store=cluster.address("store"))
+    cluster.complete(prompt_of(64, 99), max_tokens=20)
+    await cluster.watch("store", lambda ledger: ledger.cached > 0)
+
+
 async def test_blocks_come_back_from_the_store_and_tokens_are_the_same(small_model: Path, expected: list[str]) -> None:
     with Cluster(small_model, **TIGHT) as cluster:
-        cluster.start("kvstore", "store", cpu_memory="64MiB")
-        cluster.start_workers(prefill=0, store=cluster.address("store"))
-        assert await complete_all(cluster, PROMPTS, max_tokens=ANSWER) == expected
+        await start(cluster)
+        for _ in range(2):
+            assert await complete_all(cluster, PROMPTS * 3, max_tokens=ANSWER) == expected * 3
         assert num_swapped(cluster) > 0
         cluster.wait_until_idle(12.0)
         assert "Traceback" not in cluster.logs()
@@ -47,14 +55,13 @@ async def test_a_store_that_goes_while_blocks_come_back_costs_no_token(
     small_model: Path, expected: list[str], number: signal.Signals
 ) -> None:
     with Cluster(small_model, **TIGHT) as cluster:
-        cluster.start("kvstore", "store", cpu_memory="64MiB")
-        cluster.start_workers(prefill=0, store=cluster.address("store"))
-        answers = asyncio.create_task(complete_all(cluster, PROMPTS, max_tokens=ANSWER))
+        await start(cluster)
+        answers = asyncio.create_task(complete_all(cluster, PROMPTS * 6, max_tokens=ANSWER))
         while num_swapped(cluster) == 0 and not answers.done():  # noqa: ASYNC110  # another process sets no event
             await asyncio.sleep(0.005)
         assert not answers.done(), "nothing came back while answers were going on"
         cluster.process("store").signal(number)
-        assert await answers == expected
+        assert await answers == expected * 6
         cluster.process("store").kill()
         cluster.wait_until_idle(15.0)
         assert "Traceback" not in cluster.process("decode-0").said()
