@@ -335,7 +335,7 @@ def bench_simulator(
     policy: Annotated[str, typer.Option(help="With commas between; each has a cluster.")] = "cost,round-robin",
     requests: Annotated[int, typer.Option(min=2, max=100_000, help="Of one run.")] = 60,
     load: Annotated[float, typer.Option(min=0.01, max=100, help="As in tailrace simulate.")] = 1.0,
-    fetch: Annotated[bool, typer.Option("--fetch/--no-fetch", help="Of prefixes, in the simulation.")] = False,
+    fetch: Annotated[bool, typer.Option("--fetch/--no-fetch", help="Of prefixes, in the simulation.")] = True,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Runs of each workload and policy.")] = 3,
     as_json: AsJson = False,
 ) -> None:

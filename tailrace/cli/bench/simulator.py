@@ -46,8 +46,8 @@ class SimulatorBenchOptions:
     num_requests: int = 60
     load: float = 1.0
     """Prefill seconds of all prompts, uncached, over the workers' time."""
-    fetch: bool = False
-    """Whether prefill workers fetch prefixes from one another, at the rate of a link that is not measured here."""
+    fetch: bool = True
+    """Whether simulated workers fetch prefixes, as real ones do; at the rate of a link that is not measured here."""
     seeds: int = 3
     """Workloads of each kind; of a trace, pieces one after the other."""
 
@@ -140,7 +140,14 @@ async def _measure(config: UpConfig, options: SimulatorBenchOptions, model: Path
 
 def simulate(one: _Replay, config: UpConfig, profile: HardwareProfile, *, fetch: bool) -> list[Served]:
     assert config.num_blocks is not None, "set by the command"
-    options = SimOptions(config.prefill, profile, blocks_per_worker=config.num_blocks, policy=one.policy, fetch=fetch)
+    options = SimOptions(
+        config.prefill,
+        profile,
+        num_decode=config.decode,
+        blocks_per_worker=config.num_blocks,
+        policy=one.policy,
+        fetch=fetch,
+    )
     return [Served.simulated(record) for record in Simulator(one.case.workload, options).run().records]
 
 
