@@ -151,7 +151,7 @@ class Fetch:
     num_blocks: int
     num_bytes: int
     seconds: float
-    """From asking until the last block had landed, or nothing more was to come."""
+    """From asking until the last block had landed, or nothing more was to come; without a first meeting."""
 
 
 @dataclass(frozen=True, slots=True)

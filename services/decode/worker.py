@@ -184,7 +184,7 @@ class DecodeWorker:
     def end_swap(self, swap_id: int, pulled: PulledPrefix, in_flight: Sequence[int]) -> None:
         """Nothing more comes of it; blocks `in_flight` may still be written: `settle` follows for them."""
         if self._swap_cost is not None:
-            self._swap_cost.note(len(pulled.tiers), pulled.seconds)
+            self._swap_cost.note(len(pulled.tiers), sum(fetch.seconds for fetch in pulled.fetches))
         request_id = self._scheduler.swaps.request_of(swap_id)
         if (life := self._lives.get(request_id)) is not None:
             life.fetches += pulled.fetches
@@ -230,6 +230,7 @@ class DecodeWorker:
             self._prefill_fit.add_step(((chunk.start, chunk.end) for chunk in plan.chunks), out.elapsed_s)
             if self._swap_cost is not None:
                 self._swap_cost.prefill_tokens_per_s = self._prefill_fit.tokens_per_s
+                self._swap_cost.prefill_curve_s = self._prefill_fit.curve_s
         self._tell(self._scheduler.finish(plan, out), report)
 
     def _note_local_starts(self, plan: StepPlan) -> None:

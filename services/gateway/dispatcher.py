@@ -163,7 +163,7 @@ class PairDispatcher:
         layout = decode.info.layout
         seed = chain_seed(decode.fingerprint, "", request.cache_salt)
         route = self.router.route(
-            RouteRequest(len(tokens), layout.block_size, request.num_choices),
+            RouteRequest(len(tokens), layout.block_size, request.num_choices, decode.fingerprint),
             self._chains.hash_blocks(tokens, layout.block_size, seed),
             prefills,
             decodes,

@@ -126,6 +126,10 @@ class Member:
         else:
             tell()
 
+    def computed(self, handle: int) -> None:
+        """The leg's prompt is computed: it has drawn a token. Idempotent."""
+        self._computed(handle)
+
     def take_report(self, report: LegReport) -> None:
         """A prompt is computed when its leg reports."""
         self._computed(report.handle)

@@ -40,8 +40,11 @@ class Leg:
         attempt = self.attempt
         if choice not in attempt.choices:
             self._check(choice)
-        if self.role is Role.DECODE:
+        if self.role is Role.DECODE and not attempt.has_joined:
             attempt.has_joined = True
+            if attempt.prefill is None:
+                # Its report comes with the end of the answer only.
+                self.member.computed(self.handle)
         self.session.take_tokens(choice, position, ids, logprobs, self.role)
 
     def on_report(self, report: LegReport) -> None:

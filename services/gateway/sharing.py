@@ -28,7 +28,14 @@ def open_exchange(
 
     # Gateways in containers may share a name and a process id: what follows is this process's alone.
     router_id = f"{members.gateway_id}/{secrets.token_hex(8)}"
-    exchange = Exchange(RedisClient(url), KeySpace(config.redis_namespace), router_id=router_id, news=news, hear=hear)
+    exchange = Exchange(
+        RedisClient(url),
+        KeySpace(config.redis_namespace),
+        router_id=router_id,
+        secret=config.secret.get_secret_value().encode(),
+        news=news,
+        hear=hear,
+    )
     router.share(router_id, exchange.changed)
     return exchange
 

@@ -58,6 +58,9 @@ class Sourcing:
         return tuple(sources)
 
     def _learn(self, needer: Member, report: LegReport) -> None:
+        if needer.info.role is not Role.PREFILL:
+            # What a sequence that gave way got back: its leg's tiers are those of its prompt.
+            return
         needer_id = needer.info.worker_id
         for fetch in report.fetches:
             if fetch.num_asked > 0 and fetch.num_blocks == 0:

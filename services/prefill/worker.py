@@ -114,6 +114,8 @@ class PrefillWorker:
             if self._offers is not None and (job := self._scheduler.job(request_id)) is not None and job.is_computed:
                 self._offers.note_over(job.request.hashes)
             self._scheduler.drop(request_id, in_flight)
+            if in_flight:
+                self._quarantine(in_flight)
             self._ended.append(request_id)
 
     def landed(self, request_id: int, blocks: Sequence[int]) -> None:
@@ -129,9 +131,12 @@ class PrefillWorker:
                 self._fetch_rate.add(fetch.num_bytes / max(fetch.seconds, 1e-6))
         self._scheduler.end_fetch(request_id, in_flight)
         if in_flight:
-            self._scheduler.quarantine(in_flight)
-            held = self._pool.ledger().quarantined
-            log.warning("%d blocks are quarantined until late reads end, %d in all", len(in_flight), held)
+            self._quarantine(in_flight)
+
+    def _quarantine(self, in_flight: Sequence[int]) -> None:
+        self._scheduler.quarantine(in_flight)
+        held = self._pool.ledger().quarantined
+        log.warning("%d blocks are quarantined until late reads end, %d in all", len(in_flight), held)
 
     def settle(self, blocks: Sequence[int]) -> None:
         """A read ended into blocks that nobody waits for."""

@@ -2,14 +2,17 @@
 
 No request waits for it: what is told is what was decided, and what was heard is in memory. Each message is a gateway's
 whole state with a time to live that counts from its arrival, so a lost one is made good by the next, and a gateway that
-dies takes along what it told. While Redis is away, each gateway counts its own, as without Redis.
+dies takes along what it told. While Redis is away, each gateway counts its own, as without Redis. Messages are signed
+with the cluster's secret, like registrations: whoever else can write to Redis cannot make workers look busy.
 """
 
 import asyncio
+import hashlib
+import hmac
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tailrace.index.backoff import Backoff, keep_trying, until_one_fails
@@ -18,6 +21,7 @@ from tailrace.index.redis_client import BLOCK_SHARE, RedisClient
 from tailrace.index.registry import check_version
 from tailrace.index.streams import read_messages, read_streams, stream_end
 from tailrace.index.trouble import RedisTroubleError
+from tailrace.policy.estimates import MAX_PREFILL_S
 from tailrace.policy.other_routers import MARK_BYTES, MAX_GIVEN, MAX_MARKS, Given, InFlight, RouterNews
 
 log = logging.getLogger(__name__)
@@ -36,9 +40,9 @@ MAX_WORKERS = 1024
 MAX_BYTES = 1 << 18
 """Of one message."""
 MAX_TTL_S = 10.0
-MAX_PREFILL_S = 86_400.0
 MAX_COUNT = 1 << 40
 _ROUTER, _TTL, _WORKERS, _GIVEN, _MARKS = b"router", b"ttl_ms", b"workers", b"given", b"marks"
+_SIGNATURE = b"signature"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,30 +53,41 @@ class Message:
     ttl_s: float
     news: RouterNews
 
-    def fields(self) -> list[bytes]:
+    def fields(self, secret: bytes) -> list[bytes]:
         """Names and values, one after the other."""
         there = sorted(self.news.in_flight.items(), key=lambda item: -item[1].prefill_s)[:MAX_WORKERS]
         workers = {
-            name: [round(told.prefill_s, 4), told.tokens, told.sequences, len(told.marks)] for name, told in there
+            name: [_believable_s(told.prefill_s), told.tokens, told.sequences, len(told.marks)] for name, told in there
         }
         marks = b"".join(mark for _, told in there for mark in told.marks)
-        given = [[worker_id, round(seconds, 4)] for worker_id, seconds in self.news.given]
-        head = [_ROUTER, self.router_id.encode(), _TTL, b"%d" % (self.ttl_s * 1000)]
-        return [*head, _WORKERS, json.dumps(workers).encode(), _GIVEN, json.dumps(given).encode(), _MARKS, marks]
+        given = [[worker_id, _believable_s(seconds)] for worker_id, seconds in self.news.given]
+        head = {_ROUTER: self.router_id.encode(), _TTL: b"%d" % (self.ttl_s * 1000)}
+        said = {**head, _WORKERS: json.dumps(workers).encode(), _GIVEN: json.dumps(given).encode(), _MARKS: marks}
+        signed = {**said, _SIGNATURE: _signature(list(said.values()), secret)}
+        return [piece for pair in signed.items() for piece in pair]
 
     @classmethod
-    def read(cls, fields: Mapping[object, object]) -> "Message":
-        """Raises ValueError for what no gateway wrote."""
-        values = [fields.get(name) for name in (_ROUTER, _TTL, _WORKERS, _GIVEN, _MARKS)]
+    def read(cls, fields: Mapping[object, object], secret: bytes) -> "Message":
+        """Raises ValueError for what no gateway of this cluster wrote."""
+        values = [fields.get(name) for name in (_ROUTER, _TTL, _WORKERS, _GIVEN, _MARKS, _SIGNATURE)]
         texts = [value for value in values if isinstance(value, bytes)]
         if len(texts) < len(values) or sum(map(len, texts)) > MAX_BYTES:
             raise ValueError(f"a message with the fields {', '.join(map(repr, list(fields)[:8]))}")
-        router_id, ttl_ms, workers, given, marks = texts
-        ttl_s = _number(int(ttl_ms) / 1000, MAX_TTL_S)
+        router_id, ttl_ms, workers, given, marks, signature = texts
+        if not hmac.compare_digest(signature, _signature(texts[:-1], secret)):
+            raise ValueError("a message signed with another secret, or changed")
         try:
+            ttl_s = _number(int(ttl_ms) / 1000, MAX_TTL_S)
             return cls(router_id.decode(), ttl_s, RouterNews(_in_flight(json.loads(workers), marks), _given(given)))
         except (TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"a message that is none: {error}") from None
+
+
+def _signature(values: Sequence[bytes], secret: bytes) -> bytes:
+    digest = hmac.new(secret, b"tailrace reservations v1", hashlib.sha256)
+    for value in values:
+        digest.update(len(value).to_bytes(8, "little") + value)
+    return digest.digest()
 
 
 def _in_flight(workers: Mapping[str, list[float]], marks: bytes) -> dict[str, InFlight]:
@@ -96,8 +111,13 @@ def _given(text: bytes) -> tuple[Given, ...]:
     return tuple(Given(str(worker_id), _number(seconds, MAX_PREFILL_S)) for worker_id, seconds in told)
 
 
+def _believable_s(seconds: float) -> float:
+    """As others take it: a message with one number beyond their bounds is none to them."""
+    return 0.0 if math.isnan(seconds) else round(min(max(seconds, 0.0), MAX_PREFILL_S), 4)
+
+
 def _number(value: float, most: float) -> float:
-    """Whoever can write to Redis must not win or lose every comparison for a worker."""
+    """What is impossible must not win or lose every comparison for a worker."""
     if not (math.isfinite(value) and 0 <= value <= most):
         raise ValueError(f"the number {value}")
     return value
@@ -112,11 +132,12 @@ class Exchange:
         keys: KeySpace,
         *,
         router_id: str,
+        secret: bytes,
         news: Callable[[], RouterNews],
         hear: Callable[[str, RouterNews, float], None],
     ) -> None:
         """`router_id`: of this process alone. `hear` is given a router's id, its news, and for how many seconds."""
-        self._client, self._keys, self._router_id = client, keys, router_id
+        self._client, self._keys, self._router_id, self._secret = client, keys, router_id, secret
         self._news, self._hear = news, hear
         self._changed = asyncio.Event()
         self._is_busy = False
@@ -144,6 +165,8 @@ class Exchange:
         cursor = await stream_end(self._client, self._keys.reservations)
         self.trouble, self.is_following = "", True
         backoff.reset()
+        # What was sent out while Redis was away is no news any more: told at once, it would look like a burst.
+        self._news()
         await until_one_fails([self._keep_telling(), self._listen(cursor)])
 
     def _note(self, error: RedisTroubleError) -> None:
@@ -170,7 +193,7 @@ class Exchange:
             pass
 
     async def _tell(self, news: RouterNews) -> None:
-        fields = Message(self._router_id, TTL_S, news).fields()
+        fields = Message(self._router_id, TTL_S, news).fields(self._secret)
         await self._client.one("XADD", self._keys.reservations, "MAXLEN", "~", MAX_MESSAGES, "*", *fields)
 
     async def _listen(self, cursor: bytes) -> None:
@@ -185,7 +208,7 @@ class Exchange:
 
     def _take(self, fields: Mapping[object, object]) -> None:
         try:
-            message = Message.read(fields)
+            message = Message.read(fields, self._secret)
         except ValueError as error:
             self.num_garbage += 1
             if self.num_garbage == 1:

@@ -9,6 +9,8 @@ MEMORY_REQUESTS = 32
 """Requests a worker over which its busy share is an average."""
 MAX_BUSY = 0.9
 """A worker that was given more work than this is priced as if it had been this much: the formula has no bound."""
+MAX_PREFILL_S = 86_400.0
+"""No prefill is believed to take longer."""
 _RESCALE_ABOVE = 1e200
 _FADED = 1e-6
 
@@ -144,7 +146,12 @@ class Crowding:
         self._last_s: float | None = None
 
     def add(self, worker_id: str, seconds: float, now_s: float, num_workers: int) -> None:
-        """`worker_id`, one of `num_workers`, was given a prefill of `seconds`. `now_s` never goes back."""
+        """`worker_id`, one of `num_workers`, was given a prefill of `seconds`. `now_s` never goes back.
+
+        An impossible time is ignored: it would stay in the sums.
+        """
+        if not 0.0 <= seconds <= MAX_PREFILL_S:
+            return
         gain = self._gain
         if self._last_s is not None:
             self._elapsed += max(0.0, now_s - self._last_s) * gain

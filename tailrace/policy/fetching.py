@@ -23,6 +23,8 @@ LEAST_SPREAD = 0.05
 BARRED_S = 1.0
 """For which nothing is fetched over a pair whose last fetch failed; twice as long with each failure after it."""
 MAX_BARRED_S = 60.0
+STALE_S = 60.0
+"""A pair that was slower than what is usual of its kind, and was not used for so long, is taken to be as the others."""
 MAX_PAIRS = 1 << 16
 """Measured and remembered, those used last: workers come and go under new names."""
 SPLIT_GAIN = 0.75
@@ -35,6 +37,8 @@ Pair = tuple[str, str, Tier]
 class _Measured:
     fit: LineFit = field(default_factory=lambda: LineFit(FORGET, LEAST_SPREAD))
     way: Way = field(default_factory=lambda: Way(0.0, 0.0))
+    at_s: float = 0.0
+    """When it was last measured."""
 
 
 @dataclass(slots=True)
@@ -46,8 +50,9 @@ class _Failing:
 class FetchRates:
     """FetchWays from what came of fetches: by holder, needer and the tier that most of the blocks were on.
 
-    What nobody has measured yet is taken to be as fast as the best of its kind. A pair that failed is left alone for a
-    while, and then tried again at its old price.
+    What nobody has measured yet is taken to be as fast as the best of its kind, and never slower than what stands in
+    before the first measurement: a first fetch that was slow would be the last one of all. A pair that failed is left
+    alone for a while, and then tried again at its old price.
     """
 
     def __init__(self) -> None:
@@ -55,18 +60,21 @@ class FetchRates:
         self._best: dict[Tier, tuple[Pair, Way]] = {}
         self._failing: OrderedDict[tuple[str, str], _Failing] = OrderedDict()
         self._barred: dict[tuple[str, str], float] = {}
+        self._now_s = 0.0
 
     def way(self, holder_id: str, needer_id: str, tier: Tier) -> Way | None:
         if self._barred and (holder_id, needer_id) in self._barred:
             return None
+        usual = NEUTRAL_WAYS[tier]
         known = self._pairs.get((holder_id, needer_id, tier))
-        if known is not None:
+        if known is not None and (known.way.s_per_byte <= usual.s_per_byte or self._now_s - known.at_s < STALE_S):
             return known.way
         best = self._best.get(tier)
-        return best[1] if best is not None else NEUTRAL_WAYS[tier]
+        return best[1] if best is not None and best[1].s_per_byte < usual.s_per_byte else usual
 
     def advance(self, now_s: float) -> None:
-        """Pairs that have been left alone for long enough may be tried again."""
+        """Pairs that have been left alone for long enough may be tried again. `now_s` never goes back."""
+        self._now_s = now_s
         if self._barred:
             self._barred = {pair: until_s for pair, until_s in self._barred.items() if until_s > now_s}
 
@@ -79,6 +87,9 @@ class FetchRates:
         pair = (holder_id, needer_id, tier)
         measured = self._pairs.setdefault(pair, _Measured())
         self._pairs.move_to_end(pair)
+        if self._now_s - measured.at_s >= STALE_S:
+            measured.fit = LineFit(FORGET, LEAST_SPREAD)
+        measured.at_s = self._now_s
         measured.fit.add(float(num_bytes), seconds)
         measured.way = _way(measured.fit, NEUTRAL_WAYS[tier].overhead_s)
         if len(self._pairs) > MAX_PAIRS:

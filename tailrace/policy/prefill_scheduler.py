@@ -83,7 +83,8 @@ class PrefillScheduler:
     def waiting_tokens(self) -> int:
         """Accepted and not computed yet; without what is being fetched."""
         running = sum(len(j.request.tokens) - j.num_computed for j in self._running.values())
-        return self._waiting_tokens + self._fetches.num_tokens + running
+        aside = sum(len(request.tokens) for request in self._aside)
+        return self._waiting_tokens + self._fetches.num_tokens + aside + running
 
     def fits(self, num_tokens: int) -> bool:
         """Could a prompt of this length ever be held?"""
@@ -291,6 +292,9 @@ class PrefillScheduler:
             if chunk.choices:
                 self._complete(job, out, first)
             step.progressed.append(job)
+        if step.progressed:
+            # What others fetch for them may have been computed here.
+            self._return_aside()
         return step
 
     def _mark_ready(self, job: PrefillJob) -> None:

@@ -76,6 +76,11 @@ class PrefixFetches:
         return min(reached, limit) if self.may_fetch else num_found
 
     @property
+    def num_quarantinable(self) -> int:
+        """Blocks that may be late beside those that are."""
+        return max(0, int(MAX_QUARANTINED_SHARE * self._pool.num_blocks) - self._pool.ledger().quarantined)
+
+    @property
     def may_fetch(self) -> bool:
         """False: too many blocks wait for reads that are late."""
         return self._pool.ledger().quarantined <= MAX_QUARANTINED_SHARE * self._pool.num_blocks

@@ -26,6 +26,8 @@ TURNOVER_STEPS = 128
 MAX_SOURCES = 4
 """Holders that a fetch is priced from, the deepest first: more would make a decision quadratic in the workers."""
 _US_MAX = 10**18
+MAX_CURVE_S = 1.0
+"""Seconds per square token; what a worker reports beyond is not believed."""
 
 
 class PrefillPrice(NamedTuple):
@@ -113,7 +115,7 @@ class Pricing:
         own = self.hits.get(worker_id, 0)
         prefill_s = self._compute_s(view, rate, own)
         depth, fetch_s, source = own, 0.0, None
-        for held in self.sources_for(worker_id) if self.holders else ():
+        for held in self.sources_for(worker_id) if self.holders and self.is_named(view) else ():
             if held.depth <= own or held.holder_id == worker_id:
                 continue
             exposed_s = self.fetch_s(held, worker_id, own) - queue_s
@@ -138,6 +140,10 @@ class Pricing:
             source.holder_id if source is not None else "",
             source.on_disk_of(own, depth) if source is not None else 0,
         )
+
+    def is_named(self, view: WorkerView) -> bool:
+        """The hashes of the prompt name blocks of this worker's layout."""
+        return view.fingerprint == self.request.fingerprint or not self.request.fingerprint
 
     def local(self, view: WorkerView, longest_s: float) -> PrefillPrice | None:
         """On the decode worker itself, whose running batch waits for every chunk. Nothing is fetched for it.
@@ -172,7 +178,10 @@ class Pricing:
         # The last token is always computed.
         if cached >= total:
             cached = total - 1
-        return (total - cached) / rate + view.prefill_curve_s * (total * total - cached * cached)
+        curve_s = view.prefill_curve_s
+        if not 0.0 < curve_s < MAX_CURVE_S:
+            curve_s = 0.0
+        return (total - cached) / rate + curve_s * (total * total - cached * cached)
 
     # -- what is fetched ----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from tailrace.kv.events import Tier
 from tailrace.policy.choosing import POLICIES, choose
-from tailrace.policy.estimates import Crowding
+from tailrace.policy.estimates import MAX_PREFILL_S, Crowding
 from tailrace.policy.other_routers import (
     MAX_GIVEN,
     MAX_MARKS,
@@ -121,6 +121,8 @@ class Router:
         )
         if route is None:
             return None
+        if request.fingerprint and _view(decodes, route.decode_id).fingerprint != request.fingerprint:
+            return route
         return replace(route, hashes=tuple(hashes), known_blocks=max(hits.values(), default=0))
 
     def _held(self, found: Mapping[str, int], hashes: Sequence[bytes], lenders: Lenders) -> list[Held]:
@@ -144,10 +146,11 @@ class Router:
         """The request was sent where `route` says; one of `num_workers` prefills it."""
         worker_id = route.prefill_id or route.decode_id
         chosen = route.chosen
+        held_s = min(chosen.fetch_s + chosen.prefill_s, MAX_PREFILL_S)
         self._turn += 1
         self._num_workers = num_workers
         self._crowding.add(worker_id, chosen.prefill_s, now_s, num_workers)
-        self._reservations.hold(worker_id, handle, route.hashes, chosen.fetch_s + chosen.prefill_s, now_s)
+        self._reservations.hold(worker_id, handle, route.hashes, held_s, now_s)
         if session:
             self._sessions.sent(session, route, now_s)
         self._given.append(Given(worker_id, chosen.prefill_s))
@@ -160,12 +163,13 @@ class Router:
     def _backlogs_s(
         self, prefills: Sequence[WorkerView], others: Mapping[str, InFlight], now_s: float
     ) -> Mapping[str, float]:
-        """Of those that have one; of all, where there are other routers."""
+        """Of those that have one, and of all who prefill where there are other routers."""
         backlogs = self._reservations.backlogs_s(now_s)
         for worker_id, there in others.items():
             backlogs[worker_id] = backlogs.get(worker_id, 0.0) + there.prefill_s
         if self._name:
-            return {v.worker_id: backlogs.get(v.worker_id, 0.0) + _lean_s(self._name, v.worker_id) for v in prefills}
+            for view in prefills:
+                backlogs[view.worker_id] = backlogs.get(view.worker_id, 0.0) + _lean_s(self._name, view.worker_id)
         return backlogs
 
     # -- several routers over the same workers ------------------------------------------------------------------------
@@ -209,6 +213,10 @@ class Router:
             marks.setdefault(worker_id, []).extend(told)
             num_marks += len(told)
         return marks
+
+
+def _view(views: Sequence[WorkerView], worker_id: str) -> WorkerView:
+    return next(view for view in views if view.worker_id == worker_id)
 
 
 @lru_cache(maxsize=1 << 12)

@@ -122,6 +122,9 @@ class RouteRequest:
     num_prompt_tokens: int
     block_size: int
     num_choices: int = 1
+    fingerprint: bytes = b""
+    """Of the layout that the prompt's hashes are of: workers of another one neither fetch by them nor will have them.
+    Empty: all workers are of one layout."""
     local_prefill: bool = True
     """Decode workers may prefill."""
 

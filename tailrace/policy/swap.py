@@ -16,6 +16,8 @@ from tailrace.policy.sequence import Sequence
 
 OVERHEAD_S = 0.005
 """Asking, and the turns of the event loop and of the engine until the blocks can be used."""
+MIN_BLOCKS = 16
+"""So many may be fetched at once in a pool of any size."""
 MAX_SKIPPED = 64
 WEIGHT = 0.2
 """Of a new measurement."""
@@ -25,7 +27,8 @@ class SwapCost:
     """Is fetching cheaper than computing, by measured rates? Where one is not known yet, fetching finds out.
 
     After a fetch that brought nothing the next one is skipped, then two, four, and so on: a store that stands still
-    costs each of these fetches its patience.
+    costs each of these fetches its patience. After MAX_SKIPPED refusals for the price one is let through: what was
+    measured may be long ago.
     """
 
     def __init__(self, *, block_bytes: int, block_tokens: int) -> None:
@@ -33,20 +36,32 @@ class SwapCost:
         self.block_tokens = block_tokens
         self.prefill_tokens_per_s = 0.0
         """Kept up to date by the worker; 0: not measured."""
+        self.prefill_curve_s = 0.0
+        """Seconds per square token: what attention adds. Likewise."""
         self.fetch_bytes_per_s = 0.0
         """0: not measured."""
         self._num_to_skip = 0
         self._last_skip = 0
+        self._num_refused = 0
+        """In a row, for the price."""
 
-    def is_cheaper(self, num_blocks: int) -> bool:
-        """Asked once a sequence: False counts as a skipped one."""
+    def is_cheaper(self, num_blocks: int, *, num_found: int = 0) -> bool:
+        """`num_blocks` behind `num_found` that are here. Asked once a sequence: False counts as a skipped one."""
         if self._num_to_skip > 0:
             self._num_to_skip -= 1
             return False
         if self.prefill_tokens_per_s <= 0 or self.fetch_bytes_per_s <= 0:
             return True
         fetch_s = num_blocks * self._block_bytes / self.fetch_bytes_per_s + OVERHEAD_S
-        return fetch_s < num_blocks * self.block_tokens / self.prefill_tokens_per_s
+        if fetch_s < self._prefill_s(num_found, num_blocks) or self._num_refused >= MAX_SKIPPED:
+            self._num_refused = 0
+            return True
+        self._num_refused += 1
+        return False
+
+    def _prefill_s(self, num_found: int, num_blocks: int) -> float:
+        first, end = num_found * self.block_tokens, (num_found + num_blocks) * self.block_tokens
+        return (end - first) / self.prefill_tokens_per_s + self.prefill_curve_s * (end * end - first * first)
 
     def note(self, num_blocks: int, seconds: float) -> None:
         """A fetch brought so many blocks in so many seconds."""
@@ -101,10 +116,12 @@ class SwapIns:
 
     def reach(self, sequence: Sequence, num_found: int, limit: int) -> int:
         """Leading blocks, `limit` at most, that are worth waiting for; `num_found` are here already."""
-        end = min(sequence.num_offered, limit)
+        # What is late is kept from everybody else: of a pool that is not tiny, no more than may be quarantined.
+        most = max(MIN_BLOCKS, self._fetches.num_quarantinable)
+        end = min(sequence.num_offered, limit, num_found + most)
         if end <= num_found or self._cost is None or not self._fetches.may_fetch:
             return num_found
-        if self._cost.is_cheaper(end - num_found):
+        if self._cost.is_cheaper(end - num_found, num_found=num_found):
             return end
         sequence.num_offered = 0
         return num_found

@@ -70,7 +70,12 @@ class _Holder:
     """Loans in a row that held nothing."""
     transport: str = ""
     began: float = 0.0
+    """0: it was never met."""
     ended: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began if self.began else 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,10 +148,7 @@ class PrefixPull:
         size = self._wanted.block_bytes
         return PulledPrefix(
             dict(self._tiers),
-            tuple(
-                Fetch(h.source.worker_id, len(h.asked), h.num_blocks, h.num_blocks * size, h.ended - h.began)
-                for h in asked
-            ),
+            tuple(Fetch(h.source.worker_id, len(h.asked), h.num_blocks, h.num_blocks * size, h.seconds) for h in asked),
             ",".join(sorted({holder.transport for holder in asked if holder.num_blocks})),
             time.monotonic() - self._began,
         )
@@ -179,10 +181,11 @@ class PrefixPull:
 
     async def _pull(self, peers: Peers, share: _Share) -> None:
         holder = share.holder
-        holder.began = holder.began or time.monotonic()
         holder.asked.update(share.places)
         try:
             link = await peers.link(holder.source)
+            # A first meeting says nothing of how fast the next fetch will be.
+            holder.began = holder.began or time.monotonic()
             holder.transport = link.transport
             holder.is_over = not await self._borrow(peers, link, share)
         except TailraceError as error:
@@ -237,7 +240,9 @@ class PrefixPull:
                 BlockRead(lent.blocks[at], lent.addresses[at], lent.generations[at], target)
                 for at, target in zip(piece, targets, strict=True)
             ]
-            deadline = time.monotonic() + stall_s(link, len(reads) * self._wanted.block_bytes)
+            # Reads of one link take turns: each waits for those before it.
+            num_before = sum(len(flight.targets) for flight in self._flights)
+            deadline = time.monotonic() + stall_s(link, (num_before + len(reads)) * self._wanted.block_bytes)
             places = {first + at: tiers[at] for at in piece}
             flight = _Flight(share.holder, link.read(reads), places, targets, deadline)
             self._flights.add(flight)

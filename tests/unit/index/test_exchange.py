@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from tailrace.index.exchange import MAX_BYTES, Exchange, Message
+from tailrace.index.exchange import MAX_BYTES, Exchange, Message, _signature
 from tailrace.index.keys import KeySpace
 from tailrace.index.memory import MemoryIndex
 from tailrace.index.redis_client import RedisClient
@@ -18,6 +18,7 @@ from tailrace.policy.router import Router
 from tailrace.policy.routing import RouteRequest, WorkerView
 from tailrace.types import Role
 from tests.helpers.redis_servers import RedisServer, redis_cluster
+from tests.helpers.values import SECRET
 from tests.helpers.waiting import until
 from tests.unit.index.test_redis import hashes_of
 
@@ -45,7 +46,7 @@ class PlayedGateway:
     def __init__(self, url, name):
         self.router = Router(MemoryIndex())
         client = RedisClient(RedisUrl.parse(url), timeout_s=0.4)
-        self.exchange = Exchange(client, KEYS, router_id=name, news=self._news, hear=self._hear)
+        self.exchange = Exchange(client, KEYS, router_id=name, secret=SECRET, news=self._news, hear=self._hear)
         self.router.share(name, self.exchange.changed)
 
     def _news(self):
@@ -182,13 +183,37 @@ NEWS = RouterNews(
 
 
 def as_read(message):
-    told = message.fields()
+    told = message.fields(SECRET)
     return dict(zip(told[::2], told[1::2], strict=True))
+
+
+def signed(fields):
+    """As somebody who has the secret would send it."""
+    values = [value for name, value in fields.items() if name != b"signature"]
+    if not all(isinstance(value, bytes) for value in values):
+        return fields
+    return {**fields, b"signature": _signature(values, SECRET)}
 
 
 def test_a_message_is_read_as_it_was_written():
     message = Message("g0", 1.0, NEWS)
-    assert Message.read(as_read(message)) == message
+    assert Message.read(as_read(message), SECRET) == message
+
+
+def test_a_message_of_another_cluster_or_one_that_was_changed_is_refused():
+    said = as_read(Message("g0", 1.0, NEWS))
+    with pytest.raises(ValueError, match="signed with another secret"):
+        Message.read(said, b"another secret of a cluster")
+    with pytest.raises(ValueError, match="signed with another secret"):
+        Message.read({**said, b"ttl_ms": b"2000"}, SECRET)
+
+
+def test_what_is_beyond_others_bounds_is_told_as_their_bound():
+    """One number that nobody believes would make them forget all that this gateway has in flight."""
+    news = RouterNews({"p0": InFlight(1e9), "p1": InFlight(float("nan"))}, (Given("p0", float("inf")),))
+    found = Message.read(as_read(Message("g0", 1.0, news)), SECRET).news
+    assert {name: there.prefill_s for name, there in found.in_flight.items()} == {"p0": 86_400.0, "p1": 0.0}
+    assert found.given == (Given("p0", 86_400.0),)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +246,7 @@ def test_a_message_is_read_as_it_was_written():
 )
 def test_what_no_gateway_wrote_is_refused(changes):
     with pytest.raises(ValueError, match=r"."):
-        Message.read({**as_read(Message("g0", 1.0, NEWS)), **changes})
+        Message.read(signed({**as_read(Message("g0", 1.0, NEWS)), **changes}), SECRET)
 
 
 async def test_garbage_is_passed_over_and_logged_once(server, caplog):

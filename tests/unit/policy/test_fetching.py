@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from tailrace.kv.events import Tier
 from tailrace.policy import fetching
-from tailrace.policy.fetching import BARRED_S, MAX_BARRED_S, NEUTRAL_WAYS, FetchRates
+from tailrace.policy.fetching import BARRED_S, MAX_BARRED_S, NEUTRAL_WAYS, STALE_S, FetchRates
 from tailrace.policy.routing import Held
 
 
@@ -40,14 +40,33 @@ def test_fetches_of_one_length_are_predicted_as_they_were() -> None:
 
 def test_what_is_not_measured_is_as_fast_as_the_best_of_its_kind() -> None:
     rates = FetchRates()
-    rates.succeeded("a", "n", Tier.CPU, 10**6, 1.0)
-    rates.succeeded("b", "n", Tier.CPU, 10**6, 0.1)
+    rates.succeeded("a", "n", Tier.CPU, 10**6, 0.0008)
+    rates.succeeded("b", "n", Tier.CPU, 10**6, 0.0004)
     assert rates.way("c", "n", Tier.CPU) == rates.way("b", "n", Tier.CPU) != rates.way("a", "n", Tier.CPU)
     assert rates.way("c", "n", Tier.NVME) == NEUTRAL_WAYS[Tier.NVME]
     # The best gets slow: it is the best no more.
     for _ in range(60):
         rates.succeeded("b", "n", Tier.CPU, 10**6, 9.0)
     assert rates.way("c", "n", Tier.CPU) == rates.way("a", "n", Tier.CPU)
+
+
+def test_a_slow_first_fetch_is_not_the_last_one() -> None:
+    """Nobody would measure again what nobody chooses."""
+    rates = FetchRates()
+    rates.advance(100.0)
+    rates.succeeded("a", "n", Tier.WORKER, 10**6, 5.0)
+    slow, usual = rates.way("a", "n", Tier.WORKER), NEUTRAL_WAYS[Tier.WORKER]
+    assert slow is not None
+    assert slow.s_per_byte > 1e-6
+    assert rates.way("b", "n", Tier.WORKER) == usual, "the others are not blamed"
+    rates.advance(100.0 + STALE_S - 1)
+    assert rates.way("a", "n", Tier.WORKER) == slow
+    rates.advance(100.0 + STALE_S)
+    assert rates.way("a", "n", Tier.WORKER) == usual
+    rates.succeeded("a", "n", Tier.WORKER, 10**6, 0.001)
+    again = rates.way("a", "n", Tier.WORKER)
+    assert again is not None
+    assert again.s_per_byte < 1e-9, "what was measured long ago does not count"
 
 
 def test_a_pair_forgets() -> None:
@@ -96,9 +115,9 @@ def test_impossible_measurements_are_ignored(num_bytes: int, seconds: float) -> 
 def test_pairs_are_bounded_and_the_best_is_not_one_that_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "MAX_PAIRS", 3)
     rates = FetchRates()
-    rates.succeeded("fastest", "n", Tier.WORKER, 10**6, 0.001)
+    rates.succeeded("fastest", "n", Tier.WORKER, 10**6, 0.0001)
     for number in range(5):
-        rates.succeeded(f"h{number}", "n", Tier.WORKER, 10**6, 1.0 + number)
+        rates.succeeded(f"h{number}", "n", Tier.WORKER, 10**6, 0.0005 + number / 10_000)
         rates.failed(f"g{number}", "n", 0.0)
     assert (len(rates._pairs), len(rates._failing), len(rates._barred)) == (3, 3, 3)
     assert rates.way("fastest", "n", Tier.WORKER) == rates.way("h2", "n", Tier.WORKER)

@@ -90,6 +90,20 @@ def test_a_store_that_brings_nothing_is_asked_ever_more_rarely_and_no_more_rarel
     assert [cost.is_cheaper(1) for _ in range(2)] == [False, True]
 
 
+def test_what_was_measured_long_ago_is_measured_again() -> None:
+    cost = make_cost()
+    cost.note(10, 100.0)
+    cost.prefill_tokens_per_s = 1000.0
+    assert next(count for count in range(1000) if cost.is_cheaper(10)) == MAX_SKIPPED
+
+
+def test_what_attention_adds_counts_behind_what_is_found() -> None:
+    cost = make_cost()
+    cost.note(10, 0.1)
+    cost.prefill_tokens_per_s, cost.prefill_curve_s = 2000.0, 1e-6
+    assert [cost.is_cheaper(10, num_found=found) for found in (0, 100)] == [False, True]
+
+
 # -- the way back -----------------------------------------------------------------------------------------------------
 
 

@@ -188,8 +188,8 @@ async def test_cancelled_at_any_moment_the_ledger_is_whole(
             await until(lambda: rig.gateway.failed or rig.gateway.reports)
         await until(lambda: not rig.service._fetches)
         if slow.pending:
-            await rig.until_ledger("free", "landing")
-            assert (await rig.engine.call(rig.pool.ledger)).landing == 5
+            await rig.until_ledger("free", "quarantined")
+            assert (await rig.engine.call(rig.pool.ledger)).quarantined == 5
             after(slow)
             while slow.pending:
                 slow.finish(ReadOutcome.FAILED)
