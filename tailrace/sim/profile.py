@@ -1,4 +1,4 @@
-"""Hardware profiles: how long prefills, decode steps and transfers take, by the formulas of the design's section 5.
+"""Hardware profiles: how long prefills, decode steps and transfers take, by formulas.
 
 Peaks and bandwidths are the vendors' (NVIDIA's data sheets: dense bfloat16, HBM). The shares of them that are reached,
 the fixed times and the sizes of host memory and NVMe are assumed, and marked so; pass others to see what they change.
