@@ -55,6 +55,22 @@ def test_a_prefix_is_fetched_where_that_beats_computing_it() -> None:
     assert chosen.prefill_s == pytest.approx(0.8)
 
 
+@pytest.mark.parametrize("curve_s", [float("nan"), float("inf"), float("-inf"), -1e-6, -1e308, 1e308])
+def test_an_impossible_curve_counts_for_nothing(curve_s: float) -> None:
+    found = live_route(Live(waiting={"p0": 2.0}), make_prefill(prefill_curve_s=curve_s))
+    assert found.chosen.prefill_s == pytest.approx(1.6)
+
+
+def test_a_worker_of_another_layout_fetches_nothing_by_these_hashes() -> None:
+    live = Live(ways=Rates({("p1", "p0"): 1e7}), held=[Held("p1", 50)])
+    workers = [make_prefill("p0", fingerprint=b"B")], [make_decode(fingerprint=b"B")]
+    for fingerprint, num_blocks in ((b"B", 50), (b"", 50), (b"A", 0)):
+        request = RouteRequest(1600, BLOCK, fingerprint=fingerprint)
+        found = choose(request, *workers, {}, {}, BYTES_PER_TOKEN, live=live)
+        assert found is not None
+        assert found.chosen.fetch_blocks == num_blocks
+
+
 def test_a_slow_link_or_none_leaves_it_to_be_computed() -> None:
     for rates in ({("p1", "p0"): 1e5}, {("p1", "p0"): 0.0}, {("p1", "p9"): 1e9}):
         live = Live(ways=Rates(rates), held=[Held("p1", 50)])

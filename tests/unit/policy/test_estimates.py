@@ -137,3 +137,13 @@ def test_a_prefill_fit_says_what_a_stretch_of_tokens_takes() -> None:
     for cached, prompt in ((0, 512), (512, 1024), (0, 2048)):
         fit.add(cached, prompt, 1e-3 * (prompt - cached) + 1e-7 * (prompt**2 - cached**2))
     assert fit.seconds(256, 768) == pytest.approx(1e-3 * 512 + 1e-7 * (768**2 - 256**2))
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0, 1e9])
+def test_an_impossible_prefill_does_not_stay_in_the_sums(seconds: float) -> None:
+    crowding = Crowding()
+    for now_s in range(4):
+        crowding.add("w", 0.5, float(now_s), 1)
+    known = crowding.waiting()
+    crowding.add("w", seconds, 3.0, 1)
+    assert crowding.waiting() == known != {}

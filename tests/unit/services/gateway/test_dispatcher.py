@@ -119,6 +119,18 @@ async def test_a_prompt_counts_as_queue_and_as_cached_until_its_worker_has_compu
         await first.aclose()
 
 
+async def test_a_prompt_that_its_decode_worker_computes_counts_as_queue_until_the_first_token():
+    """The worker reports when the answer ends: all that it writes would look like a queue."""
+    async with fake_cluster(prefill=0) as cluster:
+        first = await cluster.submit(range(200))
+        queue_s = lambda: cluster.dry_run(range(204)).chosen.queue_s  # noqa: E731
+        assert queue_s() > 0
+        await cluster.decode.tokens([11])
+        assert queue_s() == 0
+        assert not first.is_over
+        await first.aclose()
+
+
 async def test_another_policy_routes_by_its_own_rule():
     async with fake_cluster(prefill=3, routing_policy="round-robin") as cluster:
         sessions = [await cluster.submit(range(n)) for n in (200, 8, 8, 8)]
