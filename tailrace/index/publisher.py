@@ -73,14 +73,14 @@ class Publisher:
         if not self._pending:
             self.registration = replace(self.registration, sequence=batch.first_sequence)
         self._pending = self._pending + batch.events
-        self._forget_retracted(batch.events)
+        self._forget_news(batch.events)
         self._news.set()
 
-    def _forget_retracted(self, events: KVEvents) -> None:
+    def _forget_news(self, events: KVEvents) -> None:
+        """What is news is told as such: told again, it would be told with the tier that it was on before."""
         if self._untold:
             for event in events:
-                if event.kind is KVEventKind.RETRACT:
-                    self._untold.pop(event.block_hash, None)
+                self._untold.pop(event.block_hash, None)
 
     def _give_up(self) -> None:
         told = self.registration
@@ -183,8 +183,8 @@ class Publisher:
         self._told_again_at = now
         num_before = len(self._pending)
         self._untold = {event.block_hash: event.tier for event in await self._cached()}
-        # What was retracted while the worker answered may still be in its answer.
-        self._forget_retracted(self._pending[num_before:])
+        # What changed while the worker answered may be in its answer as it was before.
+        self._forget_news(self._pending[num_before:])
         return True
 
     def _event_commands(self, told: Registration, events: KVEvents) -> list[Command | ScriptCall]:
