@@ -73,6 +73,8 @@ class StoreMembership:
 
     def tell(self, report: StepReport) -> None:
         if self._attachments is not None:
+            # They stand for a worker's own drain, which goes past its reports.
+            self._attachments.is_draining = report.load.draining
             self._attachments.deliver(report)
 
     async def close(self) -> None:
