@@ -210,12 +210,14 @@ class StoreNode:
                     return 0 if event.cached_tokens else None
                 if event.first_index or len(event.blocks) > len(wanted):
                     raise TransferError(f"{offer.source.worker_id} lent blocks that nobody asked for")
-                arrivals = storage.store.reserve(wanted[: len(event.blocks)], offer.tenant)
-                if arrivals:
+                lent = wanted[: len(event.blocks)]
+                if arrivals := storage.store.reserve(lent, offer.tenant):
                     await self._read(storage, link.read(_reads(arrivals, names, event)), arrivals)
-                    return len(event.blocks)
-                if event.blocks:
+                elif any(piece.block_hash not in storage.store for piece in lent):
                     return None
+                # Otherwise another pull has brought them, or is about to: on to the rest of the chain.
+                if lent:
+                    return len(lent)
         return None
 
     async def _read(self, storage: Storage, read: PendingRead, arrivals: list[Arrival]) -> None:

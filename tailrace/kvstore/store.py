@@ -77,6 +77,10 @@ class KvStore:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def __contains__(self, block_hash: bytes) -> bool:
+        """Whether it is here, or arriving."""
+        return block_hash in self._blocks
+
     @property
     def num_unwritten(self) -> int:
         """Blocks in line to be written."""

@@ -1,7 +1,7 @@
 """A store's node in this process: how it drains, what it pulls, how it ends."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -10,12 +10,16 @@ import pytest
 from services.kvstore.membership import StoreMembership
 from services.kvstore.node import StoreNode
 from tailrace.config import KvStoreConfig
+from tailrace.kvstore.values import OfferedBlock
+from tailrace.messages import BlockOffer, KvSource, LendDone, LendTerms, LentBlocks
+from tailrace.transfer import BlockRead, PendingRead, ReadOutcome, ReadResult
 from tailrace.types import Role
 from tailrace.worker.member import Identity
-from tests.helpers.stores import PAGED
+from tests.helpers.stores import PAGED, chain_of
 from tests.helpers.values import SECRET, make_layout
 
 LAYOUT = make_layout(**PAGED)
+A = chain_of("a", 5)
 
 
 def make_node(path: Path | None = None) -> StoreNode:
@@ -29,6 +33,41 @@ def make_node(path: Path | None = None) -> StoreNode:
     )
     identity = Identity.draw(config, Role.KVSTORE)
     return StoreNode(config, identity, StoreMembership(config, identity, "127.0.0.1:1"))
+
+
+class PlayedPeers:
+    """An owner that lends two blocks an ask, and every read is good. `on_ask` is told what is asked for."""
+
+    transport = "stream"
+
+    def __init__(self, on_ask: Callable[[Sequence[bytes]], None] = lambda names: None) -> None:
+        self.on_ask = on_ask
+        self.asked: list[tuple[bytes, ...]] = []
+
+    async def link(self, source: KvSource) -> "PlayedPeers":
+        return self
+
+    def read(self, reads: Sequence[BlockRead]) -> PendingRead:
+        read = PendingRead(asyncio.get_running_loop())
+        read.settle(ReadResult(ReadOutcome.GOOD, 0.0, 0))
+        return read
+
+    @asynccontextmanager
+    async def lend(self, source: KvSource, terms: LendTerms) -> AsyncIterator[AsyncIterator[LentBlocks | LendDone]]:
+        async def events() -> AsyncIterator[LentBlocks | LendDone]:
+            slots = list(range(min(2, len(terms.block_hashes))))
+            yield LentBlocks(0, slots, slots, slots)
+
+        self.asked.append(terms.block_hashes)
+        self.on_ask(terms.block_hashes)
+        yield events()
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+def offer_of(chain: Sequence[bytes]) -> BlockOffer:
+    return BlockOffer(KvSource("w", 7, "127.0.0.1:1", b""), LAYOUT, tuple(chain))
 
 
 @asynccontextmanager
@@ -62,3 +101,37 @@ async def test_a_store_that_drained_before_it_knew_what_a_block_is_says_so_from_
     await node.open(LAYOUT)
     assert node.membership.attachments.load.draining
     await node.close()
+
+
+async def test_a_pull_goes_on_behind_blocks_that_another_pull_brings() -> None:
+    async with open_node() as node:
+        assert node.storage is not None
+        store = node.storage.store
+        others = []
+
+        def on_ask(names: Sequence[bytes]) -> None:
+            if names == tuple(A):
+                others.extend(store.reserve([OfferedBlock(name, depth) for depth, name in enumerate(A[:2])]))
+
+        node._peers = peers = PlayedPeers(on_ask)  # type: ignore[assignment]
+        assert await node.offer(offer_of(A)) == tuple(A)
+        await asyncio.gather(*node._pulls)
+        assert peers.asked == [tuple(A), tuple(A[2:]), tuple(A[4:])]
+        store.landed(others)
+        assert len(store.find_prefix(A)) == len(A)
+
+
+async def test_a_pull_ends_where_there_is_no_room() -> None:
+    async with open_node() as node:
+        assert node.storage is not None
+        store = node.storage.store
+
+        def on_ask(names: Sequence[bytes]) -> None:
+            others = chain_of("others", store.memory.num_slots)
+            store.reserve([OfferedBlock(name, depth) for depth, name in enumerate(others)])
+
+        node._peers = peers = PlayedPeers(on_ask)  # type: ignore[assignment]
+        assert await node.offer(offer_of(A)) == tuple(A)
+        await asyncio.gather(*node._pulls)
+        assert peers.asked == [tuple(A)]
+        assert not store.find_prefix(A)
