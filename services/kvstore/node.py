@@ -153,13 +153,16 @@ class StoreNode:
 
     async def offer(self, offer: BlockOffer) -> tuple[bytes, ...]:
         """Which of them will be pulled. Raises LayoutMismatchError, ConfigError."""
-        if self._is_draining or len(self._pulls) >= MAX_PULLS:
+        if not self._takes_offers:
             return ()
         try:
             storage = await self.open(offer.layout)
         except TailraceError as error:
             self._say_once(offer.source.worker_id, error)
             raise
+        # Many may have waited for that.
+        if not self._takes_offers:
+            return ()
         wanted = storage.store.wanted(offer.block_hashes, offer.tenant)
         if wanted:
             task = asyncio.create_task(self._pull(storage, offer, wanted), name=f"pull from {offer.source.worker_id}")
@@ -167,6 +170,10 @@ class StoreNode:
             self._changed()
             task.add_done_callback(self._pulled)
         return tuple(piece.block_hash for piece in wanted)
+
+    @property
+    def _takes_offers(self) -> bool:
+        return not self._is_draining and len(self._pulls) < MAX_PULLS
 
     def _pulled(self, task: "asyncio.Task[None]") -> None:
         self._pulls.discard(task)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.kvstore.membership import StoreMembership
-from services.kvstore.node import StoreNode
+from services.kvstore.node import MAX_PULLS, StoreNode
 from tailrace.config import KvStoreConfig
 from tailrace.kvstore.values import OfferedBlock
 from tailrace.messages import BlockOffer, KvSource, LendDone, LendTerms, LentBlocks
@@ -135,3 +135,11 @@ async def test_a_pull_ends_where_there_is_no_room() -> None:
         await asyncio.gather(*node._pulls)
         assert peers.asked == [tuple(A)]
         assert not store.find_prefix(A)
+
+
+async def test_offers_that_waited_for_the_storage_open_no_more_pulls_than_others() -> None:
+    node = make_node()
+    offers = [node.offer(offer_of(chain_of(f"chain{number}", 1))) for number in range(MAX_PULLS + 4)]
+    taken = [wanted for wanted in await asyncio.gather(*offers) if wanted]
+    assert len(taken) == MAX_PULLS
+    await node.close()
