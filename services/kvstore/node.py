@@ -90,10 +90,13 @@ class StoreNode:
 
     async def close(self) -> None:
         """Ends what is open, brings the file up to date."""
+        # No offer opens the storage from here on; what is being opened begins a membership that must be closed.
+        self._is_draining = True
+        await asyncio.gather(*([self._opening] if self._opening else []), return_exceptions=True)
         await self.membership.close()
         for task in self._pulls:
             task.cancel()
-        await asyncio.gather(*self._pulls, *([self._opening] if self._opening else []), return_exceptions=True)
+        await asyncio.gather(*self._pulls, return_exceptions=True)
         if self._peers is not None:
             await self._peers.close()
         if self._storage is not None:

@@ -22,10 +22,11 @@ LAYOUT = make_layout(**PAGED)
 A = chain_of("a", 5)
 
 
-def make_node(path: Path | None = None) -> StoreNode:
+def make_node(path: Path | None = None, *, join: tuple[str, ...] = ()) -> StoreNode:
     config = KvStoreConfig(
         secret=SECRET.decode(),  # type: ignore[arg-type]
         worker_id="store",
+        join=join,
         cpu_memory=1 << 20,
         disk_path=path,
         disk_bytes=4 << 20,
@@ -143,3 +144,13 @@ async def test_offers_that_waited_for_the_storage_open_no_more_pulls_than_others
     taken = [wanted for wanted in await asyncio.gather(*offers) if wanted]
     assert len(taken) == MAX_PULLS
     await node.close()
+
+
+async def test_a_store_that_ends_while_the_first_offer_opens_it_leaves_no_membership() -> None:
+    node = make_node(join=("127.0.0.1:1",))
+    node.membership.serve(node.cached)
+    offer = asyncio.create_task(node.offer(offer_of(A)))
+    await asyncio.sleep(0)
+    await node.close()
+    assert await offer == ()
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("join")]
