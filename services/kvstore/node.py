@@ -13,6 +13,7 @@ from tailrace.config import KvStoreConfig
 from tailrace.errors import LayoutMismatchError, OverloadedError, TailraceError, TransferError, UnavailableError
 from tailrace.kv.events import KVEvents, Tier
 from tailrace.kv.layout import KVLayout
+from tailrace.kvstore.loan import Loan
 from tailrace.kvstore.values import Arrival, OfferedBlock
 from tailrace.messages import (
     BlockOffer,
@@ -49,6 +50,7 @@ class _OpenLoan:
 
     needer_id: str
     since: float
+    loan: Loan
     slots: list[int]
 
 
@@ -99,10 +101,13 @@ class StoreNode:
         await asyncio.gather(*self._pulls, return_exceptions=True)
         if self._peers is not None:
             await self._peers.close()
-        if self._storage is not None:
-            # What is written from here on is written by another thread, and nobody listens.
-            self._storage.store.news.on_first = _do_nothing
-            await self._storage.close()
+        # From here on the store is another thread's: whatever this loop still hears of it finds none.
+        storage, self._storage = self._storage, None
+        if storage is not None:
+            for entry in self._loans:
+                entry.loan.close()
+            storage.store.news.on_first = _do_nothing
+            await storage.close()
 
     # -- Owning -------------------------------------------------------------------------------------------------------
 
@@ -121,9 +126,9 @@ class StoreNode:
         storage = self.ready()
         if len(self._loans) >= MAX_LOANS:
             raise OverloadedError(f"{MAX_LOANS} loans are open")
-        entry = _OpenLoan(terms.needer_id, time.monotonic(), [])
         news = asyncio.Event()
         loan = storage.store.borrow(terms.block_hashes, news.set)
+        entry = _OpenLoan(terms.needer_id, time.monotonic(), loan, [])
         self._loans.add(entry)
         self._changed()
         base = storage.plane.owner.pool_address
@@ -149,8 +154,9 @@ class StoreNode:
         finally:
             self._loans.remove(entry)
             loan.close()
-            storage.store.pump()
-            self._changed()
+            if self._storage is storage:
+                storage.store.pump()
+                self._changed()
 
     # -- offers -------------------------------------------------------------------------------------------------------
 
@@ -252,8 +258,9 @@ class StoreNode:
 
         def settled(_: object) -> None:
             del self._reads[read]
-            storage.store.abandon(arrivals)
-            self._changed()
+            if self._storage is storage:
+                storage.store.abandon(arrivals)
+                self._changed()
 
         read.settled.add_done_callback(settled)
 

@@ -1,6 +1,7 @@
 """A store's node in this process: how it drains, what it pulls, how it ends."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from services.kvstore.membership import StoreMembership
 from services.kvstore.node import MAX_PULLS, StoreNode
 from tailrace.config import KvStoreConfig
+from tailrace.kvstore.slab_file import Entry
 from tailrace.kvstore.values import OfferedBlock
 from tailrace.messages import BlockOffer, KvSource, LendDone, LendTerms, LentBlocks
 from tailrace.transfer import BlockRead, PendingRead, ReadOutcome, ReadResult
@@ -17,6 +19,7 @@ from tailrace.types import Role
 from tailrace.worker.member import Identity
 from tests.helpers.stores import PAGED, chain_of
 from tests.helpers.values import SECRET, make_layout
+from tests.helpers.waiting import until
 
 LAYOUT = make_layout(**PAGED)
 A = chain_of("a", 5)
@@ -154,3 +157,44 @@ async def test_a_store_that_ends_while_the_first_offer_opens_it_leaves_no_member
     await node.close()
     assert await offer == ()
     assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("join")]
+
+
+async def test_while_a_store_closes_one_thread_alone_has_it(tmp_path: Path) -> None:
+    """The disk still says that writes have ended, and a loan is closed late."""
+    node = make_node(tmp_path / "slab")
+    await node.open(LAYOUT)
+    assert node.storage is not None
+    store = node.storage.store
+    assert store.disk is not None
+    file, threads = store.disk.file, []
+    write, pump, close = file.write, store.pump, store.close
+    is_closing = threading.Event()
+
+    def write_slowly(slot: int, entry: Entry, data: memoryview) -> int:
+        threading.Event().wait(0.05)
+        return write(slot, entry, data)
+
+    def pump_noted(timeout_s: float = 0.0) -> None:
+        if is_closing.is_set():
+            threads.append(threading.current_thread())
+        pump(timeout_s)
+
+    def close_noted() -> None:
+        is_closing.set()
+        close()
+
+    file.write = write_slowly  # type: ignore[method-assign]
+    node._peers = PlayedPeers()  # type: ignore[assignment]
+    await node.offer(offer_of(A))
+    await asyncio.gather(*node._pulls)
+    loan = node.lend(LendTerms("", 0, b"", "needer", 1, "stream", block_hashes=tuple(A)))
+    await anext(loan)
+    store.pump, store.close = pump_noted, close_noted  # type: ignore[method-assign]
+    closing = asyncio.create_task(node.close())
+    await until(lambda: threads)
+    await loan.aclose()
+    await closing
+    assert store.counters.written == len(A)
+    assert threading.current_thread() not in threads
+    store.memory.check_integrity()
+    assert store.memory.ledger().lent == 0
