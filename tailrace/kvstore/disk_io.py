@@ -15,7 +15,8 @@ MAX_WRITES = 4
 MAX_READS = 64
 """Posted at once, over all loans."""
 NUM_READERS = 4
-_JOIN_S = 5.0
+_JOIN_S = 2.0
+"""For what is posted when all ends: with what a store takes to flush and to leave, less than its supervisor waits."""
 
 
 @dataclass(slots=True, eq=False)

@@ -21,6 +21,7 @@ class DiskTier:
         """Why nothing is read or written any more; empty while all is well."""
         self._checksums = array.array("I", bytes(4 * file.num_slots))
         self._io = DiskIo(file, on_done)
+        self._has_ended = False
 
     @property
     def is_on(self) -> bool:
@@ -94,9 +95,18 @@ class DiskTier:
         except OSError as error:
             self._turn_off("written", error)
 
-    def close(self, blocks: Iterable[StoredBlock]) -> None:
-        """Keeps what is known of the blocks' usage for the next start. Nothing is posted any more."""
-        if not self._io.close():
+    def end(self) -> None:
+        """Waits for what is posted, so that it can be taken; nothing may be posted any more."""
+        self._has_ended = self._io.close()
+
+    def close(self, blocks: Iterable[StoredBlock], num_unwritten: int) -> None:
+        """Keeps what is known of the blocks' usage for the next start. After `end`.
+
+        `num_unwritten`: blocks that were never posted, for the log.
+        """
+        if num_left := num_unwritten + self._io.writes.num_open:
+            log.warning("store file %s: there was no time to write %d blocks; they are lost", self.file.path, num_left)
+        if not self._has_ended:
             log.warning("store file %s: the disk does not answer; the file is left as it is", self.file.path)
             return
         try:

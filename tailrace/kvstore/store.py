@@ -5,6 +5,7 @@ booked by `pump`. Refusal is a value, misuse a ValueError, corruption an Asserti
 """
 
 import mmap
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -26,6 +27,8 @@ WRITE_LINE_SHARE = 4
 """At most one memory slot in so many is kept until its block is written: a slow disk must not freeze the tier."""
 PIN_SHARE = 2
 """At most one slot of the memory tier in so many is pinned."""
+FLUSH_S = 5.0
+"""A store that ends writes for so long what is in line: whoever ends it does not wait for ever."""
 _NO_TIER = TierLedger(0, 0, 0, 0, 0, 0)
 
 
@@ -203,32 +206,29 @@ class KvStore:
         """Book the copies that have ended, and start those that can be. `timeout_s`: wait so long for one to end."""
         if self.disk is None:
             return
-        was_on = self.disk.is_on
-        for write in self.disk.take_writes(timeout_s if not self._reading else 0.0):
-            self._end_write(write)
-        for read in self.disk.take_reads(timeout_s if self._reading else 0.0):
-            self._end_read(self.disk, read)
-        if was_on and not self.disk.is_on:
-            self._lose_disk(self.disk)
+        self._book(self.disk, timeout_s)
         self._start_writes(self.disk)
         for loan in list(self._waiting):
             if not loan.is_closed:
                 self._fetch(loan)
 
     def flush(self, timeout_s: float) -> bool:
-        """Whether nothing waits to be written or is being copied any more. Gives up after `timeout_s` of standstill."""
+        """Whether nothing waits to be written or is being copied any more. Gives up after `timeout_s` in all."""
+        deadline = time.monotonic() + timeout_s
         while self.disk is not None and (self.num_unwritten or self.disk.num_open):
-            before = self.num_unwritten, self.disk.num_open
-            self.pump(timeout_s)
-            if (self.num_unwritten, self.disk.num_open) == before:
+            before, left_s = (self.num_unwritten, self.disk.num_open), deadline - time.monotonic()
+            self.pump(max(0.0, left_s))
+            if left_s <= 0 or (self.num_unwritten, self.disk.num_open) == before:
                 return False
         return True
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """Writes what is in line, and what is known of the blocks. Nothing may be lent or arriving any more."""
+    def close(self, timeout_s: float = FLUSH_S) -> None:
+        """Writes what is in line, for so long, and what is known of the blocks. Nothing may be lent or arriving."""
         self.flush(timeout_s)
         if self.disk is not None:
-            self.disk.close(self._blocks.values())
+            self.disk.end()
+            self._book(self.disk)
+            self.disk.close(self._blocks.values(), self.num_unwritten)
 
     # -- books --------------------------------------------------------------------------------------------------------
 
@@ -305,6 +305,16 @@ class KvStore:
         if not block.is_held:
             self.pins.forget(block)
             del self._blocks[block.block_hash]
+
+    def _book(self, disk: DiskTier, timeout_s: float = 0.0) -> None:
+        """Copies that have ended."""
+        was_on = disk.is_on
+        for write in disk.take_writes(timeout_s if not self._reading else 0.0):
+            self._end_write(write)
+        for read in disk.take_reads(timeout_s if self._reading else 0.0):
+            self._end_read(disk, read)
+        if was_on and not disk.is_on:
+            self._lose_disk(disk)
 
     def _line_up(self) -> None:
         """Hold what comes next to be written."""

@@ -5,13 +5,14 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tailrace.kvstore.slab_file import ENTRY_BYTES, open_slab
+from tailrace.kvstore.slab_file import ENTRY_BYTES, Entry, open_slab
 from tailrace.kvstore.slab_header import HEADER_BYTES, PAGE
 from tailrace.kvstore.store import KvStore
 from tests.helpers.stores import PAGED, chain_of, make_store, num_found, put, put_written
@@ -211,6 +212,31 @@ def test_a_disk_that_fails_turns_the_tier_off(tmp_path: Path, caplog: pytest.Log
     put(store, B)
     assert num_found(store, B) == 4
     store.close()
+
+
+def test_a_store_that_ends_on_a_slow_disk_writes_for_so_long_and_says_what_it_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = opened(tmp_path / "slab")
+    assert store.disk is not None
+    file = store.disk.file
+    write = file.write
+
+    def write_slowly(slot: int, entry: Entry, data: memoryview) -> int:
+        threading.Event().wait(0.05)
+        return write(slot, entry, data)
+
+    file.write = write_slowly  # type: ignore[method-assign]
+    chain = chain_of("long", 16)
+    put(store, chain)
+    store.pump()
+    store.borrow(chain).close()
+    store.close(0.2)
+    assert f"no time to write {16 - store.counters.written} blocks" in caplog.text
+    again = opened(tmp_path / "slab")
+    assert 4 <= again.counters.restored == store.counters.written <= 12
+    assert all(block.uses == store._blocks[name].uses for name, block in again._blocks.items()), "all are described"
+    again.close()
 
 
 def start_writer(path: Path, *limit: int) -> "subprocess.Popen[str]":
