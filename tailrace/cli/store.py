@@ -67,7 +67,10 @@ def unpin(address: Address, owner: Owner, hashes: Hashes = None, tokens: Tokens 
 
 @store_app.command()
 def quota(address: Address, tenant: str, memory: Size = None, disk: Size = None) -> None:
-    """Bound what a tenant's blocks take, until the store restarts."""
+    """Bound what a tenant's blocks take, until the store restarts.
+
+    It acts only on offers that name the tenant. Those of Tailrace's own workers name none yet.
+    """
     sizes = _size("memory", memory), _size("disk", disk)
     _ask(address, lambda peer: peer.set_quota(tenant, *sizes))
     print(f"{tenant}: memory {memory or 'unbounded'}, disk {disk or 'unbounded'}")
