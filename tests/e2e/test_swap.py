@@ -50,6 +50,7 @@ async def test_blocks_come_back_from_the_store_and_tokens_are_the_same(small_mod
         assert "Traceback" not in cluster.logs()
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_store_that_goes_while_blocks_come_back_costs_no_token(
     small_model: Path, expected: list[str], number: signal.Signals
