@@ -136,6 +136,7 @@ async def test_prefill_fetches_from_the_store_s_memory_and_from_its_disk(wide_mo
             await each.until_idle()
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 async def test_a_source_that_dies_in_the_middle_costs_time_alone(wide_model: Path, number: signal.Signals) -> None:
     """Over a stream, where a read of a stopped owner hangs."""

@@ -88,6 +88,7 @@ def test_a_gateway_with_a_store_alone_is_not_ready(small_model: Path, tmp_path: 
         assert cluster.post("/v1/completions", prompt=PROMPT, max_tokens=2).status_code == 503
 
 
+@pytest.mark.chaos
 async def test_a_cluster_started_with_a_store_starts_it_again_when_it_dies(small_model: Path, tmp_path: Path) -> None:
     config = UpConfig(
         model=str(small_model),
