@@ -1,6 +1,7 @@
 """Gateways that know what workers cache: from the workers alone, and through Redis."""
 
 import asyncio
+import contextlib
 import json
 import signal
 from pathlib import Path
@@ -146,12 +147,25 @@ async def test_a_gateway_counts_what_another_has_in_flight(small_model: Path) ->
         one.start_workers(join="", redis=redis.url)
         other.wait_for("prefill-0", "decode-0")
         one.complete(prompt, max_tokens=2)
+        idle = routed(other, prompt, "queue_s")["prefill-0"]
         worker = one.process("prefill-0")
-        worker.signal(signal.SIGSTOP)
+        seen: list[float] = []
+
+        def priced() -> bool:
+            seen.append(routed(other, prompt, "queue_s").get("prefill-0", 0))
+            return seen[-1] > 10 * idle
+
         async with one.client() as client:
-            sent = asyncio.create_task(client.completions.create(model=MODEL, prompt=prompt_of(600, 2), max_tokens=2))
-            await until(lambda: routed(other, prompt, "queue_s")["prefill-0"] > 0.01, 2.5)
-            assert other.metric("tailrace_redis_gateways") == 1
-            worker.signal(signal.SIGCONT)
-            assert (await sent).choices
+            # A stopped worker is let go of after 1.5 s: it is stopped for less than that, and again if nothing was seen.
+            for attempt in range(8):
+                worker.signal(signal.SIGSTOP)
+                long = prompt_of(600, 2 + attempt)
+                sent = asyncio.create_task(client.completions.create(model=MODEL, prompt=long, max_tokens=2))
+                with contextlib.suppress(TimeoutError):
+                    await until(priced, 0.8)
+                worker.signal(signal.SIGCONT)
+                assert (await sent).choices
+                if seen[-1] > 10 * idle:
+                    break
+        assert seen[-1] > 10 * idle
         other.wait_until(lambda: other.metric("tailrace_redis_gateways") == 0, "it is computed", 5.0)
