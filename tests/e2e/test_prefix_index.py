@@ -156,7 +156,7 @@ async def test_a_gateway_counts_what_another_has_in_flight(small_model: Path) ->
             return seen[-1] > 10 * idle
 
         async with one.client() as client:
-            # A stopped worker is let go of after 1.5 s: it is stopped for less than that, and again if nothing was seen.
+            # A stopped worker is let go of after 1.5 s: it is stopped for less, and again if nothing was seen.
             for attempt in range(8):
                 worker.signal(signal.SIGSTOP)
                 long = prompt_of(600, 2 + attempt)
