@@ -12,15 +12,14 @@ from tailrace.plan import StepOutput, StepPlan
 from tailrace.policy.decode_scheduler import DecodeScheduler
 from tailrace.policy.estimates import PrefillFit, StepFit
 from tailrace.policy.offers import OfferPolicy
-from tailrace.policy.prefix_fetches import PrefixFetch
 from tailrace.policy.request import DrawnToken, Request
 from tailrace.policy.sequence import DecodeStep
 from tailrace.policy.swap import SwapCost
 from tailrace.worker.holdings import pending_reads
 from tailrace.worker.limits import MAX_WAITING, line_is_full, no_logits
-from tailrace.worker.prefix_fetch import PulledPrefix, patience_s
+from tailrace.worker.prefix_fetch import PulledPrefix, prefix_destination
 from tailrace.worker.rates import FIT_FORGET, FIT_SPREAD, Ewma
-from tailrace.worker.report import Destination, PrefixDestination, StepReport, with_ledger
+from tailrace.worker.report import Destination, StepReport, with_ledger
 from tailrace.worker.runner import LaunchedStep, Runner
 
 log = logging.getLogger(__name__)
@@ -192,12 +191,6 @@ class DecodeWorker:
         if in_flight:
             self.quarantine(in_flight)
 
-    def _swap(self, fetch: PrefixFetch, cost: SwapCost) -> PrefixDestination:
-        size = cost.block_tokens
-        patience = patience_s(self._prefill_fit.seconds(fetch.num_local * size, fetch.end * size))
-        blocks = tuple(fetch.blocks[: fetch.end])
-        return PrefixDestination(fetch.request.id, fetch.request.hashes, blocks, fetch.num_local, patience)
-
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def launch(self) -> LaunchedStep | None:
@@ -216,7 +209,8 @@ class DecodeWorker:
         if self._offers is not None:
             report.chains = self._offers.due()
         if self._swap_cost is not None:
-            report.fetching = [self._swap(fetch, self._swap_cost) for fetch in self._scheduler.swaps.drain_granted()]
+            granted, size = self._scheduler.swaps.drain_granted(), self._swap_cost.block_tokens
+            report.fetching = [prefix_destination(fetch, self._prefill_fit, size) for fetch in granted]
         report.kv_events = self._pool.drain_events()
         report.load = self.load()
         return report

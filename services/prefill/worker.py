@@ -24,13 +24,12 @@ from tailrace.plan import StepOutput, StepPlan
 from tailrace.policy.estimates import PrefillFit
 from tailrace.policy.offers import OfferPolicy
 from tailrace.policy.prefill_scheduler import PrefillJob, PrefillScheduler
-from tailrace.policy.prefix_fetches import PrefixFetch
 from tailrace.policy.request import Request
 from tailrace.worker.holdings import pending_reads
 from tailrace.worker.limits import MAX_WAITING, line_is_full, no_logits
-from tailrace.worker.prefix_fetch import PulledPrefix, patience_s
+from tailrace.worker.prefix_fetch import PulledPrefix, prefix_destination
 from tailrace.worker.rates import FIT_FORGET, FIT_SPREAD, Ewma
-from tailrace.worker.report import LendProgress, PrefixDestination, StepReport, with_ledger
+from tailrace.worker.report import LendProgress, StepReport, with_ledger
 from tailrace.worker.runner import LaunchedStep, Runner
 
 log = logging.getLogger(__name__)
@@ -165,16 +164,11 @@ class PrefillWorker:
         if self._offers is not None:
             report.chains = self._offers.due()
         report.failed, self._failed = [*report.failed, *self._failed], []
-        report.fetching = [self._destination(fetch) for fetch in self._scheduler.drain_granted()]
+        granted = self._scheduler.drain_granted()
+        report.fetching = [prefix_destination(fetch, self._fit, self._block_size) for fetch in granted]
         report.kv_events = self._pool.drain_events()
         report.load = self.load()
         return report
-
-    def _destination(self, fetch: PrefixFetch) -> PrefixDestination:
-        size = self._block_size
-        patience = patience_s(self._fit.seconds(fetch.num_local * size, fetch.end * size))
-        blocks = tuple(fetch.blocks[: fetch.end])
-        return PrefixDestination(fetch.request.id, fetch.request.hashes, blocks, fetch.num_local, patience)
 
     def _note_starts(self, plan: StepPlan) -> None:
         if plan.started:

@@ -14,8 +14,11 @@ from functools import partial
 from tailrace.errors import TailraceError, TransferError
 from tailrace.kv.events import Tier
 from tailrace.messages import Fetch, KvSource, LendDone, LendTerms, LentBlocks, PrefixSource
+from tailrace.policy.estimates import PrefillFit
+from tailrace.policy.prefix_fetches import PrefixFetch
 from tailrace.transfer import BlockRead, Link, PendingRead, ReadOutcome, ReadResult
 from tailrace.worker.reading import LendEvents, Peers, stall_s
+from tailrace.worker.report import PrefixDestination
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,13 @@ MAX_EMPTY_LOANS = 3
 def patience_s(compute_s: float) -> float:
     """How long to wait for what could be computed in `compute_s` (0: not measured yet)."""
     return max(MIN_PATIENCE_S, compute_s) if compute_s > 0 else UNKNOWN_PATIENCE_S
+
+
+def prefix_destination(fetch: PrefixFetch, fit: PrefillFit, block_tokens: int) -> PrefixDestination:
+    """Where a granted fetch reads into, and how long it may take by what `fit` has measured."""
+    patience = patience_s(fit.seconds(fetch.num_local * block_tokens, fetch.end * block_tokens))
+    blocks = tuple(fetch.blocks[: fetch.end])
+    return PrefixDestination(fetch.request.id, fetch.request.hashes, blocks, fetch.num_local, patience)
 
 
 @dataclass(frozen=True, slots=True)

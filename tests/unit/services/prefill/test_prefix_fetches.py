@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from services.prefill import worker as prefill_worker
 from tailrace.errors import ErrorCode, WorkerLostError
 from tailrace.kv.events import Tier
 from tailrace.messages import HoldingState, LegReport, PrefixSource, Submission
 from tailrace.transfer import ReadOutcome
-from tailrace.worker import reading
+from tailrace.worker import prefix_fetch, reading
 from tests.helpers import worker_rigs
 from tests.helpers.fake_runner import generate
 from tests.helpers.prefix_holders import FakeHolder
@@ -31,7 +30,7 @@ def _both_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    monkeypatch.setattr(prefill_worker, "patience_s", lambda compute_s: seconds)
+    monkeypatch.setattr(prefix_fetch, "patience_s", lambda compute_s: seconds)
     monkeypatch.setattr(reading, "MIN_STALL_S", seconds)
 
 
