@@ -14,7 +14,6 @@ from tailrace.worker.engine_thread import EngineThread
 from tailrace.worker.host import Parts, Wiring, die, load_parts, make_offers, open_plane, serve, worker_info
 from tailrace.worker.life import run_process
 from tailrace.worker.member import Identity
-from tailrace.worker.peers import OwnerPeers
 from tailrace.worker.requests import RequestMaker
 
 
@@ -45,13 +44,7 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         offers=offered,
         swap_cost=swap_cost,
     )
-    peers = OwnerPeers(
-        parts.transfer.needer,
-        engine.layout,
-        worker_id=identity.worker_id,
-        epoch=identity.epoch,
-        secret=identity.secret,
-    )
+    peers = parts.owner_peers()
     offers = make_offers(parts, port)
     requests = RequestMaker(engine.layout, engine.config.vocab_size)
     service = DecodeService(worker, requests, peers, offers)

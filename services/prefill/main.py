@@ -14,7 +14,6 @@ from tailrace.worker.host import Parts, Wiring, die, load_parts, make_offers, op
 from tailrace.worker.lending import Lender
 from tailrace.worker.life import run_process
 from tailrace.worker.member import Identity
-from tailrace.worker.peers import OwnerPeers
 from tailrace.worker.requests import RequestMaker
 
 
@@ -42,13 +41,7 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         pool_address=engine.cache.address,
         offers=parts.offer_policy(),
     )
-    peers = OwnerPeers(
-        parts.transfer.needer,
-        engine.layout,
-        worker_id=identity.worker_id,
-        epoch=identity.epoch,
-        secret=identity.secret,
-    )
+    peers = parts.owner_peers()
     offers = make_offers(parts, port)
     requests = RequestMaker(engine.layout, engine.config.vocab_size)
     service = PrefillService(worker, requests, peers, engine.layout, offers)

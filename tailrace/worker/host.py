@@ -42,6 +42,7 @@ from tailrace.worker.lending import Lender
 from tailrace.worker.life import until_told
 from tailrace.worker.member import Identity, Membership, advertised_address, transfer_options
 from tailrace.worker.offering import StoreOffers
+from tailrace.worker.peers import OwnerPeers
 from tailrace.worker.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,11 @@ class Parts:
         """None where no store is configured."""
         layout = self.layout
         return SwapCost(block_bytes=layout.block_bytes, block_tokens=layout.block_size) if self.config.store else None
+
+    def owner_peers(self) -> OwnerPeers:
+        """To be closed before the transfer plane. To be called on the event loop."""
+        me, needer = self.identity, self.transfer.needer
+        return OwnerPeers(needer, self.layout, worker_id=me.worker_id, epoch=me.epoch, secret=me.secret)
 
     def step_runner(self) -> Runner:
         """A GPU computes beside the engine's thread by itself; a CPU needs a thread for it."""
