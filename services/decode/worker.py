@@ -79,6 +79,8 @@ class DecodeWorker:
         self._step_s = Ewma()
         self._step_fit = StepFit(FIT_FORGET, FIT_SPREAD)
         self._prefill_fit = PrefillFit(FIT_FORGET, FIT_SPREAD)
+        if swap_cost is not None:
+            swap_cost.prefill_s = self._prefill_fit.seconds
         self._pull_rate = Ewma()
         self._report = StepReport()
         """What commands left to say before the next step."""
@@ -222,9 +224,6 @@ class DecodeWorker:
             self._step_fit.add(len(plan.decode), out.elapsed_s)
         elif plan.chunks and not plan.decode:
             self._prefill_fit.add_step(((chunk.start, chunk.end) for chunk in plan.chunks), out.elapsed_s)
-            if self._swap_cost is not None:
-                self._swap_cost.prefill_tokens_per_s = self._prefill_fit.tokens_per_s
-                self._swap_cost.prefill_curve_s = self._prefill_fit.curve_s
         self._tell(self._scheduler.finish(plan, out), report)
 
     def _note_local_starts(self, plan: StepPlan) -> None:

@@ -6,6 +6,7 @@ pool is held like this unless there is only one: so whoever runs can go on, and 
 other. A sequence that is cancelled meanwhile is forgotten at once, its blocks when its fetch has ended.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -34,10 +35,8 @@ class SwapCost:
     def __init__(self, *, block_bytes: int, block_tokens: int) -> None:
         self._block_bytes = block_bytes
         self.block_tokens = block_tokens
-        self.prefill_tokens_per_s = 0.0
-        """Kept up to date by the worker; 0: not measured."""
-        self.prefill_curve_s = 0.0
-        """Seconds per square token: what attention adds. Likewise."""
+        self.prefill_s: Callable[[int, int], float] = lambda first, end: 0.0
+        """Seconds of computing tokens `first` to `end`; set by the worker, 0: not measured."""
         self.fetch_bytes_per_s = 0.0
         """0: not measured."""
         self._num_to_skip = 0
@@ -50,18 +49,15 @@ class SwapCost:
         if self._num_to_skip > 0:
             self._num_to_skip -= 1
             return False
-        if self.prefill_tokens_per_s <= 0 or self.fetch_bytes_per_s <= 0:
+        compute_s = self.prefill_s(num_found * self.block_tokens, (num_found + num_blocks) * self.block_tokens)
+        if compute_s <= 0 or self.fetch_bytes_per_s <= 0:
             return True
         fetch_s = num_blocks * self._block_bytes / self.fetch_bytes_per_s + OVERHEAD_S
-        if fetch_s < self._prefill_s(num_found, num_blocks) or self._num_refused >= MAX_SKIPPED:
+        if fetch_s < compute_s or self._num_refused >= MAX_SKIPPED:
             self._num_refused = 0
             return True
         self._num_refused += 1
         return False
-
-    def _prefill_s(self, num_found: int, num_blocks: int) -> float:
-        first, end = num_found * self.block_tokens, (num_found + num_blocks) * self.block_tokens
-        return (end - first) / self.prefill_tokens_per_s + self.prefill_curve_s * (end * end - first * first)
 
     def note(self, num_blocks: int, seconds: float) -> None:
         """A fetch brought so many blocks in so many seconds."""

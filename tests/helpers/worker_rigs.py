@@ -24,6 +24,7 @@ from tailrace.messages import (
 from tailrace.policy.decode_scheduler import DecodeScheduler
 from tailrace.policy.prefill_scheduler import PrefillScheduler
 from tailrace.policy.request import StopRule
+from tailrace.policy.swap import SwapCost
 from tailrace.transfer import BlockRead, PendingRead, ReadOutcome, ReadResult
 from tailrace.types import FinishReason, Role
 from tailrace.worker.attach import Attachments, Session
@@ -151,6 +152,7 @@ class DecodeRig(Rig):
     worker: DecodeWorker
     service: DecodeService
     peers: "FakePeers"
+    swap_cost: SwapCost
 
     def start_owner(self, submission: Submission) -> "FakeOwner":
         owner = self.peers.owners[submission.request_id] = FakeOwner(submission)
@@ -168,8 +170,9 @@ async def decode_rig(*, num_blocks: int = 16, budget: int = 16, max_num_seqs: in
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         stop=StopRule(frozenset({EOS}), MAX_MODEL_LEN),
+        swap_cost=(cost := SwapCost(block_bytes=layout.block_bytes, block_tokens=4)),
     )
-    worker = DecodeWorker(_launching(runner), scheduler, pool, block_bytes=layout.block_bytes)
+    worker = DecodeWorker(_launching(runner), scheduler, pool, block_bytes=layout.block_bytes, swap_cost=cost)
     peers = FakePeers(FakeLink(runner))
     service = DecodeService(worker, RequestMaker(layout, VOCAB_SIZE), peers)
     deaths: list[BaseException] = []
@@ -177,7 +180,7 @@ async def decode_rig(*, num_blocks: int = 16, budget: int = 16, max_num_seqs: in
     attachments = Attachments(make_info(), service, steps=lambda: engine.num_steps)
     service.connect(engine, attachments)
     gateway = Gateway(attachments.open("g", 1))
-    rig = DecodeRig(pool, runner, engine, attachments, deaths, gateway, worker, service, peers)
+    rig = DecodeRig(pool, runner, engine, attachments, deaths, gateway, worker, service, peers, cost)
     async with _living(rig):
         try:
             yield rig

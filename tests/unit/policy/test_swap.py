@@ -49,6 +49,10 @@ def make_cost() -> SwapCost:
     return SwapCost(block_bytes=1000, block_tokens=10)
 
 
+def taking(tokens_per_s: float, curve_s: float = 0.0) -> Callable[[int, int], float]:
+    return lambda first, end: (end - first) / tokens_per_s + curve_s * (end * end - first * first)
+
+
 def test_where_no_rate_is_known_fetching_finds_out() -> None:
     cost = make_cost()
     assert cost.is_cheaper(1)
@@ -64,7 +68,7 @@ def test_fetching_must_be_cheaper_than_computing(tokens_per_s: float, is_cheaper
     """Ten blocks: 0.1 s and the overhead, against 100 tokens."""
     cost = make_cost()
     cost.note(10, 0.1)
-    cost.prefill_tokens_per_s = tokens_per_s
+    cost.prefill_s = taking(tokens_per_s)
     assert OVERHEAD_S == 0.005
     assert cost.is_cheaper(10) == is_cheaper
 
@@ -93,14 +97,14 @@ def test_a_store_that_brings_nothing_is_asked_ever_more_rarely_and_no_more_rarel
 def test_what_was_measured_long_ago_is_measured_again() -> None:
     cost = make_cost()
     cost.note(10, 100.0)
-    cost.prefill_tokens_per_s = 1000.0
+    cost.prefill_s = taking(1000.0)
     assert next(count for count in range(1000) if cost.is_cheaper(10)) == MAX_SKIPPED
 
 
 def test_what_attention_adds_counts_behind_what_is_found() -> None:
     cost = make_cost()
     cost.note(10, 0.1)
-    cost.prefill_tokens_per_s, cost.prefill_curve_s = 2000.0, 1e-6
+    cost.prefill_s = taking(2000.0, curve_s=1e-6)
     assert [cost.is_cheaper(10, num_found=found) for found in (0, 100)] == [False, True]
 
 

@@ -111,10 +111,12 @@ async def test_what_is_cached_here_is_not_read() -> None:
 async def test_a_local_request_needs_no_owner() -> None:
     async with decode_rig(budget=3) as rig:
         submission = make_submission(1, sampling=FOUR, choices=(0, 1))
+        assert rig.swap_cost.prefill_s(0, 4) == 0
         rig.submit(submission)
         await check_answer(rig, submission)
         await rig.until_idle()
         assert rig.gateway.reports[0].prefill_s > 0
+        assert rig.swap_cost.prefill_s(0, 4) > 0, "what a prefill takes here is what giving way is weighed against"
 
 
 # -- pulls that do not ------------------------------------------------------------------------------------------------
