@@ -116,7 +116,7 @@ class Member:
         self.disconnect(handle)
         if self._reserved.pop(handle, None) is not None:
             self._view = None
-        self._computed(handle)
+        self.computed(handle)
         return self.sinks.pop(handle, None)
 
     def on_computed(self, handle: int, tell: Callable[[], None]) -> None:
@@ -127,14 +127,7 @@ class Member:
             tell()
 
     def computed(self, handle: int) -> None:
-        """The leg's prompt is computed: it has drawn a token. Idempotent."""
-        self._computed(handle)
-
-    def take_report(self, report: LegReport) -> None:
-        """A prompt is computed when its leg reports."""
-        self._computed(report.handle)
-
-    def _computed(self, handle: int) -> None:
+        """The leg's prompt is computed: it has drawn a token, or reports, or nobody waits for it. Idempotent."""
         if (tell := self._uncomputed.pop(handle, None)) is not None:
             tell()
 
@@ -426,7 +419,7 @@ class Members:
         member.tell_tokens(event.tokens)
         # Reports before ends: the last end of a request asks for its usage.
         for report in event.reports:
-            member.take_report(report)
+            member.computed(report.handle)
             self.on_report(member, report)
             member.tell(report.handle, partial(_tell_report, report))
         for finish in event.finished:
