@@ -111,7 +111,7 @@ class PrefillWorker:
         """Cancelled, or pulled. Idempotent. Blocks `in_flight` may still be written; `settle` follows for them."""
         if self._lives.pop(request_id, None) is not None:
             if self._offers is not None and (job := self._scheduler.job(request_id)) is not None and job.is_computed:
-                self._offers.note_over(job.request.hashes)
+                self._offers.note_over(job.request.hashes, job.request.tenant)
             self._scheduler.drop(request_id, in_flight)
             if in_flight:
                 self._quarantine(in_flight)

@@ -110,6 +110,8 @@ class BlockPool:
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._parents = [b""] * num_blocks
         """Hash of the block before it in its chain; empty: it is the first. Of registered blocks."""
+        self._tenants = [""] * num_blocks
+        """A reference each to a name that a chain's blocks share, so that what tenants leave is bounded by the pool."""
         self._by_hash: dict[bytes, int] = {}
         # A stack: a block that was just freed is warm in the caches, one never used may not even have memory yet.
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -161,6 +163,10 @@ class BlockPool:
             at = self._by_hash.get(self._parents[at])
         return []
 
+    def tenant_of(self, block: int) -> str:
+        """Whom the block was registered for; of one that is not registered, empty."""
+        return self._tenants[self._known(block)]
+
     def generation(self, block: int) -> int:
         return self._generations[self._known(block)]
 
@@ -207,7 +213,7 @@ class BlockPool:
             self._references[block] -= 1
             self._settle(block)
 
-    def register(self, block: int, block_hash: bytes, parent: bytes = b"") -> None:
+    def register(self, block: int, block_hash: bytes, parent: bytes = b"", tenant: str = "") -> None:
         """The block is completely written, and findable from now on. `parent`: hash of the one before it in its chain.
 
         Two sequences may compute the same block at the same time: the first one registered stays the one to find.
@@ -219,6 +225,7 @@ class BlockPool:
         if self._prefix_caching and block_hash not in self._by_hash:
             self._hashes[block] = block_hash
             self._parents[block] = parent
+            self._tenants[block] = tenant
             self._by_hash[block_hash] = block
             self._events.append(KVEvent(KVEventKind.PUBLISH, block_hash))
 
@@ -346,6 +353,7 @@ class BlockPool:
         if block_hash is None:
             raise AssertionError(f"cached block {block} has no hash")
         self._hashes[block] = None
+        self._tenants[block] = ""
         del self._by_hash[block_hash]
         self._events.append(KVEvent(KVEventKind.RETRACT, block_hash))
         self._move(block, BlockState.FREE)

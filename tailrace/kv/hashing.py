@@ -12,6 +12,9 @@ from hashlib import blake2b
 
 HASH_BYTES = 16
 TOKEN_BYTES = 4
+MAX_SALT_LENGTH = 1024
+"""Characters of a cache salt."""
+_NAME_BYTES = 8
 
 
 def chain_seed(fingerprint: bytes, adapter: str = "", cache_salt: str = "") -> bytes:
@@ -24,6 +27,17 @@ def chain_seed(fingerprint: bytes, adapter: str = "", cache_salt: str = "") -> b
         digest.update(struct.pack("<I", len(part)))
         digest.update(part)
     return digest.digest()
+
+
+def tenant_name(cache_salt: str) -> str:
+    """What a store calls those whose requests have this salt: 16 hexadecimal digits; empty without a salt.
+
+    BLAKE2b-64 of its UTF-8, which `printf %s SALT | b2sum -l 64` prints as well. A salt may be as good as a password to
+    what is cached under it, so it goes no further than to whoever computes hashes.
+    """
+    if not cache_salt:
+        return ""
+    return blake2b(cache_salt.encode(), digest_size=_NAME_BYTES).hexdigest()
 
 
 def hash_blocks(

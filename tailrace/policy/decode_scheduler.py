@@ -127,7 +127,7 @@ class DecodeScheduler:
         arrival = self._arrivals.pop(request_id)
         assert arrival is not None, "callers know what they booked"
         request = arrival.request
-        self._register(arrival.blocks, request.hashes, 0, len(request.hashes))
+        self._register(request, arrival.blocks, request.hashes, 0, len(request.hashes))
         parent = Sequence(
             request, request.choices, list(request.tokens), list(request.hashes), arrival.blocks, len(request.tokens)
         )
@@ -369,16 +369,17 @@ class DecodeScheduler:
             parent = sequence.hashes[-1] if sequence.hashes else sequence.request.hash_seed
             fresh = sequence.tokens[len(sequence.hashes) * size : full * size]
             sequence.hashes += extend_hashes(fresh, size, parent)
-        self._register(sequence.blocks, sequence.hashes, first, full)
+        self._register(sequence.request, sequence.blocks, sequence.hashes, first, full)
 
-    def _register(self, blocks: Seq[int], hashes: Seq[bytes], first: int, end: int) -> None:
+    def _register(self, request: Request, blocks: Seq[int], hashes: Seq[bytes], first: int, end: int) -> None:
         for index in range(first, end):
-            self._pool.register(blocks[index], hashes[index], parent_of(hashes, index))
+            self._pool.register(blocks[index], hashes[index], parent_of(hashes, index), request.tenant)
 
     def _offer(self, sequence: Sequence) -> None:
         """It lets its blocks go: the store may want those that are computed."""
         if self._offers is not None:
-            self._offers.note_over(sequence.hashes[: sequence.num_computed // self._block_size])
+            chain = sequence.hashes[: sequence.num_computed // self._block_size]
+            self._offers.note_over(chain, sequence.request.tenant)
 
     def _settle_prompt(self, sequence: Sequence, first: list[DrawnToken], step: DecodeStep) -> None:
         """The last chunk drew for every choice. The slot stays with its own choice, if that goes on."""

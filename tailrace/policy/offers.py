@@ -7,12 +7,21 @@ with all that is before it in its chain, because a store keeps blocks by their d
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 
 from tailrace.kv.block_pool import BlockPool
 
 MAX_AHEAD = 1024
 """Blocks that one look goes through at most, whatever the pool's size: it costs some tenths of a millisecond."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedChain:
+    """Blocks of one tenant, by their hashes from the first one of a chain on."""
+
+    hashes: Sequence[bytes]
+    tenant: str = ""
 
 
 class OfferPolicy:
@@ -27,30 +36,30 @@ class OfferPolicy:
         self._mark = min(MAX_AHEAD, ceil(low_water * pool.num_blocks))
         self._offered = array("Q", bytes(8 * pool.num_blocks))
         """The generation that a block had when it was offered last."""
-        self._over: list[Sequence[bytes]] = []
+        self._over: list[CachedChain] = []
         self._next_look = 0
 
-    def note_over(self, chain: Sequence[bytes]) -> None:
+    def note_over(self, chain: Sequence[bytes], tenant: str) -> None:
         """Nobody here computes on this chain of blocks any more."""
         if chain:
-            self._over.append(chain)
+            self._over.append(CachedChain(chain, tenant))
 
-    def due(self) -> list[Sequence[bytes]]:
+    def due(self) -> list[CachedChain]:
         """Chains to offer now, each from its first block on, as far as they are cached. To be called each step.
 
         What is over is offered even if it was before: so the store knows what is in use.
         """
         over, self._over = self._over, []
-        kept = [chain[: self._mark_offered(chain)] for chain in over]
+        kept = [CachedChain(chain.hashes[: self._mark_offered(chain.hashes)], chain.tenant) for chain in over]
         ahead = self._ahead() if self._is_low() else []
-        return [*ahead, *(chain for chain in kept if chain)]
+        return [*ahead, *(chain for chain in kept if chain.hashes)]
 
     def _is_low(self) -> bool:
         return self._pool.num_free < self._mark and self._pool.num_taken >= self._next_look
 
-    def _ahead(self) -> list[Sequence[bytes]]:
+    def _ahead(self) -> list[CachedChain]:
         self._next_look = self._pool.num_taken + max(1, self._mark // 2)
-        chains: list[Sequence[bytes]] = []
+        chains: list[CachedChain] = []
         num_walked = 0
         for block in self._pool.next_evicted(self._mark - self._pool.num_free):
             if self._offered[block] == self._pool.generation(block):
@@ -64,7 +73,7 @@ class OfferPolicy:
             self._mark_offered(chain)
             num_walked += len(chain)
             if chain:
-                chains.append(chain)
+                chains.append(CachedChain(chain, self._pool.tenant_of(block)))
         return chains
 
     def _mark_offered(self, chain: Sequence[bytes]) -> int:

@@ -301,7 +301,7 @@ class PrefillScheduler:
         full = job.num_computed // self._block_size
         for index in range(job.num_ready, full):
             hashes = job.request.hashes
-            self._pool.register(job.blocks[index], hashes[index], parent_of(hashes, index))
+            self._pool.register(job.blocks[index], hashes[index], parent_of(hashes, index), job.request.tenant)
         job.num_ready = len(job.blocks) if job.is_computed else full
 
     def _complete(self, job: PrefillJob, out: StepOutput, row: int) -> None:

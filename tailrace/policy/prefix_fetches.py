@@ -131,7 +131,7 @@ class PrefixFetches:
         fetch.landed.update(blocks)
         while fetch.num_ready < fetch.end and fetch.blocks[fetch.num_ready] in fetch.landed:
             at, hashes = fetch.num_ready, fetch.request.hashes
-            self._pool.register(fetch.blocks[at], hashes[at], parent_of(hashes, at))
+            self._pool.register(fetch.blocks[at], hashes[at], parent_of(hashes, at), fetch.request.tenant)
             fetch.num_ready += 1
 
     # -- after --------------------------------------------------------------------------------------------------------

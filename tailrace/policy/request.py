@@ -19,6 +19,8 @@ class Request:
     hash_seed: bytes = b""
     hashes: list[bytes] = field(default_factory=list)
     """Of every full block of `tokens`."""
+    tenant: str = ""
+    """On whose quota a store keeps its blocks."""
 
     @property
     def rank(self) -> tuple[int, int]:

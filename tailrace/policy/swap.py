@@ -138,6 +138,7 @@ class SwapIns:
             request.priority,
             request.hash_seed,
             sequence.hashes,
+            request.tenant,
         )
         if not self._fetches.claim(stand_in, found, end, spare=spare):
             return False

@@ -7,11 +7,11 @@ of them is short, and the newest chain is the one most likely to be still cached
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
 
 from tailrace.errors import TailraceError
 from tailrace.kv.layout import KVLayout
 from tailrace.messages import BlockOffer, KvSource
+from tailrace.policy.offers import CachedChain
 from tailrace.rpc.client import Peer
 
 log = logging.getLogger(__name__)
@@ -30,16 +30,15 @@ class StoreOffers:
         self._peer = Peer(address, secret)
         self._source = source
         self._layout = layout
-        self._line: deque[tuple[bytes, ...]] = deque(maxlen=MAX_LINE)
+        self._line: deque[CachedChain] = deque(maxlen=MAX_LINE)
         self._news = asyncio.Event()
         self._told = ""
         self._task = asyncio.create_task(self._run(), name="offers to the store")
 
-    def add(self, chain: Sequence[bytes]) -> None:
-        """A chain of blocks, from its first one on, that is cached and that nobody here uses any more."""
-        if chain:
-            self._line.append(tuple(chain))
-            self._news.set()
+    def add(self, chain: CachedChain) -> None:
+        """Nobody here uses it any more, or it is about to be evicted."""
+        self._line.append(chain)
+        self._news.set()
 
     async def close(self) -> None:
         self._task.cancel()
@@ -51,8 +50,10 @@ class StoreOffers:
             await self._news.wait()
             self._news.clear()
             while self._line:
+                chain = self._line.pop()
+                offer = BlockOffer(self._source, self._layout, tuple(chain.hashes), chain.tenant)
                 try:
-                    await self._peer.offer(BlockOffer(self._source, self._layout, self._line.pop()))
+                    await self._peer.offer(offer)
                     self._told = ""
                 except TailraceError as error:
                     self._say_once(error.message)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from tailrace.kv.block_pool import Ledger
 from tailrace.kv.events import KVEvent
 from tailrace.messages import ChoiceFinished, LegFailed, LegReport, LendDone, LentBlocks, Load, TokenColumns
+from tailrace.policy.offers import CachedChain
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ class StepReport:
     """Requests that this worker has forgotten."""
     kv_events: list[KVEvent] = field(default_factory=list)
     lends: list[LendProgress] = field(default_factory=list)
-    chains: list[Sequence[bytes]] = field(default_factory=list)
-    """Cached ones, by their hashes from the first block on: a store may want them."""
+    chains: list[CachedChain] = field(default_factory=list)
+    """A store may want them."""
     granted: list[Destination] = field(default_factory=list)
     fetching: list[PrefixDestination] = field(default_factory=list)
 

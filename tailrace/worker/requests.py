@@ -1,7 +1,7 @@
 """From a submission to what a scheduler takes."""
 
 from tailrace.errors import InvalidRequestError
-from tailrace.kv.hashing import chain_seed, hash_blocks
+from tailrace.kv.hashing import chain_seed, hash_blocks, tenant_name
 from tailrace.kv.layout import KVLayout
 from tailrace.messages import Submission
 from tailrace.policy.request import Request
@@ -31,4 +31,5 @@ class RequestMaker:
             priority=submission.priority,
             hash_seed=seed,
             hashes=hash_blocks(submission.tokens, self._block_size, seed),
+            tenant=tenant_name(submission.cache_salt),
         )

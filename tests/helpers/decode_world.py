@@ -15,6 +15,8 @@ from tailrace.types import FinishReason, SamplingParams, SequenceKey
 from tests.helpers.fake_runner import EOS, FakeRunner, FakeStep, generate
 
 HASH_SEED = chain_seed(b"fake layout")
+TENANT = "everybody"
+"""Of all requests: they share blocks."""
 
 
 def make_request(
@@ -36,7 +38,14 @@ def make_request(
         priority=priority,
         hash_seed=HASH_SEED,
         hashes=hash_blocks(tokens, block_size, HASH_SEED),
+        tenant=TENANT,
     )
+
+
+def check_tenants(pool: BlockPool) -> None:
+    """However a block came here, it is known for whom."""
+    for block in range(pool.num_blocks):
+        assert pool.tenant_of(block) == (TENANT if pool.hash_of(block) is not None else ""), f"block {block}"
 
 
 def expected(request: Request, choice: int, max_model_len: int) -> tuple[list[int], FinishReason]:
@@ -296,7 +305,10 @@ class DecodeWorld:
             self.ahead = None
         if plan.changes_anything:
             self.take(self.scheduler.finish(plan, step.wait()))
-        for chain in map(list, self.offers.due()):
+        check_tenants(self.pool)
+        for offer in self.offers.due():
+            assert offer.tenant == TENANT
+            chain = list(offer.hashes)
             assert len(self.pool.find_prefix(chain)) == len(chain) > 0, "offered what is not there"
             self.offered.append(chain)
         for fetch in self.scheduler.swaps.drain_granted():

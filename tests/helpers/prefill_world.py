@@ -7,7 +7,7 @@ from tailrace.plan import StepPlan
 from tailrace.policy.prefill_scheduler import PrefillJob, PrefillScheduler, PrefillStep
 from tailrace.policy.prefix_fetches import PrefixFetch
 from tailrace.policy.request import DrawnToken, Request, StopRule
-from tests.helpers.decode_world import expected, make_request
+from tests.helpers.decode_world import check_tenants, expected, make_request
 from tests.helpers.fake_runner import EOS, FakeRunner, FakeStep, digests
 
 
@@ -146,6 +146,7 @@ class PrefillWorld:
             self.ahead = None
         if plan.changes_anything:
             self._take(self.scheduler.finish(plan, step.wait()))
+        check_tenants(self.pool)
         if plan.is_empty and self.ahead is None:
             assert not self.scheduler.schedule().changes_anything, "the engine would sleep on work"
         return plan

@@ -336,3 +336,17 @@ def test_a_chain_is_known_from_its_last_block_while_all_of_it_is_there() -> None
     pool.acquire(blocks[1:])
     allocated(pool, 2)
     assert pool.chain_of(blocks[2]) == []
+
+
+def test_a_block_is_its_tenant_s_for_as_long_as_it_can_be_found() -> None:
+    pool = make_pool(2)
+    first, second = allocated(pool, 2)
+    pool.register(first, b"a", b"", "ann")
+    pool.register(second, b"a", b"", "bob")
+    assert (pool.tenant_of(first), pool.tenant_of(second)) == ("ann", ""), "the first one registered is the one to find"
+    pool.release([first])
+    assert pool.tenant_of(first) == "ann"
+    assert allocated(pool, 1) == [first]
+    assert pool.tenant_of(first) == "", "whoever left leaves no name behind"
+    with pytest.raises(ValueError, match="not one of 0 to 1"):
+        pool.tenant_of(2)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tailrace.kv.hashing import chain_seed, hash_blocks
+from tailrace.kv.hashing import chain_seed, hash_blocks, tenant_name
 
 FINGERPRINT = bytes(range(16))
 TOKENS = list(range(1000, 1011))
@@ -94,3 +94,11 @@ def test_first_and_parent_go_together(first: int, parent: bytes | None) -> None:
 def test_tokens_outside_uint32_are_refused(token: int) -> None:
     with pytest.raises(ValueError, match="token ids"):
         hash_blocks([token], 1, b"seed")
+
+
+def test_a_tenant_s_name_is_the_one_that_b2sum_prints() -> None:
+    """`printf %s salt | b2sum -l 64`. What a store has on disk bears these names."""
+    assert tenant_name("") == ""
+    assert tenant_name("salt") == "2e3b6ab7edb43725"
+    assert tenant_name("s\u00e4lt") == "a8b200a5b8936e84"
+    assert len(tenant_name("s" * 1024)) == 16

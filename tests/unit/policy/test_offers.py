@@ -4,17 +4,17 @@ import random
 
 from tailrace.kv.block_pool import BlockPool
 from tailrace.policy import offers
-from tailrace.policy.offers import OfferPolicy
+from tailrace.policy.offers import CachedChain, OfferPolicy
 from tests.helpers.block_pools import allocated, hashes_of
 
 
-def cache_chain(pool: BlockPool, hashes: list[bytes]) -> list[int]:
+def cache_chain(pool: BlockPool, hashes: list[bytes], tenant: str = "") -> list[int]:
     """What of the chain is not there yet is computed; then nobody holds it."""
     found = pool.find_prefix(hashes)
     pool.acquire(found)
     blocks = [*found, *allocated(pool, len(hashes) - len(found))]
     for index in range(len(found), len(hashes)):
-        pool.register(blocks[index], hashes[index], hashes[index - 1] if index else b"")
+        pool.register(blocks[index], hashes[index], hashes[index - 1] if index else b"", tenant)
     pool.release(blocks)
     return blocks
 
@@ -24,22 +24,26 @@ def make(num_blocks: int = 10, low_water: float = 0.5) -> tuple[BlockPool, Offer
     return pool, OfferPolicy(pool, low_water=low_water)
 
 
+def due(policy: OfferPolicy) -> list[list[bytes]]:
+    return [list(chain.hashes) for chain in policy.due()]
+
+
 def test_what_is_over_is_offered_as_far_as_it_is_cached() -> None:
     pool, policy = make()
     cache_chain(pool, hashes_of("a", 3))
-    policy.note_over(hashes_of("a", 4))
-    policy.note_over([])
-    policy.note_over(hashes_of("b", 2))
-    assert policy.due() == [hashes_of("a", 3)]
-    assert policy.due() == []
+    policy.note_over(hashes_of("a", 4), "")
+    policy.note_over([], "")
+    policy.note_over(hashes_of("b", 2), "")
+    assert due(policy) == [hashes_of("a", 3)]
+    assert due(policy) == []
 
 
 def test_nothing_is_looked_for_while_enough_is_free() -> None:
     pool, policy = make()
     cache_chain(pool, hashes_of("a", 5))
-    assert policy.due() == []
+    assert due(policy) == []
     cache_chain(pool, hashes_of("b", 1))
-    assert policy.due() == [hashes_of("a", 5)]
+    assert due(policy) == [hashes_of("a", 5)]
 
 
 def test_only_those_that_would_be_evicted_next_are_offered_and_only_once() -> None:
@@ -47,32 +51,32 @@ def test_only_those_that_would_be_evicted_next_are_offered_and_only_once() -> No
     for name in "abcd":
         cache_chain(pool, hashes_of(name, 2))
     # Two are free: the next three to go are both of a, and the tail of b.
-    assert policy.due() == [hashes_of("a", 2), hashes_of("b", 2)]
+    assert due(policy) == [hashes_of("a", 2), hashes_of("b", 2)]
     cache_chain(pool, hashes_of("e", 2))
-    assert policy.due() == [hashes_of("c", 2)]
+    assert due(policy) == [hashes_of("c", 2)]
     cache_chain(pool, hashes_of("f", 2))
     assert pool.find_prefix(hashes_of("a", 1)) == []
-    assert policy.due() == [hashes_of("d", 2)]
+    assert due(policy) == [hashes_of("d", 2)]
 
 
 def test_a_block_that_held_something_else_in_between_is_offered_again() -> None:
     pool, policy = make(4, low_water=0.5)
     cache_chain(pool, hashes_of("a", 3))
-    assert policy.due() == [hashes_of("a", 3)]
+    assert due(policy) == [hashes_of("a", 3)]
     cache_chain(pool, hashes_of("b", 4))
     cache_chain(pool, hashes_of("a", 4))
-    assert policy.due() == [hashes_of("a", 4)]
+    assert due(policy) == [hashes_of("a", 4)]
 
 
 def test_what_was_offered_when_it_was_over_is_not_offered_for_low_water() -> None:
     pool, policy = make()
     cache_chain(pool, hashes_of("a", 8))
-    policy.note_over(hashes_of("a", 8))
-    assert policy.due() == [hashes_of("a", 8)]
+    policy.note_over(hashes_of("a", 8), "")
+    assert due(policy) == [hashes_of("a", 8)]
     pool.release(allocated(pool, 2))
     pool.release(allocated(pool, 2))
     pool.release(allocated(pool, 2))
-    assert policy.due() == []
+    assert due(policy) == []
 
 
 def test_a_chain_without_its_beginning_is_not_offered() -> None:
@@ -83,7 +87,7 @@ def test_a_chain_without_its_beginning_is_not_offered() -> None:
     pool.release(blocks[1:])
     held = allocated(pool, 7)
     assert pool.find_prefix(hashes_of("a", 1)) == []
-    assert policy.due() == []
+    assert due(policy) == []
     pool.release(held)
 
 
@@ -93,13 +97,27 @@ def test_choices_that_share_a_prompt_are_each_offered_from_the_first_block() -> 
     cache_chain(pool, [*prompt, b"x"])
     cache_chain(pool, [*prompt, b"y"])
     cache_chain(pool, hashes_of("z", 3))
-    assert policy.due() == [[*prompt, b"x"], [*prompt, b"y"]]
+    assert due(policy) == [[*prompt, b"x"], [*prompt, b"y"]]
+
+
+def test_an_offer_names_the_tenant_whether_the_chain_is_over_or_was_looked_for() -> None:
+    pool, policy = make(8, low_water=0.5)
+    cache_chain(pool, hashes_of("a", 3), "ann")
+    policy.note_over(hashes_of("a", 3), "ann")
+    assert policy.due() == [CachedChain(hashes_of("a", 3), "ann")]
+    cache_chain(pool, hashes_of("b", 2), "bob")
+    assert policy.due() == []
+    cache_chain(pool, hashes_of("c", 2))
+    # Over a: b is the next to go.
+    cache_chain(pool, hashes_of("d", 1), "dan")
+    pool.release(allocated(pool, 3))
+    assert CachedChain(hashes_of("b", 2), "bob") in policy.due()
 
 
 def test_no_mark_means_no_looking() -> None:
     pool, policy = make(low_water=0.0)
     cache_chain(pool, hashes_of("a", 10))
-    assert policy.due() == []
+    assert due(policy) == []
 
 
 def test_looks_are_rare_and_go_through_a_bounded_number_of_blocks() -> None:
@@ -110,7 +128,7 @@ def test_looks_are_rare_and_go_through_a_bounded_number_of_blocks() -> None:
     looks = 0
     for number in range(200):
         cache_chain(pool, hashes_of(f"new {number} ", 16))
-        looked = policy.due()
+        looked = due(policy)
         looks += bool(looked)
         assert sum(map(len, looked)) <= offers.MAX_AHEAD + 100
     assert looks <= 200 * 16 // (offers.MAX_AHEAD // 2) + 2
@@ -129,7 +147,7 @@ def test_in_steady_use_nothing_is_evicted_that_was_not_offered() -> None:
         gone = [event.block_hash for event in pool.drain_events() if event.kind == 2]
         evicted += len(gone)
         missed += sum(1 for each in gone if each not in offered)
-        for chain in policy.due():
+        for chain in due(policy):
             offered.update(chain)
     assert evicted > 500
     assert missed == 0

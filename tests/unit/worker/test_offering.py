@@ -6,6 +6,7 @@ import pytest
 
 from tailrace.errors import WorkerLostError
 from tailrace.messages import BlockOffer
+from tailrace.policy.offers import CachedChain
 from tailrace.worker import offering
 from tailrace.worker.offering import MAX_LINE, StoreOffers
 from tests.helpers.values import SECRET, make_layout, make_source
@@ -41,10 +42,9 @@ def make_offers(store: FakeStore) -> StoreOffers:
 async def test_a_chain_is_offered_with_where_it_is_lent() -> None:
     store = FakeStore()
     offers = make_offers(store)
-    offers.add([])
-    offers.add([b"a", b"b"])
+    offers.add(CachedChain([b"a", b"b"], "ann"))
     await until(lambda: store.got)
-    assert store.got == [BlockOffer(make_source(), make_layout(), (b"a", b"b"))]
+    assert store.got == [BlockOffer(make_source(), make_layout(), (b"a", b"b"), "ann")]
     await offers.close()
 
 
@@ -53,7 +53,7 @@ async def test_a_store_that_does_not_answer_costs_old_offers_and_nothing_else() 
     store.open.clear()
     offers = make_offers(store)
     for number in range(10 * MAX_LINE):
-        offers.add([number.to_bytes(16, "little")])
+        offers.add(CachedChain([number.to_bytes(16, "little")]))
     await asyncio.sleep(0)
     assert len(offers._line) <= MAX_LINE
     store.open.set()
@@ -69,7 +69,7 @@ async def test_a_failure_is_said_once_and_the_next_chain_is_offered(
     store = FakeStore("it is gone", "it is gone")
     offers = make_offers(store)
     for name in (b"a", b"b", b"c"):
-        offers.add([name])
+        offers.add(CachedChain([name]))
     await until(lambda: store.got)
     assert store.got[0].block_hashes == (b"a",)
     assert caplog.text.count("the store takes no offers: it is gone") == 1

@@ -1,7 +1,7 @@
 import pytest
 
 from tailrace.errors import InvalidRequestError
-from tailrace.kv.hashing import chain_seed, hash_blocks
+from tailrace.kv.hashing import chain_seed, hash_blocks, tenant_name
 from tailrace.worker.requests import RequestMaker
 from tests.helpers.values import VOCAB_SIZE, make_layout, make_submission
 
@@ -21,6 +21,13 @@ def test_salts_and_layouts_never_share_a_block() -> None:
     salted = RequestMaker(make_layout(), VOCAB_SIZE).make(1, make_submission(cache_salt="tenant"))
     other = RequestMaker(make_layout(weights_digest="w2"), VOCAB_SIZE).make(1, make_submission())
     assert len({request.hashes[0] for request in (plain, salted, other)}) == 3
+
+
+def test_a_request_bears_its_tenant_s_name_and_not_the_salt() -> None:
+    plain = RequestMaker(make_layout(), VOCAB_SIZE).make(1, make_submission())
+    salted = RequestMaker(make_layout(), VOCAB_SIZE).make(1, make_submission(cache_salt="tenant"))
+    assert (plain.tenant, salted.tenant) == ("", tenant_name("tenant"))
+    assert "'tenant'" not in repr(salted)
 
 
 def test_a_token_that_the_model_does_not_have_is_refused_with_the_limit() -> None:
