@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from tailrace.errors import InvalidRequestError
+from tailrace.kv.hashing import MAX_SALT_LENGTH
 
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 1024
@@ -106,7 +107,7 @@ class CommonBody(_Lenient):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
-    cache_salt: Annotated[str, Field(max_length=1024)] | None = None
+    cache_salt: Annotated[str, Field(max_length=MAX_SALT_LENGTH)] | None = None
     # They would change the answer, so they are refused rather than ignored.
     guided_json: Any = None
     guided_regex: Any = None

@@ -5,7 +5,7 @@ before it changes anything.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -128,12 +128,16 @@ class SlotTable:
     def num_available(self) -> int:
         return len(self._free) + len(self._order)
 
-    def room_for(self, tenant: str) -> int:
-        """Slots that `take` could still give to this tenant."""
-        quota = self.quotas.get(tenant)
-        if quota is None:
-            return self.num_available
-        return min(self.num_available, max(0, quota - self._used[tenant]) + self._order.num_of(tenant))
+    def room_for(self, tenant: str, *, beside: Sequence[int | None] = ()) -> int:
+        """Slots that `take` could still give to this tenant for the rest of a chain.
+
+        `beside`: those of its beginning that is nowhere else. A chain must not push that out: its end would be of no use.
+        """
+        num_kept = sum(1 for slot in beside if slot in self._order)
+        room, quota = self.num_available, self.quotas.get(tenant)
+        if quota is not None:
+            room = min(room, max(0, quota - self._used[tenant]) + self._order.num_of(tenant))
+        return max(0, room - num_kept)
 
     def state(self, slot: int) -> SlotState:
         return self._states[self._known(slot)]
@@ -155,8 +159,10 @@ class SlotTable:
         """None: none. Raises ValueError for one more than MAX_QUOTAS."""
         if limit is None:
             self.quotas.pop(tenant, None)
+            self._order.put_back(tenant)
         elif self.takes_quota(tenant):
             self.quotas[tenant] = limit
+            self._order.set_apart(tenant)
         else:
             raise ValueError(f"at most {MAX_QUOTAS} tenants may have a quota")
 

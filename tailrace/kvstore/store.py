@@ -107,9 +107,10 @@ class KvStore:
         """Which blocks of a chain, offered from its root on, the store would take now. The others count as used."""
         _check_tenant(tenant)
         self.counters.offered += len(chain)
-        self._use([self._blocks[name] for name in chain if name in self._blocks])
+        known = [self._blocks[name] for name in chain if name in self._blocks]
+        self._use(known)
         missing = [OfferedBlock(name, depth) for depth, name in enumerate(chain) if name not in self._blocks]
-        return missing[: self.memory.room_for(tenant)]
+        return missing[: self.memory.room_for(tenant, beside=[b.memory_slot for b in known if b.disk_slot is None])]
 
     def reserve(self, offered: Sequence[OfferedBlock], tenant: str = "") -> list[Arrival]:
         """Memory slots to read blocks of one chain into; only those that are not there yet, and that there is room

@@ -7,9 +7,13 @@ a prefix's root outlives its leaves, and what is kept stays reachable.
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log2
+
+_Entry = tuple[float, int, int, int]
+"""Worth, -depth, ticket, slot: the first to go is the least."""
 
 TURNOVERS_PER_DOUBLING = 0.5
 """What a doubling of the uses is worth: so many turnovers of the tier, a turnover being as many new blocks as fit."""
@@ -28,23 +32,19 @@ class Usage:
     tenant: str = ""
 
 
-@dataclass(slots=True)
-class _Candidates:
-    """Those of one tenant. Entries of a heap whose ticket is no longer the key's are dead."""
-
-    heap: list[tuple[float, int, int, int]] = field(default_factory=list)
-    num_alive: int = 0
-
-
 class EvictionOrder:
-    """The blocks of one tier that could be given up, by the slot that they are in. O(log n) each call."""
+    """The blocks of one tier that could be given up, by the slot that they are in. O(log n), but for `set_apart`."""
 
     def __init__(self, capacity: int) -> None:
         """`capacity`: slots of the tier."""
         self._bonus = TURNOVERS_PER_DOUBLING * capacity
         self._tickets: dict[int, tuple[int, str]] = {}
-        self._candidates: dict[str, _Candidates] = {}
         self._next_ticket = 0
+        self._num_of: Counter[str] = Counter()
+        # Entries of a heap whose ticket is no longer the slot's are dead.
+        self._all: list[_Entry] = []
+        self._apart: dict[str, list[_Entry]] = {}
+        """Those of single tenants. Not of each: anybody may come under thousands of names."""
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -55,42 +55,57 @@ class EvictionOrder:
     def add(self, slot: int, usage: Usage) -> None:
         """From now on the block can be given up. Again for one that is there: its usage has changed."""
         self.remove(slot)
-        candidates = self._candidates.setdefault(usage.tenant, _Candidates())
         self._next_ticket += 1
         self._tickets[slot] = (self._next_ticket, usage.tenant)
-        candidates.num_alive += 1
-        heapq.heappush(candidates.heap, (self._worth(usage), -usage.depth, self._next_ticket, slot))
-        if len(candidates.heap) > 2 * candidates.num_alive + 64:
-            candidates.heap = [entry for entry in candidates.heap if self._is_alive(entry)]
-            heapq.heapify(candidates.heap)
+        self._num_of[usage.tenant] += 1
+        entry = (self._worth(usage), -usage.depth, self._next_ticket, slot)
+        self._push(self._all, entry, len(self._tickets))
+        if (own := self._apart.get(usage.tenant)) is not None:
+            self._push(own, entry, self._num_of[usage.tenant])
 
     def remove(self, slot: int) -> None:
         """Idempotent."""
         _, tenant = self._tickets.pop(slot, (0, None))
         if tenant is not None:
-            self._candidates[tenant].num_alive -= 1
-            if not self._candidates[tenant].num_alive:
-                del self._candidates[tenant]
+            self._num_of[tenant] -= 1
+            if not self._num_of[tenant]:
+                del self._num_of[tenant]
+
+    def set_apart(self, tenant: str) -> None:
+        """Its own victim can be asked for from now on. Idempotent; O(n) the first time."""
+        if tenant not in self._apart:
+            self._apart[tenant] = [e for e in self._all if self._is_alive(e) and self._tickets[e[-1]][1] == tenant]
+            heapq.heapify(self._apart[tenant])
+
+    def put_back(self, tenant: str) -> None:
+        """Ends `set_apart`. Idempotent."""
+        self._apart.pop(tenant, None)
 
     def victim(self, tenant: str | None = None) -> int | None:
-        """The slot to give up, among one tenant's or all; None when there is none. Changes nothing that shows."""
-        tenants = self._candidates if tenant is None else {tenant} & self._candidates.keys()
-        firsts = [self._first(self._candidates[name]) for name in tenants]
-        return min(firsts)[-1] if firsts else None
+        """The slot to give up, of all or of one tenant's; None when there is none. Changes nothing that shows.
+
+        Raises ValueError for a tenant that is not set apart.
+        """
+        heap = self._all if tenant is None else self._apart.get(tenant)
+        if heap is None:
+            raise ValueError(f"tenant {tenant!r} is not set apart")
+        while heap and not self._is_alive(heap[0]):
+            heapq.heappop(heap)
+        return heap[0][-1] if heap else None
 
     def num_of(self, tenant: str) -> int:
-        candidates = self._candidates.get(tenant)
-        return candidates.num_alive if candidates else 0
+        return self._num_of[tenant]
 
     def slots(self) -> list[int]:
         return list(self._tickets)
 
-    def _first(self, candidates: _Candidates) -> tuple[float, int, int, int]:
-        while not self._is_alive(candidates.heap[0]):
-            heapq.heappop(candidates.heap)
-        return candidates.heap[0]
+    def _push(self, heap: list[_Entry], entry: _Entry, num_alive: int) -> None:
+        heapq.heappush(heap, entry)
+        if len(heap) > 2 * num_alive + 64:
+            heap[:] = [each for each in heap if self._is_alive(each)]
+            heapq.heapify(heap)
 
-    def _is_alive(self, entry: tuple[float, int, int, int]) -> bool:
+    def _is_alive(self, entry: _Entry) -> bool:
         return self._tickets.get(entry[-1], (0, ""))[0] == entry[2]
 
     def _worth(self, usage: Usage) -> float:

@@ -84,7 +84,7 @@ def test_a_quarantined_slot_is_nobodys_until_its_read_has_ended() -> None:
 
 def test_a_tenant_at_its_quota_replaces_its_own_blocks_only() -> None:
     table = SlotTable(4)
-    table.quotas["t"] = 2
+    table.set_quota("t", 2)
     fill(table, block("other", 0), block("t1", 1, "t"), block("t2", 2, "t"))
     assert table.room_for("t") == 2
     taken = table.take("t")
@@ -134,7 +134,7 @@ def test_a_wrong_state_is_refused_and_nothing_is_done(call: str) -> None:
 def test_books_stay_right_whatever_happens() -> None:
     rng = random.Random(11)
     table = SlotTable(6)
-    table.quotas["b"] = 2
+    table.set_quota("b", 2)
     landing: list[int] = []
     held: list[int] = []
     for moment in range(3000):

@@ -259,6 +259,59 @@ def test_a_tenant_stays_within_its_quota_in_both_tiers(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("quota", [None, 3])
+def test_a_chain_that_outgrows_its_room_keeps_its_beginning(quota: int | None) -> None:
+    """However often it is offered."""
+    store = make_store(slots=3 if quota is None else 16)
+    store.set_quota("t", quota)
+    put(store, B[:2], "t")
+    chain = chain_of("long", 8)
+    taken = [put(store, chain, "t") for _ in range(4)]
+    assert (taken, num_found(store, chain)) == ([3, 0, 0, 0], 3)
+    assert put(store, B, "t") == 3, "others of the tenant may replace it"
+    store.check_integrity()
+
+
+def test_a_chain_that_outgrows_memory_goes_on_to_disk(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "slab", slots=16)
+    store.set_quota("t", 3)
+    chain = chain_of("long", 8)
+    assert [put_written(store, chain, "t") for _ in range(4)] == [3, 3, 2, 0]
+    assert len(store.find_prefix(chain)) == 8
+    store.check_integrity()
+    store.close()
+
+
+def test_a_quota_counts_what_was_there_before_it_and_ends_with_it(tmp_path: Path) -> None:
+    store = make_store(slots=16)
+    put(store, chain_of("a", 4), "t")
+    put(store, chain_of("b", 4), "other")
+    store.set_quota("t", 2)
+    put(store, chain_of("c", 4), "t")
+    assert store.memory.tenants() == {"t": 4, "other": 4}, "it takes no more, and keeps what it has"
+    assert num_found(store, chain_of("b", 4)) == 4
+    store.set_quota("t", None)
+    put(store, chain_of("d", 4), "t")
+    assert store.memory.tenants() == {"t": 8, "other": 4}
+    store.check_integrity()
+
+
+def test_a_quota_after_a_restart_counts_what_the_file_holds(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "slab")
+    put_written(store, A, "t")
+    put_written(store, B, "other")
+    store.close()
+    again = make_store(tmp_path / "slab")
+    assert again.disk is not None
+    assert again.disk.slots.tenants() == {"t": 4, "other": 4}
+    again.set_quota("t", None, 4)
+    put_written(again, C, "t")
+    assert again.disk.slots.tenants() == {"t": 4, "other": 4}
+    assert num_found(again, B) == 4
+    again.check_integrity()
+    again.close()
+
+
 def test_misuse_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="block_bytes"):
         KvStore(0, 4)
