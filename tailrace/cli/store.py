@@ -13,7 +13,7 @@ import typer
 from tailrace.config import CommonConfig
 from tailrace.config_values import parse_bytes
 from tailrace.errors import ConfigError
-from tailrace.kv.hashing import HASH_BYTES, chain_seed, hash_blocks
+from tailrace.kv.hashing import HASH_BYTES, chain_seed, hash_blocks, tenant_name
 from tailrace.kv.layout import KVLayout
 from tailrace.messages import StoreUsage
 
@@ -32,6 +32,7 @@ Tokens = Annotated[
     Path | None, typer.Option(help="Instead of hashes: a JSON list of token ids, whose full blocks are meant.")
 ]
 Salt = Annotated[str, typer.Option(help="The cache salt of the requests that the token ids are of.")]
+Tenant = Annotated[str | None, typer.Option(help="The tenant's name; '' for requests without a salt.")]
 Size = Annotated[str | None, typer.Option(help="Like 512MiB; not given: as much as there is.")]
 
 
@@ -66,14 +67,27 @@ def unpin(address: Address, owner: Owner, hashes: Hashes = None, tokens: Tokens 
 
 
 @store_app.command()
-def quota(address: Address, tenant: str, memory: Size = None, disk: Size = None) -> None:
+def quota(
+    address: Address,
+    tenant: Tenant = None,
+    salt: Annotated[str | None, typer.Option(help="Instead of --tenant: the cache salt itself.")] = None,
+    memory: Size = None,
+    disk: Size = None,
+) -> None:
     """Bound what a tenant's blocks take, until the store restarts.
 
-    It acts only on offers that name the tenant. Those of Tailrace's own workers name none yet.
+    A tenant's name, which `usage` shows, is a digest of the cache salt of its requests: `printf %s SALT | b2sum -l 64`.
     """
+    if (tenant is None) == (salt is None):
+        raise ConfigError("name the tenant by --tenant or by --salt, not by both", param="tenant")
     sizes = _size("memory", memory), _size("disk", disk)
-    _ask(address, lambda peer: peer.set_quota(tenant, *sizes))
-    print(f"{tenant}: memory {memory or 'unbounded'}, disk {disk or 'unbounded'}")
+    name = tenant_name(salt) if salt is not None else tenant or ""
+    _ask(address, lambda peer: peer.set_quota(name, *sizes))
+    print(f"{_titled(name)}: memory {memory or 'unbounded'}, disk {disk or 'unbounded'}")
+
+
+def _titled(tenant: str) -> str:
+    return f"tenant {tenant!r}" if tenant else "requests without a salt"
 
 
 def _ask(address: str, call: "Callable[[Peer], Awaitable[T]]") -> T:
@@ -145,6 +159,6 @@ def _table(found: StoreUsage) -> str:
     for each in found.tenants:
         memory, disk = (f" of {bound}" if bound is not None else "" for bound in (each.memory_quota, each.disk_quota))
         lines.append(
-            f"tenant {each.tenant!r}: {each.memory_blocks}{memory} in memory, {each.disk_blocks}{disk} on disk"
+            f"{_titled(each.tenant)}: {each.memory_blocks}{memory} in memory, {each.disk_blocks}{disk} on disk"
         )
     return "\n".join(lines)

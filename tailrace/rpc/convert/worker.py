@@ -3,6 +3,7 @@
 import math
 
 from tailrace.errors import InvalidRequestError
+from tailrace.kv.hashing import MAX_SALT_LENGTH
 from tailrace.messages import (
     ChoiceFinished,
     Fetch,
@@ -89,6 +90,10 @@ def submission_from_proto(message: worker_pb2.Submit) -> Submission:
         raise InvalidRequestError(f"num_choices={message.num_choices}, not 1 to {MAX_CHOICES}", param="num_choices")
     if not (math.isfinite(message.deadline_s) and message.deadline_s >= 0):
         raise InvalidRequestError(f"deadline_s={message.deadline_s}, not 0 or more seconds", param="deadline_s")
+    if len(message.cache_salt) > MAX_SALT_LENGTH:
+        raise InvalidRequestError(
+            f"cache_salt: at most {MAX_SALT_LENGTH} characters, not {len(message.cache_salt)}", param="cache_salt"
+        )
     if len(message.prefix_sources) > MAX_PREFIX_SOURCES:
         raise InvalidRequestError(
             f"{len(message.prefix_sources)} prefix sources, not 0 to {MAX_PREFIX_SOURCES}", param="prefix_sources"

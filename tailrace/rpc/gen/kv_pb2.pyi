@@ -454,7 +454,9 @@ class OfferRequest(_message.Message):
     address: _builtins.str
     """host:port of the worker's gRPC server, where it lends them."""
     tenant: _builtins.str
-    """On whose quota the blocks are kept."""
+    """On whose quota the blocks are kept: BLAKE2b-64 of their requests' cache salt, in hex; empty without a salt. At most 64
+    bytes.
+    """
     @_builtins.property
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """One chain, from its first block on."""
@@ -603,6 +605,7 @@ class SetQuotaRequest(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     DISK_BYTES_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
+    """As in OfferRequest."""
     memory_bytes: _builtins.int
     """Absent: as much as there is."""
     disk_bytes: _builtins.int

@@ -130,6 +130,7 @@ class Submit(_message.Message):
     ticket: _builtins.bytes
     """For a prefill worker: the ticket that its needer will show."""
     cache_salt: _builtins.str
+    """Requests of different salts share no cached block. At most 1,024 characters; the worker names the tenant after it."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt, then tokens replayed from an earlier attempt."""

@@ -116,11 +116,17 @@ async def test_the_command_line(tmp_path: Path) -> None:
         status, said = await tailrace_store(store, "pin", "--owner", "ops", "--tokens", str(tokens), "--salt", "salt")
         assert (status, said) == (0, "2 blocks pinned by ops; 2 are pinned in all\n")
         assert (await tailrace_store(store, "pin", "--owner", "ops", A[0].hex()))[0] == 0
-        assert (await tailrace_store(store, "quota", "tenant-1", "--memory", "1MiB"))[0] == 0
+        status, said = await tailrace_store(store, "quota", "--salt", "salt", "--memory", "1MiB")
+        assert (status, said) == (0, "tenant '2e3b6ab7edb43725': memory 1MiB, disk unbounded\n")
+        assert (await tailrace_store(store, "quota", "--tenant", "", "--memory", "512KiB"))[0] == 0
+        status, said = await tailrace_store(store, "quota", "--salt", "salt", "--tenant", "t")
+        assert (status, "name the tenant by --tenant or by --salt, not by both" in said) == (2, True)
         status, said = await tailrace_store(store, "usage", "--json")
         found = json.loads(said)
         assert (status, found["pinned"], found["memory"]["cached"]) == (0, {"ops": 3}, 8)
-        assert found["tenants"][-1]["memory_quota"] == (1 << 20) // LAYOUT.block_bytes
+        quotas = {each["tenant"]: each["memory_quota"] for each in found["tenants"]}
+        assert quotas == {"2e3b6ab7edb43725": NUM_SLOTS, "": NUM_SLOTS // 2}
+        assert "requests without a salt: 8 of" in (await tailrace_store(store, "usage"))[1]
         status, said = await tailrace_store(store, "pin", "--owner", "ops", "xyz")
         assert (status, "hashes: 'xyz' is not 32 hexadecimal digits" in said) == (2, True)
         status, said = await tailrace_store(store, "usage", secret=b"another secret of 16")

@@ -211,14 +211,16 @@ def test_submissions(submission: Submission) -> None:
         ("deadline_s", float("nan")),
         ("deadline_s", float("inf")),
         ("deadline_s", -1.0),
+        ("cache_salt", "\u00e4" * 1025),
     ],
 )
-def test_a_submission_that_no_gateway_sends_is_refused_by_field(field: str, value: float) -> None:
+def test_a_submission_that_no_gateway_sends_is_refused_by_field(field: str, value: float | str) -> None:
     message = convert.submission_to_proto(make_submission())
     setattr(message, field, value)
     with pytest.raises(InvalidRequestError) as refusal:
         convert.submission_from_proto(message)
     assert refusal.value.param == field
+    assert "\u00e4" not in refusal.value.message, "salts are not for logs"
 
 
 def test_more_prefix_sources_than_any_gateway_names_are_refused() -> None:
