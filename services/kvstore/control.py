@@ -1,5 +1,6 @@
 """What operators ask of a store: pins, quotas, and who has how much."""
 
+import heapq
 from collections.abc import Sequence
 
 from services.kvstore.storage import Storage
@@ -55,9 +56,14 @@ def _tier(ledger: TierLedger) -> TierUsage:
 def _tenants(memory: SlotTable, disk: SlotTable | None) -> tuple[TenantUsage, ...]:
     in_memory, on_disk = memory.tenants(), disk.tenants() if disk is not None else {}
     quotas = disk.quotas if disk is not None else {}
-    names = {*in_memory, *on_disk, *memory.quotas, *quotas}
-    largest = sorted(names, key=lambda name: (-in_memory.get(name, 0), -on_disk.get(name, 0), name))[:MAX_TENANTS]
+    bound = memory.quotas.keys() | quotas.keys()
+
+    def rank(name: str) -> tuple[bool, int, int, str]:
+        return name not in bound, -in_memory.get(name, 0), -on_disk.get(name, 0), name
+
+    # Requests name themselves: an operator must find those that he has bound among any number of others.
+    first = heapq.nsmallest(MAX_TENANTS, {*in_memory, *on_disk, *bound}, key=rank)
     return tuple(
         TenantUsage(name, in_memory.get(name, 0), on_disk.get(name, 0), memory.quotas.get(name), quotas.get(name))
-        for name in largest
+        for name in first
     )

@@ -38,8 +38,10 @@ class Store:
 
     async def until(self, salt: str, *, memory_blocks: int, disk_blocks: int = 0) -> None:
         async with asyncio.timeout(30):
-            while (found := await self.usage(salt)).memory_blocks < memory_blocks or found.disk_blocks < disk_blocks:
+            found = await self.usage(salt)
+            while found.memory_blocks < memory_blocks or found.disk_blocks < disk_blocks:
                 await asyncio.sleep(0.005)
+                found = await self.usage(salt)
 
     async def bound(self, *, memory_blocks: int, disk_blocks: int | None = None) -> None:
         size = (await self._peer.store_usage()).layout.block_bytes

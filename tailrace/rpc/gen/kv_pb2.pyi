@@ -685,7 +685,7 @@ class GetUsageResponse(_message.Message):
 
     @_builtins.property
     def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoreTenantUsage]:
-        """Those with most blocks in memory first, up to a limit."""
+        """Those with a quota first, then those with most blocks in memory, up to a limit."""
 
     @_builtins.property
     def owners(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoreOwnerUsage]: ...
