@@ -6,7 +6,7 @@ from services.kvstore.membership import StoreMembership
 from services.kvstore.metrics import serve_metrics
 from services.kvstore.node import StoreNode
 from services.kvstore.servicer import add_store
-from services.kvstore.storage import known_layout
+from services.kvstore.storage import check_memory, known_layout
 from tailrace.config import KvStoreConfig
 from tailrace.rpc.server import Server
 from tailrace.types import Role
@@ -22,6 +22,7 @@ def main() -> None:
 
 async def run(config: KvStoreConfig) -> None:
     """Serve until SIGTERM or SIGINT. Raises ConfigError for what can never work."""
+    check_memory(config.cpu_memory)
     identity = Identity.draw(config, Role.KVSTORE)
     server = Server(identity.secret)
     address = advertised_address(config, server.bind(config.host, config.port))

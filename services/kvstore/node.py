@@ -228,7 +228,8 @@ class StoreNode:
                     raise TransferError(f"{offer.source.worker_id} lent blocks that nobody asked for")
                 lent = wanted[: len(event.blocks)]
                 if arrivals := storage.store.reserve(lent, offer.tenant):
-                    await self._read(storage, link.read(_reads(arrivals, names, event)), arrivals)
+                    if not await self._read(storage, link.read(_reads(arrivals, names, event)), arrivals):
+                        return None
                 elif any(piece.block_hash not in storage.store for piece in lent):
                     return None
                 # Otherwise another pull has brought them, or is about to: on to the rest of the chain.
@@ -236,8 +237,8 @@ class StoreNode:
                     return len(lent)
         return None
 
-    async def _read(self, storage: Storage, read: PendingRead, arrivals: list[Arrival]) -> None:
-        """A slot is landing until its read has settled, whatever becomes of the task."""
+    async def _read(self, storage: Storage, read: PendingRead, arrivals: list[Arrival]) -> bool:
+        """A slot is landing until its read has settled, whatever becomes of the task. False: the owner took it back."""
         try:
             result = await read.wait(PULL_TIMEOUT_S)
         except asyncio.CancelledError:
@@ -248,8 +249,12 @@ class StoreNode:
             raise TransferError(f"a read of {len(arrivals)} blocks stalls; its slots are quarantined")
         if result.outcome is ReadOutcome.GOOD:
             storage.store.landed(arrivals)
-            return
+            return True
         storage.store.abandon(arrivals)
+        if result.outcome is ReadOutcome.STALE:
+            # Offers are revocable: nothing is wrong.
+            log.debug("a pull ends, its loan was revoked: %s", result.message)
+            return False
         raise TransferError(result.message or result.outcome)
 
     def _set_aside(self, storage: Storage, read: PendingRead, arrivals: list[Arrival]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tailrace.config import KvStoreConfig
 from tailrace.errors import ConfigError
+from tailrace.host_memory import lock_memory, map_memory, residence_of
 from tailrace.kv.layout import KVLayout
 from tailrace.kvstore.slab_file import num_slots_in, open_slab
 from tailrace.kvstore.slab_header import peek
@@ -19,6 +20,8 @@ from tailrace.transfer.memory import address_of
 from tailrace.worker.member import Identity, transfer_options
 
 log = logging.getLogger(__name__)
+
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +53,22 @@ def known_layout(path: Path | None) -> KVLayout | None:
     return header.layout if header is not None else None
 
 
+def check_memory(num_bytes: int) -> None:
+    """Raises ConfigError where the machine has no such memory. Takes none of it."""
+    try:
+        map_memory(num_bytes)
+    except OSError as error:
+        raise _no_memory(num_bytes, error) from None
+
+
+def _no_memory(num_bytes: int, error: OSError) -> ConfigError:
+    return ConfigError(f"cpu_memory: {num_bytes} bytes cannot be had: {error.strerror}", param="cpu_memory")
+
+
 async def open_storage(
     config: KvStoreConfig, identity: Identity, layout: KVLayout, on_done: Callable[[], None]
 ) -> Storage:
-    """Raises ConfigError for a memory too small, for a file that is refused and for a transport that cannot be had.
+    """Raises ConfigError for a memory too small or too large, a file that is refused and a transport that cannot be had.
 
     A disk that fails is no error: the store goes on without it, and says so.
     """
@@ -62,7 +77,10 @@ async def open_storage(
         raise ConfigError(
             f"cpu_memory: {config.cpu_memory} bytes hold no block of {layout.block_bytes}", param="cpu_memory"
         )
-    store = await asyncio.to_thread(KvStore, layout.block_bytes, num_slots, epoch=identity.epoch)
+    try:
+        store = await asyncio.to_thread(KvStore, layout.block_bytes, num_slots, epoch=identity.epoch)
+    except OSError as error:
+        raise _no_memory(config.cpu_memory, error) from None
     why_no_disk = ""
     if config.disk_path is not None:
         why_no_disk = await asyncio.to_thread(_open_disk, store, config.disk_path, config.disk_bytes, layout, on_done)
@@ -72,7 +90,16 @@ async def open_storage(
         await asyncio.to_thread(store.close)
         raise
     log.info("blocks of %d bytes (%s): %s", layout.block_bytes, layout.arithmetic, _sizes(store))
-    return Storage(layout, store, plane, why_no_disk, Warming(store.first_touch))
+    why_not_locked = lock_memory(store.view)
+    warming = Warming(store.first_touch, lambda: _say_memory(store.view, why_not_locked))
+    return Storage(layout, store, plane, why_no_disk, warming)
+
+
+def _say_memory(memory: memoryview, why_not_locked: str) -> None:
+    """What the machine gave it."""
+    if (found := residence_of(memory)) is not None:
+        lock = f"not locked: {why_not_locked}" if why_not_locked else "locked, so never swapped out"
+        log.info("memory tier: %.1f MiB, %.1f of it in huge pages; %s", found.present / _MIB, found.huge / _MIB, lock)
 
 
 def _open_disk(store: KvStore, path: Path, num_bytes: int, layout: KVLayout, on_done: Callable[[], None]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from tailrace.kvstore.disk_io import DiskIo, ReadJob, WriteJob
 from tailrace.kvstore.slab_file import Entry, SlabFile
-from tailrace.kvstore.slots import SlotTable, StoredBlock
+from tailrace.kvstore.slots import SlotState, SlotTable, StoredBlock
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,8 @@ class DiskTier:
         self._checksums = array.array("I", bytes(4 * file.num_slots))
         self._io = DiskIo(file, on_done)
         self._has_ended = False
+        self._corrupt: set[int] = set()
+        """Slots whose entries are void; `close` clears those that nobody has written since."""
 
     @property
     def is_on(self) -> bool:
@@ -82,7 +84,11 @@ class DiskTier:
         return done
 
     def forget_corrupt(self, block: StoredBlock, disk_slot: int) -> None:
-        """Its bytes are not those that were written: nobody shall find them again, not even after a restart."""
+        """Its bytes are not those that were written: nobody shall find them again.
+
+        After a restart neither, where `close` is called; else they are found out again. Clearing the entry now would
+        make the store's thread wait for the disk.
+        """
         log.warning(
             "store file %s: block %s in slot %d is corrupt (its checksum does not fit); it is dropped",
             self.file.path,
@@ -90,10 +96,7 @@ class DiskTier:
             disk_slot,
         )
         self.slots.drop(disk_slot)
-        try:
-            self.file.clear(disk_slot)
-        except OSError as error:
-            self._turn_off("written", error)
+        self._corrupt.add(disk_slot)
 
     def end(self) -> None:
         """Waits for what is posted, so that it can be taken; nothing may be posted any more."""
@@ -113,6 +116,9 @@ class DiskTier:
             for block in blocks if self.is_on else ():
                 if block.disk_slot is not None:
                     self.file.describe(block.disk_slot, _entry_of(block, self._checksums[block.disk_slot]))
+            for slot in self._corrupt if self.is_on else ():
+                if self.slots.state(slot) is SlotState.FREE:
+                    self.file.clear(slot)
             self.file.sync()
         except OSError as error:
             log.warning("store file %s: could not be brought up to date: %s", self.file.path, error)

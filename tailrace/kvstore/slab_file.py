@@ -30,6 +30,8 @@ _ENTRY = struct.Struct(f"<{HASH_BYTES}sIIQIB{MAX_TENANT_BYTES}s")
 _CRC = struct.Struct("<I")
 ENTRY_BYTES = 128
 _NO_ENTRY = bytes(ENTRY_BYTES)
+_MAX_MOMENT = 1 << 63
+"""What a store would never count up to; beyond it there might be no room for the moments that come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +239,8 @@ def _entry_from(packed: bytes) -> Entry | None:
     if len(packed) < ENTRY_BYTES or _CRC.unpack_from(packed, _ENTRY.size)[0] != zlib.crc32(packed[: _ENTRY.size]):
         return None
     block_hash, depth, uses, moment, checksum, num_name, name = _ENTRY.unpack_from(packed)
+    if moment > _MAX_MOMENT:
+        return None
     try:
         return Entry(block_hash, depth, name[:num_name].decode(), moment, uses, checksum)
     except UnicodeDecodeError:

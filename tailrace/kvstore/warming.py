@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 
 from tailrace.host_memory import FirstTouch
 
@@ -12,8 +13,10 @@ class Warming:
     Not a thread of low priority: one that loses its core while it holds the interpreter's lock would hold up the rest.
     """
 
-    def __init__(self, touch: FirstTouch) -> None:
+    def __init__(self, touch: FirstTouch, on_done: Callable[[], None] = lambda: None) -> None:
+        """`on_done`: called on the thread when all memory is there, not when it is stopped."""
         self._touch = touch
+        self._on_done = on_done
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="warming", daemon=True)
         self._thread.start()
@@ -32,5 +35,6 @@ class Warming:
         while not self._is_over.is_set():
             began = time.monotonic()
             if not self._touch.more():
+                self._on_done()
                 return
             self._is_over.wait(time.monotonic() - began)

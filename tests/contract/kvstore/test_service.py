@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tailrace.kv.events import KVEvents, Tier
 from tailrace.kvstore.slab_header import peek
 from tailrace.messages import BlockOffer, KvSource, LendDone, LendTerms, LentBlocks
 from tailrace.rpc.client import Peer
-from tests.helpers.store_process import LAYOUT, Worker, refused_start, store_process, until, worker
+from tests.helpers.store_process import LAYOUT, StoreProcess, Worker, refused_start, store_process, until, worker
 from tests.helpers.stores import PAGED, chain_of
 from tests.helpers.values import SECRET, make_layout
 
@@ -94,6 +95,7 @@ async def test_without_a_disk_it_is_a_store_of_memory() -> None:
         await until(store, TAKEN, 6)
         assert await peer.pull(store, A) == 6
         assert await store.metric("tailrace_store_disk_on") == 0
+        await said(store, r"memory tier: 1.0 MiB, \d+.\d of it in huge pages; (locked|not locked: .*ulimit)")
 
 
 async def test_a_disk_without_room_is_said_once_and_memory_serves(tmp_path: Path) -> None:
@@ -112,6 +114,16 @@ async def test_a_foreign_file_stops_the_start_and_is_left_alone(tmp_path: Path) 
     assert "precious is refused: it is not a store file" in said
     assert "Traceback" not in said
     assert (tmp_path / "precious").read_text() == "my only copy"
+
+
+@pytest.mark.skipif(
+    Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1", reason="this machine promises any memory"
+)
+async def test_more_memory_than_the_machine_has_stops_the_start(tmp_path: Path) -> None:
+    status, said = await refused_start(tmp_path / "slab", cpu_memory="60TiB")
+    assert (status, said.count("\n")) == (2, 1)
+    assert "cpu_memory: 65970697666560 bytes cannot be had: Cannot allocate memory" in said
+    assert not (tmp_path / "slab").exists()
 
 
 async def test_another_size_or_another_store_stops_the_start(tmp_path: Path) -> None:
@@ -151,6 +163,7 @@ async def test_blocks_that_were_given_to_somebody_else_meanwhile_are_not_kept() 
         await until(store, FAILED, 6)
         assert await store.metric(TAKEN) == 0
         await all_given_back(store)
+        assert "could not be pulled" not in "".join(store.log), "offers are revocable: nothing is wrong"
         del peer.lender._lent
         await peer.offer(store, A)
         await until(store, TAKEN, 6)
@@ -218,6 +231,12 @@ def lie(peer: Worker, *, generations: int):  # type: ignore[no-untyped-def]
         return LentBlocks(0, told.blocks, told.addresses, [g + generations for g in told.generations])
 
     return lent
+
+
+async def said(store: StoreProcess, pattern: str) -> None:
+    async with asyncio.timeout(10):
+        while not re.search(pattern, "".join(store.log)):  # noqa: ASYNC110  # another process sets no event
+            await asyncio.sleep(0.02)
 
 
 async def all_given_back(store) -> None:  # type: ignore[no-untyped-def]

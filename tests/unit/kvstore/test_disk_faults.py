@@ -8,11 +8,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tailrace.kvstore.slab_file import ENTRY_BYTES, Entry, open_slab
+from tailrace.kvstore.slab_file import ENTRY_BYTES, Entry, SlabFile, open_slab
 from tailrace.kvstore.slab_header import HEADER_BYTES, PAGE
 from tailrace.kvstore.store import KvStore
 from tests.helpers.stores import PAGED, chain_of, make_store, num_found, put, put_written
@@ -33,6 +34,13 @@ def filled(path: Path) -> None:
     put_written(store, A)
     put_written(store, B)
     store.close()
+
+
+@contextmanager
+def open_slab_at(path: Path) -> Iterator[SlabFile]:
+    slab = open_slab(path, 64, LAYOUT)
+    yield slab
+    slab.close()
 
 
 def slot_of(store: KvStore, block_hash: bytes) -> int:
@@ -68,11 +76,19 @@ def test_a_flipped_bit_is_dropped_counted_and_never_served(tmp_path: Path, caplo
 def test_a_dropped_block_stays_away_after_a_restart(tmp_path: Path) -> None:
     filled(tmp_path / "slab")
     store = opened(tmp_path / "slab")
-    damage(tmp_path / "slab", DATA_OFFSET + slot_of(store, A[0]) * LAYOUT.block_bytes)
+    corrupt = slot_of(store, A[0])
+    damage(tmp_path / "slab", DATA_OFFSET + corrupt * LAYOUT.block_bytes)
     assert num_found(store, A) == 0
+    rewritten = slot_of(store, B[0])
+    damage(tmp_path / "slab", DATA_OFFSET + rewritten * LAYOUT.block_bytes)
+    assert num_found(store, B) == 0
+    put_written(store, C[:1])
+    assert slot_of(store, C[0]) == rewritten, "the slot that was given up last"
     store.close()
     again = opened(tmp_path / "slab")
-    assert again.counters.restored == 7
+    assert (again.counters.restored, again.counters.restored_bad) == (7, 0)
+    assert num_found(again, C) == 1
+    assert corrupt not in again.disk.slots.blocks()  # type: ignore[union-attr]
     again.close()
 
 
@@ -83,6 +99,21 @@ def test_a_damaged_entry_is_dropped_and_counted(tmp_path: Path, offset: int) -> 
     store = opened(tmp_path / "slab")
     assert (store.counters.restored, store.counters.restored_bad) == (7, 1)
     assert num_found(store, A) + num_found(store, B) < 8
+    store.close()
+
+
+def test_an_entry_that_leaves_no_moment_for_what_comes_is_dropped(tmp_path: Path) -> None:
+    """Its checksum fits: nobody's bit has flipped, somebody wrote it so."""
+    filled(tmp_path / "slab")
+    with open_slab_at(tmp_path / "slab") as slab:
+        entries, _ = slab.entries()
+        slab.describe(0, replace(entries[0], moment=(1 << 64) - 1))
+        slab.describe(1, replace(entries[1], moment=1 << 63, depth=(1 << 32) - 1))
+    store = opened(tmp_path / "slab")
+    assert (store.counters.restored, store.counters.restored_bad) == (7, 1)
+    put_written(store, C)
+    assert store.counters.written == 4
+    store.check_integrity()
     store.close()
 
 

@@ -322,6 +322,11 @@ def test_misuse_is_refused(tmp_path: Path) -> None:
         store.set_quota("t", -1)
 
 
+def test_memory_that_there_is_not_is_refused_before_anything_is_made_for_it() -> None:
+    with pytest.raises(OSError, match="Cannot allocate"):
+        KvStore(1 << 32, 1 << 30)
+
+
 def test_a_quarantined_arrival_is_forgotten_and_its_slot_comes_back_at_the_end_of_the_read() -> None:
     store = make_store(slots=4)
     arrivals = store.reserve(store.wanted(A))
