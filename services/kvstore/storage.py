@@ -68,7 +68,7 @@ def _no_memory(num_bytes: int, error: OSError) -> ConfigError:
 async def open_storage(
     config: KvStoreConfig, identity: Identity, layout: KVLayout, on_done: Callable[[], None]
 ) -> Storage:
-    """Raises ConfigError for a memory too small or too large, a file that is refused and a transport that cannot be had.
+    """Raises ConfigError for a memory too small or large, a file that is refused and a transport that cannot be had.
 
     A disk that fails is no error: the store goes on without it, and says so.
     """
