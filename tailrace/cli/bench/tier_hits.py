@@ -2,11 +2,15 @@
 
 A conversation is a chain of blocks; a request asks for all of its chain, and what was not found is put afterwards, as
 after a prefill. Blocks found over blocks asked for, from when every conversation has been there once.
+
+A disk that holds all can find all, so `ceiling`, 1 over what memory finds, is the most that any disk tier can reach.
+`ideal` is what memory alone would find if it knew the future.
 """
 
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +73,38 @@ def _compare(directory: Path, options: HitOptions, pattern: Callable[[HitOptions
     alone = _hit_rate(options, pattern, None)
     both = _hit_rate(options, pattern, directory / "hits")
     (directory / "hits").unlink()
-    ratio = round(both / alone, 3) if alone else float("inf")
-    return {"memory": round(alone, 4), "memory_and_disk": round(both, 4), "ratio": ratio}
+    return {
+        "memory": round(alone, 4),
+        "memory_and_disk": round(both, 4),
+        "ideal": round(ideal_hit_rate(options, pattern), 4),
+        "ratio": _over(both, alone),
+        "ceiling": _over(1.0, alone),
+    }
+
+
+def _over(value: float, other: float) -> float:
+    return round(value / other, 3) if other else float("inf")
+
+
+def ideal_hit_rate(options: HitOptions, pattern: Callable[[HitOptions], Iterator[int]]) -> float:
+    """Of memory alone: whose next use is farthest is given up, or not even kept (Belady, "A study of replacement
+    algorithms for a virtual-storage computer", 1966). All blocks of a conversation are used at once, so it is exact for
+    a memory of whole conversations.
+    """
+    asked = [*range(options.num_conversations), *islice(pattern(options), options.requests)]
+    next_use = [len(asked)] * len(asked)
+    latest: dict[int, int] = {}
+    for at in range(len(asked) - 1, -1, -1):
+        next_use[at] = latest.get(asked[at], len(asked))
+        latest[asked[at]] = at
+    kept: dict[int, int] = {}
+    num_found = 0
+    for at, conversation in enumerate(asked):
+        num_found += at >= options.num_conversations and conversation in kept
+        kept[conversation] = next_use[at]
+        if len(kept) > options.memory_slots // options.conversation_blocks:
+            del kept[max(kept, key=kept.__getitem__)]
+    return num_found / options.requests
 
 
 def _hit_rate(options: HitOptions, pattern: Callable[[HitOptions], Iterator[int]], path: Path | None) -> float:

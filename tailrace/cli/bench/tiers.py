@@ -238,21 +238,22 @@ def _plain_file(path: Path, num_bytes: int) -> int:
 
 def _print(result: dict[str, Any]) -> None:
     console = Console()
-    names = list(next(iter(result["sizes"].values()))["gb_per_s"])
+    arms = list(next(iter(result["sizes"].values()))["gb_per_s"])
     table = Table(title=f"{result['options']['total_bytes'] >> 20} MiB a turn; GB/s: median (min-max)")
     table.add_column("")
     for size in result["sizes"]:
         table.add_column(f"blocks of {int(size):,} B", justify="right")
-    for name in names:
+    for name in arms:
         table.add_row(name, *(str(Spread(**found["gb_per_s"][name])) for found in result["sizes"].values()))
     for name, limit in RATIOS.items():
         key = f"{name}_over_{limit}"
         table.add_row(f"{name} over {limit}", *(f"{found[key]['median']:.2f}" for found in result["sizes"].values()))
     console.print(table)
     hits = Table(title="hit rate, a working set of twice the memory tier")
-    for column in ("pattern", "memory", "memory + disk", "ratio"):
+    names = ("memory", "memory_and_disk", "ideal", "ratio", "ceiling")
+    for column in ("pattern", "memory", "memory + disk", "ideal memory", "ratio", "ceiling"):
         hits.add_column(column, justify="right")
     for pattern, found in result["hits"].items():
-        hits.add_row(pattern, f"{found['memory']:.3f}", f"{found['memory_and_disk']:.3f}", f"{found['ratio']:.2f}")
+        hits.add_row(pattern, *(f"{found[name]:.2f}" for name in names))
     console.print(hits)
     print_footer(console, result)

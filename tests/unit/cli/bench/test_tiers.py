@@ -1,12 +1,12 @@
 """What `bench tiers` moves and counts."""
 
 import json
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
 
-from tailrace.cli.bench.tier_hits import PATTERNS, HitOptions, measure_hits
+from tailrace.cli.bench.tier_hits import PATTERNS, HitOptions, ideal_hit_rate, measure_hits
 from tailrace.cli.bench.tiers import RATIOS, TierOptions, layout_of, run_tiers
 from tailrace.errors import ConfigError
 
@@ -31,7 +31,15 @@ def test_a_disk_that_holds_all_finds_all_and_memory_alone_does_not(tmp_path: Pat
     for found in measure_hits(tmp_path, SMALL).values():
         assert found["memory_and_disk"] == 1.0
         assert 0 < found["memory"] < 0.9
-        assert found["ratio"] == pytest.approx(1 / found["memory"], rel=1e-3)
+        assert found["ratio"] == found["ceiling"] == pytest.approx(1 / found["memory"], rel=1e-3)
+        assert found["memory"] <= found["ideal"] < 1.0
+
+
+def test_who_knows_the_future_keeps_half_of_what_comes_in_turn() -> None:
+    """Recency alone would find nothing of it."""
+    assert ideal_hit_rate(SMALL, lambda options: cycle(range(options.num_conversations))) == pytest.approx(0.5, abs=0.1)
+    assert ideal_hit_rate(SMALL, lambda _: cycle(range(8))) == pytest.approx(1.0, abs=0.01)
+    assert ideal_hit_rate(SMALL, lambda _: cycle(range(9))) == pytest.approx(8 / 9, abs=0.02)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
