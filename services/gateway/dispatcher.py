@@ -21,7 +21,7 @@ from tailrace.errors import (
     WorkerLostError,
 )
 from tailrace.index.prefix_index import PrefixIndex
-from tailrace.kv.chain_memo import ChainMemo
+from tailrace.kv.chains import Chains
 from tailrace.kv.hashing import chain_seed
 from tailrace.lifecycle import RequestState
 from tailrace.messages import KvSource, PrefixSource, Submission
@@ -49,6 +49,7 @@ class PairDispatcher:
         self,
         members: Members,
         index: PrefixIndex,
+        chains: Chains,
         *,
         secret: bytes,
         max_concurrent: int,
@@ -60,7 +61,7 @@ class PairDispatcher:
         self._members = members
         self.router = Router(index, routing_policy)
         self._sourcing = Sourcing(members, clock)
-        self._chains = ChainMemo()
+        self._chains = chains
         self._secret = secret
         self._max_concurrent = max_concurrent
         self._sessions: set[RequestSession] = set()

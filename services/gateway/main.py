@@ -32,6 +32,7 @@ from tailrace.checkpoint.resolve import resolve_model
 from tailrace.config import GatewayConfig
 from tailrace.errors import ConfigError, TailraceError
 from tailrace.index.compact import IndexLimits, open_index
+from tailrace.kv.chains import open_chains
 from tailrace.kv.layout import KVLayout
 from tailrace.rpc.server import Server
 from tailrace.telemetry.log import configure_logging
@@ -100,6 +101,7 @@ class Gateway:
         self.dispatcher = PairDispatcher(
             self.members,
             index,
+            open_chains(cache_dir),
             secret=self.secret,
             max_concurrent=config.max_concurrent_requests,
             routing_policy=config.routing_policy,

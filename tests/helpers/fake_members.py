@@ -13,6 +13,7 @@ from services.gateway.members import Members
 from services.gateway.session import RequestSession
 from tailrace.errors import TailraceError, WorkerLostError
 from tailrace.index.prefix_index import PrefixIndex
+from tailrace.kv.chain_memo import ChainMemo
 from tailrace.kv.events import KVEvents
 from tailrace.kv.layout import KVLayout, LayerGroup
 from tailrace.messages import (
@@ -310,6 +311,7 @@ async def fake_cluster(
         dispatcher = PairDispatcher(
             members,
             index,
+            ChainMemo(),
             secret=SECRET,
             max_concurrent=max_concurrent,
             routing_policy=routing_policy,

@@ -1,10 +1,9 @@
 """`tailrace bench router`: what a routing decision takes, and which part of it is what.
 
 In the process's own Router and index: prompts of 12,000 tokens in blocks of 16, an index of a million blocks that 64
-prefill workers hold, requests in flight on each. Arms, by turns: prompts of which nothing was seen before (every block
-is hashed, nothing is found), those of which a worker holds the first 600 blocks but which this gateway never hashed,
-and the next turns of conversations, whose hashes are remembered and whose blocks a worker holds. Between two decisions
-some workers report a new load, as they do all the time.
+prefill workers hold, requests in flight on each. Arms, by turns: prompts of which nothing was seen before, those of
+which a worker holds the first 600 blocks, and next turns of conversations, of which it does too and which name their
+session. Between two decisions some workers report a new load, as they do all the time.
 """
 
 import gc
@@ -22,7 +21,7 @@ from tailrace.cli.bench.report import Percentiles, header, print_footer
 from tailrace.cli.bench.run import show
 from tailrace.errors import UnavailableError
 from tailrace.index.compact import CompactIndex, load_functions
-from tailrace.kv.chain_memo import ChainMemo
+from tailrace.kv.chains import NativeChains
 from tailrace.kv.events import KVEvents, Tier
 from tailrace.kv.hashing import chain_seed, hash_blocks
 from tailrace.policy.fetching import FetchRates
@@ -95,7 +94,7 @@ class Cluster:
         self.index = CompactIndex(load_functions(default_cache_dir()))
         self.timed = _TimedIndex(self.index)
         self.router = Router(self.timed)
-        self.memo = ChainMemo()
+        self.chains = NativeChains(default_cache_dir())
         self.rates = FetchRates()
         self.store_ids = [f"store-{n}" for n in range(options.stores)]
         self.prefills = [self._view(f"prefill-{n:02}", Role.PREFILL) for n in range(options.prefill)]
@@ -195,7 +194,7 @@ class Cluster:
         """Seconds of each part. As `PairDispatcher._route` does it. Raises UnavailableError where nobody is found."""
         self.timed.seconds = 0.0
         began = time.perf_counter()
-        hashes = self.memo.hash_blocks(tokens, BLOCK_SIZE, _SEED)
+        hashes = self.chains.hash_blocks(tokens, BLOCK_SIZE, _SEED)
         hashed = time.perf_counter()
         look()
         store_ids = frozenset(self.store_ids)
@@ -272,11 +271,6 @@ def _prompt(cluster: Cluster, rand: random.Random, arm: str, number: int) -> tup
     if arm == "new prompt":
         return [rand.randrange(128_000) for _ in range(PROMPT_TOKENS)], 0
     beginning = cluster.conversations[number % len(cluster.conversations)]
-    if arm == "shared prefix":
-        # As far as this gateway knows, a prompt from another one.
-        cluster.memo = ChainMemo()
-    else:
-        cluster.memo.hash_blocks(beginning, BLOCK_SIZE, _SEED)
     rest = [rand.randrange(128_000) for _ in range(PROMPT_TOKENS - len(beginning))]
     return [*beginning, *rest], SHARED_TOKENS // BLOCK_SIZE
 
