@@ -12,11 +12,13 @@ have a measured bandwidth, only at those that can still be cheaper than the best
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from tailrace.policy.fetching import split_ranges
 from tailrace.policy.pricing import DecodePrice, PrefillPrice, Pricing, is_eligible, microseconds, terms_of
 from tailrace.policy.routing import CostTerms, Live, Preferred, Route, RouteRequest, WorkerView
+from tailrace.policy.shortlist import Traits
 
 SESSION_MARGIN = 0.05
 """Share of the best price by which the pair of the session's last request may be dearer, and still be taken."""
@@ -222,6 +224,7 @@ def choose(
     *,
     live: Live | None = None,
     policy: str = "cost",
+    traits: Traits | None = None,
 ) -> Route | None:
     """The best pair by `policy`, one of POLICIES; None when there is none.
 
@@ -229,18 +232,26 @@ def choose(
     decode id), where a pair's bandwidth is not that of its decode worker. No candidates are draining workers, workers
     whose pool can never hold the prompt, and pairs of different layouts. A decode worker prefills by itself where no
     prefill worker of its layout is eligible; it competes with them where its uncached rest holds its batch up for one
-    of its steps at most. Ties go to the least loaded pair, then to the lowest ids.
+    of its steps at most. Ties go to the least loaded pair, then to the lowest ids. `traits`: of the same workers, from
+    one request to the next; with them only those are priced that may be chosen.
     """
     live = live or Live()
-    prices = Pricing.of(request, prefills, decodes, hits, pair_bytes_per_s, bytes_per_token, live)
-    candidates = _candidates(prices, prefills, decodes, POLICIES[policy])
+    looked = traits.of(prefills, decodes) if traits is not None and policy == "cost" and not pair_bytes_per_s else None
+    neutral = looked.neutral() if looked is not None else None
+    prices = Pricing.of(request, prefills, decodes, hits, pair_bytes_per_s, bytes_per_token, live, neutral)
+    explained = partial(_candidates, prices, prefills, decodes, POLICIES[policy])
+    if looked is None:
+        candidates = explained()
+    else:
+        left = looked.shortlist(prices)
+        candidates = _candidates(prices, left.prefills, left.decodes, POLICIES[policy])
     best = candidates.best()
     if best is None:
         return None
     if live.preferred is not None and policy == "cost":
         best = candidates.prefer(best, live.preferred)
     chosen = candidates.terms_of(best.source, best.target)
-    return Route(chosen, candidates.terms, sources=split_ranges(prices, chosen))
+    return Route(chosen, lambda: explained().terms(), sources=split_ranges(prices, chosen))
 
 
 def _candidates(

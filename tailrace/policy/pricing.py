@@ -25,7 +25,8 @@ TURNOVER_STEPS = 128
 """Steps in which a full batch is taken to be replaced by others: the length of an ordinary answer."""
 MAX_SOURCES = 4
 """Holders that a fetch is priced from, the deepest first: more would make a decision quadratic in the workers."""
-_US_MAX = 10**18
+MAX_PRICE_US = 10**18
+"""Whatever is dearer costs as much."""
 MAX_CURVE_S = 1.0
 """Seconds per square token; what a worker reports beyond is not believed."""
 
@@ -61,12 +62,26 @@ class DecodePrice(NamedTuple):
     """From an owner whose pair with this worker nobody has measured."""
 
 
-class _Neutral(NamedTuple):
+class Neutral(NamedTuple):
     """What stands in for a rate that is not measured."""
 
     prefill_tokens_per_s: float
     decode_step_s: float
     pair_bytes_per_s: float
+
+    @property
+    def local_tokens_per_s(self) -> float:
+        """Of a decode worker that has not prefilled yet; positive, however low the best rate."""
+        return LOCAL_PREFILL_SAFETY * self.prefill_tokens_per_s or self.prefill_tokens_per_s
+
+    @classmethod
+    def of(cls, prefill_rate: float, step_s: float, pair_rate: float) -> "Neutral":
+        """The best that are measured; 0: nobody's is."""
+        return cls(
+            prefill_rate or NEUTRAL_PREFILL_TOKENS_PER_S,
+            step_s or NEUTRAL_DECODE_STEP_S,
+            pair_rate or NEUTRAL_PAIR_BYTES_PER_S,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +92,7 @@ class Pricing:
     hits: Mapping[str, int]
     pair_bytes_per_s: Mapping[tuple[str, str], float]
     live: Live
-    neutral: _Neutral
+    neutral: Neutral
     holders: Sequence[Held]
     """Who holds most, the deepest first."""
     near: Mapping[str, Held]
@@ -96,8 +111,10 @@ class Pricing:
         pair_bytes_per_s: Mapping[tuple[str, str], float],
         bytes_per_token: int,
         live: Live,
+        neutral: Neutral | None = None,
     ) -> "Pricing":
-        neutral = _neutral_rates(prefills, decodes, pair_bytes_per_s.values())
+        """`neutral`: where it is known already, what `neutral_rates` gives."""
+        neutral = neutral or neutral_rates(prefills, decodes, pair_bytes_per_s.values())
         holders = deepest(live.held) if live.ways is not None else ()
         near = {held.holder_id: held for held in live.held} if live.beside and holders else {}
         block_bytes = request.block_size * bytes_per_token
@@ -150,8 +167,7 @@ class Pricing:
 
         None where it would take more than `longest_s`, and more than one block.
         """
-        guess = LOCAL_PREFILL_SAFETY * self.neutral.prefill_tokens_per_s
-        rate = _measured(view.prefill_tokens_per_s, guess)
+        rate = measured(view.prefill_tokens_per_s, self.neutral.local_tokens_per_s)
         own = self.hits.get(view.worker_id, 0)
         prefill_s = self._compute_s(view, rate, own)
         if prefill_s > longest_s and self.request.uncached_tokens(own) > self.request.block_size:
@@ -222,9 +238,9 @@ class Pricing:
         missing_blocks = missing_blocks if missing_blocks > 0 else 0
         missing_bytes = missing_blocks * self.block_bytes
         batch = num_sequences + num_choices
-        step_s = _step_s(view, batch, neutral)
+        step_s = step_seconds(view, batch, neutral)
         # Each choice writes a block of its own.
-        load_s = step_s * _decode_steps(view, batch, missing_blocks + num_choices, self.request.block_size)
+        load_s = step_s * decode_steps(view, batch, missing_blocks + num_choices, self.request.block_size)
         rate = view.transfer_bytes_per_s
         if not 0.0 < rate < math.inf:
             rate = neutral.pair_bytes_per_s
@@ -260,7 +276,7 @@ def terms_of(source: PrefillPrice, target: DecodePrice, transfer_s: float) -> Co
 
 
 def microseconds(seconds: float) -> int:
-    return round(seconds * 1e6) if seconds * 1e6 < _US_MAX else _US_MAX
+    return round(seconds * 1e6) if seconds * 1e6 < MAX_PRICE_US else MAX_PRICE_US
 
 
 def deepest(held: Sequence[Held]) -> list[Held]:
@@ -278,7 +294,7 @@ def is_eligible(view: WorkerView, num_blocks: int) -> bool:
     return not view.draining and (not view.total_blocks or num_blocks <= view.total_blocks)
 
 
-def _step_s(view: WorkerView, batch: int, neutral: _Neutral) -> float:
+def step_seconds(view: WorkerView, batch: int, neutral: Neutral) -> float:
     """Of a batch of so many sequences, as far as it is measured by batch."""
     base_s, row_s = view.decode_base_s, view.decode_row_s
     if base_s > 0.0 or row_s > 0.0:
@@ -286,10 +302,10 @@ def _step_s(view: WorkerView, batch: int, neutral: _Neutral) -> float:
         step_s = (base_s if base_s > 0.0 else 0.0) + (row_s if row_s > 0.0 else 0.0) * (batch if batch < most else most)
         if step_s < math.inf:
             return step_s
-    return _measured(view.decode_step_s, neutral.decode_step_s)
+    return measured(view.decode_step_s, neutral.decode_step_s)
 
 
-def _decode_steps(view: WorkerView, batch: int, needed_blocks: int, block_size: int) -> float:
+def decode_steps(view: WorkerView, batch: int, needed_blocks: int, block_size: int) -> float:
     """What joining this decode worker, with `batch` sequences then, costs in its steps.
 
     One step to join, up to one more for how full it is (a fuller batch steps slower, for everyone in it), and for what
@@ -307,9 +323,9 @@ def _decode_steps(view: WorkerView, batch: int, needed_blocks: int, block_size: 
     return 1.0 + (filled if filled < 1.0 else 1.0) + excess * TURNOVER_STEPS
 
 
-def _neutral_rates(
+def neutral_rates(
     prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], pair_rates: Iterable[float]
-) -> _Neutral:
+) -> Neutral:
     prefill_rate = step_s = pair_rate = 0.0
     for view in (*prefills, *decodes):
         if prefill_rate < view.prefill_tokens_per_s < math.inf:
@@ -318,14 +334,10 @@ def _neutral_rates(
             step_s = view.decode_step_s
         if pair_rate < view.transfer_bytes_per_s < math.inf:
             pair_rate = view.transfer_bytes_per_s
-    return _Neutral(
-        prefill_rate or NEUTRAL_PREFILL_TOKENS_PER_S,
-        step_s or NEUTRAL_DECODE_STEP_S,
-        max(max(filter(_is_rate, pair_rates), default=0.0), pair_rate) or NEUTRAL_PAIR_BYTES_PER_S,
-    )
+    return Neutral.of(prefill_rate, step_s, max(max(filter(_is_rate, pair_rates), default=0.0), pair_rate))
 
 
-def _measured(value: float, neutral: float) -> float:
+def measured(value: float, neutral: float) -> float:
     return value if 0.0 < value < math.inf else neutral
 
 

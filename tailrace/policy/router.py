@@ -24,6 +24,7 @@ from tailrace.policy.other_routers import (
 from tailrace.policy.reservations import Reservations
 from tailrace.policy.routing import FetchWays, Held, Live, Route, RouteRequest, WorkerView
 from tailrace.policy.sessions import SessionHints
+from tailrace.policy.shortlist import Traits
 
 LEAN_S = 1e-4
 _NONE: Mapping[Any, Any] = MappingProxyType({})
@@ -77,6 +78,7 @@ class Router:
         self._reservations = Reservations()
         self._crowding = Crowding()
         self._sessions = SessionHints()
+        self._traits = Traits()
         self._turn = 0
         self._others = OtherRouters()
         self._given: deque[Given] = deque(maxlen=MAX_GIVEN)
@@ -117,7 +119,15 @@ class Router:
             self._sessions.expect(session, hashes, hits, now_s)
         prefills, decodes = _with_others(prefills, others), _with_others(decodes, others)
         route = choose(
-            request, prefills, decodes, hits, pair_bytes_per_s, bytes_per_token, live=live, policy=self.policy
+            request,
+            prefills,
+            decodes,
+            hits,
+            pair_bytes_per_s,
+            bytes_per_token,
+            live=live,
+            policy=self.policy,
+            traits=self._traits,
         )
         if route is None:
             return None

@@ -346,3 +346,8 @@ def test_the_choice_is_eligible_cheapest_and_independent_of_order(
         assert min(terms[2:8]) >= 0
     (chosen,) = [terms for terms in found.terms if terms[:2] == (found.decode_id, found.prefill_id)]
     assert chosen.total_s <= min(terms.total_s for terms in found.terms) + 1e-5
+
+
+def test_a_rate_that_is_next_to_nothing_divides_by_nothing() -> None:
+    workers = [make_prefill(prefill_tokens_per_s=5e-324)], [make_decode(prefill_tokens_per_s=0.0)]
+    assert route(*workers) is not None
