@@ -75,6 +75,8 @@ class KeySpace:
         self._gateway = f"{base}{{registry}}:gateway:"
         self.streams = tuple(f"{base}{{events-{number}}}".encode() for number in range(NUM_STREAMS))
         self.reservations = f"{base}{{reservations}}".encode()
+        self.before_braces = base.encode()
+        """Of a block's key."""
         self._blocks = tuple(f"{base}{{{first:02x}}}".encode() for first in range(256))
 
     def worker(self, worker_id: str) -> bytes:

@@ -7,12 +7,13 @@ all its entries along at once; what they occupy, Redis gets back when their time
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from tailrace.index.keys import ENTRY_BYTES, MARK_BYTES, KeySpace, Life, entries
 from tailrace.index.prefix_index import PrefixHit
 from tailrace.index.redis_client import Command, RedisClient, ScriptCall
 from tailrace.index.registry import Registry
-from tailrace.index.scripts import PUBLISH, RETRACT, Script
+from tailrace.index.scripts import PUBLISH, RETRACT, SEARCH, Script
 from tailrace.kv.events import Tier
 
 ENTRY_TTL_S = 3600.0
@@ -65,8 +66,18 @@ class RedisIndex:
         """Leading blocks of `hashes` that each registered worker holds; workers that hold none are not named.
 
         One round trip to each node that has a part of the answer; one more when a worker has come in the last second.
+        A single Redis searches as a CompactIndex does: where a hint is missing in the middle, more may be counted.
         """
-        return depths(await self._values(hashes), self._registry.by_mark)
+        if self._client.is_cluster or not hashes:
+            return depths(await self._values(hashes), self._registry.by_mark)
+        search = ScriptCall(SEARCH, (), (self._keys.before_braces, b"".join(hashes)))
+        if self._is_fresh:
+            answer = await self._client.direct_script(search)
+        else:
+            answer, *registry = await self._client.all([search, *self._registry.read_commands()])
+            await self._take_registry(registry)
+        by_mark = self._registry.by_mark
+        return {by_mark[mark]: depth for mark, depth in zip(answer[::2], answer[1::2], strict=True) if mark in by_mark}
 
     async def longest_prefix_by_tier(self, hashes: Sequence[bytes]) -> dict[str, PrefixHit]:
         """As `longest_prefix`, and how many of the blocks lie on which tier."""
@@ -86,20 +97,28 @@ class RedisIndex:
             for value in await self._values(hashes)
         ]
 
+    @property
+    def _is_fresh(self) -> bool:
+        """What is known of the registry."""
+        return time.monotonic() - self._registry_read_at < REGISTRY_AGE_S
+
+    async def _take_registry(self, answers: list[object]) -> None:
+        await self._registry.take(answers)
+        self._registry_read_at = time.monotonic()
+
     async def _values(self, hashes: Sequence[bytes]) -> Sequence[bytes | None]:
         if not hashes:
             return []
         keys = self._keys.blocks(hashes)
-        is_fresh = time.monotonic() - self._registry_read_at < REGISTRY_AGE_S
-        if is_fresh and not self._client.is_cluster:
-            return await self._client.mget(keys)
+        if self._is_fresh and not self._client.is_cluster:
+            values: list[bytes | None] = await self._client.direct(("MGET", *keys))
+            return values
         groups = self._keys.by_slot(hashes, keys) if self._client.is_cluster else [keys]
         lookups: list[Command | ScriptCall] = [("MGET", *group) for group in groups]
-        registry = [] if is_fresh else self._registry.read_commands()
+        registry = [] if self._is_fresh else self._registry.read_commands()
         answers = await self._client.all([*lookups, *registry])
         if registry:
-            await self._registry.take(answers[len(lookups) :])
-            self._registry_read_at = time.monotonic()
+            await self._take_registry(answers[len(lookups) :])
         found: dict[bytes, bytes | None] = {}
         for group, values in zip(groups, answers, strict=False):
             found.update(zip(group, values, strict=True))

@@ -217,8 +217,8 @@ class RedisClient:
             answers: list[Any] = await pipeline.execute(raise_on_error=False)
             return answers
 
-    async def mget(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Values of keys of a single Redis, in one command. What is no string is None.
+    async def direct(self, command: Command) -> Any:
+        """The answer of a single Redis to one command, as `one`.
 
         Straight over a connection of the library's pool, packed by hiredis: the library's own packing costs as much as
         all the rest.
@@ -229,11 +229,21 @@ class RedisClient:
             pool: Any = cast("Redis", self._opened()).connection_pool
             connection = await pool.get_connection()
             try:
-                await connection.send_packed_command(hiredis.pack_command(cast(Any, ("MGET", *keys))))
-                values: list[bytes | None] = await connection.read_response()
-                return values
+                await connection.send_packed_command(hiredis.pack_command(cast(Any, tuple(command))))
+                return await connection.read_response()
             finally:
                 await pool.release(connection)
+
+    async def direct_script(self, call: ScriptCall) -> Any:
+        """As `direct`; sent once more, as text, where Redis does not know it."""
+        from redis.exceptions import NoScriptError
+
+        try:
+            return await self.direct(call.by_hash)
+        except RedisTroubleError as error:
+            if not isinstance(error.__cause__, NoScriptError):
+                raise
+            return await self.direct(call.by_text)
 
 
 def _num_cancellations() -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from hashlib import sha1
 
 from tailrace.index.keys import ENTRY_BYTES, MARK_BYTES, MAX_HOLDERS
+from tailrace.kv.hashing import HASH_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,56 @@ for _, key in ipairs(KEYS) do
     if kept == '' then redis.call('DEL', key) else redis.call('SET', key, kept, 'KEEPTTL') end
 end
 return #KEYS
+""")
+
+# ARGV: what comes before a block's braces; hashes of a prompt, one after the other. For a single Redis: its keys are no
+# KEYS, which would each cost as much as the reads that are saved. Answers mark, depth, mark, depth...
+# A binary search, in which marks go together as long as they agree; the last block first, as it often is the answer.
+SEARCH = Script(f"""
+local values = {{}}
+local function value(depth)
+    local held = values[depth]
+    if not held then
+        local hash = string.sub(ARGV[2], {HASH_BYTES} * (depth - 1) + 1, {HASH_BYTES} * depth)
+        held = redis.pcall('GET', ARGV[1] .. string.format('{{%02x}}', string.byte(hash)) .. hash)
+        if type(held) ~= 'string' then held = '' end
+        values[depth] = held
+    end
+    return held
+end
+local function marks(held)
+    local found = {{}}
+    for i = 1, #held - {MARK_BYTES}, {ENTRY_BYTES} do found[#found + 1] = string.sub(held, i, i + {MARK_BYTES - 1}) end
+    return found
+end
+local answer = {{}}
+local function search(alive, low, high, middle)
+    while #alive > 0 and high - low > 1 do
+        local there, kept, lost = {{}}, {{}}, {{}}
+        if value(middle) == value(low) then
+            kept = alive
+        else
+            for _, mark in ipairs(marks(value(middle))) do there[mark] = true end
+            for _, mark in ipairs(alive) do
+                if there[mark] then kept[#kept + 1] = mark else lost[#lost + 1] = mark end
+            end
+        end
+        if #kept == 0 then
+            high = middle
+        else
+            search(lost, low, middle, math.floor((low + middle) / 2))
+            alive, low = kept, middle
+        end
+        middle = math.floor((low + high) / 2)
+    end
+    for _, mark in ipairs(alive) do
+        answer[#answer + 1] = mark
+        answer[#answer + 1] = low
+    end
+end
+local count = #ARGV[2] / {HASH_BYTES}
+search(marks(value(1)), 1, count + 1, count)
+return answer
 """)
 
 REGISTERED, WAS_MISSING, FENCED, IS_FULL = 1, 2, 3, 4

@@ -1,12 +1,17 @@
 """Key space, lookup and registry, against a real Redis and a real Redis Cluster of three nodes."""
 
+import asyncio
 import contextlib
 import random
+import secrets
 import time
+from collections import Counter
 from dataclasses import replace
 from hashlib import blake2b
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tailrace.index.keys import ENTRY_BYTES, MAX_HOLDERS, KeySpace, Life
 from tailrace.index.memory import MemoryIndex
@@ -93,7 +98,7 @@ async def test_a_prefix_is_found_by_all_who_hold_it(url):
         await it.index.publish(Life("w0", 1), hashes)
         await it.index.publish(Life("w1", 1), hashes[:100])
         assert await it.index.longest_prefix(hashes) == {"w0": 600, "w1": 100}
-        await it.index.retract(Life("w0", 1), hashes[50:51])
+        await it.index.retract(Life("w0", 1), hashes[50:])
         assert await it.index.longest_prefix(hashes) == {"w0": 50, "w1": 100}
         await it.index.retract(Life("w1", 1), hashes[:100])
         assert await it.index.longest_prefix(hashes) == {"w0": 50}
@@ -138,7 +143,39 @@ async def test_it_agrees_with_the_index_in_memory(url):
                 memory.retract(worker, 1, some)
                 await it.index.retract(Life(worker, 1), some)
         for chain in chains:
-            assert await it.index.longest_prefix(chain) == memory.longest_prefix(chain)
+            found = await it.index.longest_prefix(chain)
+            exact = memory.longest_prefix(chain)
+            if it.client.is_cluster:
+                assert found == exact
+            else:
+                assert_ends_of_what_is_held(found, exact, await it.index.holders(chain))
+
+
+def assert_ends_of_what_is_held(found, exact, holders):
+    """A search that skips holes finds the same workers, none at less, and each where its blocks end."""
+    assert found.keys() == exact.keys()
+    for worker, depth in found.items():
+        assert depth >= exact[worker]
+        assert worker in holders[depth - 1]
+        assert depth == len(holders) or worker not in holders[depth]
+
+
+@given(st.lists(st.integers(0, 70), max_size=9), st.integers(1, 70))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_search_finds_where_each_prefix_ends(server, depths_held, length):
+    """Prefixes of any lengths, alone and several of one length, in one script call."""
+
+    async def look():
+        async with world(server.url) as it:
+            hashes = hashes_of(70, seed=secrets.randbits(64))
+            workers = [f"w{number}" for number in range(len(depths_held))]
+            await it.register(*(registration(worker) for worker in workers))
+            for worker, depth in zip(workers, depths_held, strict=True):
+                await it.index.publish(Life(worker, 1), hashes[:depth])
+            expected = {w: min(depth, length) for w, depth in zip(workers, depths_held, strict=True) if depth}
+            assert await it.index.longest_prefix(hashes[:length]) == expected
+
+    asyncio.run(look())
 
 
 async def test_holders_of_a_block_are_bounded_and_the_newest_stay(url):
@@ -192,19 +229,25 @@ async def test_a_script_that_redis_has_forgotten_is_sent_again(url):
 
 
 def num_commands(server):
+    """By name, of those that came over a connection or were carried out in a script."""
     with contextlib.closing(server.client()) as client:
-        return client.info("stats")["total_commands_processed"]
+        return Counter({name: told["calls"] for name, told in client.info("commandstats").items()})
 
 
 async def test_a_lookup_is_one_command_on_a_single_redis(server):
     async with world(server.url) as it:
-        hashes = hashes_of(256)
+        hashes = hashes_of(256, seed=10)
         await it.register(registration("w0"))
         await it.index.publish(Life("w0", 1), hashes)
         await it.index.longest_prefix(hashes)
         before = num_commands(server)
         assert await it.index.longest_prefix(hashes) == {"w0": 256}
-        assert num_commands(server) - before == 3, "the lookup, and two of the client that counts"
+        spent = num_commands(server) - before
+        assert [spent[f"cmdstat_{name}"] for name in ("evalsha", "get", "eval", "mget")] == [1, 2, 0, 0]
+        await it.index.retract(Life("w0", 1), hashes[100:])
+        before = num_commands(server)
+        assert await it.index.longest_prefix(hashes) == {"w0": 100}
+        assert (num_commands(server) - before)["cmdstat_get"] <= 2 + 8
 
 
 async def test_one_prompt_lies_on_all_nodes_alike(nodes):
