@@ -7,7 +7,6 @@ all its entries along at once; what they occupy, Redis gets back when their time
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from tailrace.index.keys import ENTRY_BYTES, MARK_BYTES, KeySpace, Life, entries
 from tailrace.index.prefix_index import PrefixHit

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,13 +27,37 @@ def is_installed() -> bool:
     return shutil.which("redis-server") is not None and shutil.which("redis-cli") is not None
 
 
-class RedisServer:
-    """`options` are redis-server's own, without the dashes: `maxmemory="2mb"`."""
+@dataclass(frozen=True)
+class Certificate:
+    """Of 127.0.0.1, and of the authority that signed it: itself."""
 
-    def __init__(self, port: int = 0, **options: str) -> None:
+    cert: Path
+    key: Path
+
+    @property
+    def ca(self) -> Path:
+        return self.cert
+
+    @classmethod
+    def make(cls, directory: Path) -> Self:
+        if (openssl := shutil.which("openssl")) is None:
+            pytest.skip("no openssl to make a certificate with")
+        made = cls(directory / "cert.pem", directory / "key.pem")
+        what = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+        about = ["-subj", "/CN=redis", "-addext", "subjectAltName=IP:127.0.0.1"]
+        files = ["-keyout", str(made.key), "-out", str(made.cert)]
+        subprocess.run([openssl, "req", "-x509", *what, *about, *files], check=True, capture_output=True)
+        return made
+
+
+class RedisServer:
+    """`options` are redis-server's own, without the dashes: `maxmemory="2mb"`. With `tls` it speaks nothing else."""
+
+    def __init__(self, port: int = 0, *, tls: "Certificate | None" = None, **options: str) -> None:
         if not is_installed() and not os.environ.get("CI"):
             pytest.skip("redis-server is not installed")
         self.port = port or free_ports(1)[0]
+        self.tls = tls
         self._options = options
         self._directory = tempfile.TemporaryDirectory(prefix="tailrace-redis-")
         self._popen: subprocess.Popen[bytes] | None = None
@@ -67,9 +92,16 @@ class RedisServer:
         self.wait_until_up()
 
     def _command(self) -> list[str]:
-        options = {"port": str(self.port), "bind": "127.0.0.1", "save": "", "appendonly": "no", **self._options}
+        options = {**self._ports(), "bind": "127.0.0.1", "save": "", "appendonly": "no", **self._options}
         words = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", *_words(value))]
         return ["redis-server", "--dir", self._directory.name, *words]
+
+    def _ports(self) -> dict[str, str]:
+        if self.tls is None:
+            return {"port": str(self.port)}
+        files = {"tls_cert_file": str(self.tls.cert), "tls_key_file": str(self.tls.key)}
+        others = {"tls_ca_cert_file": str(self.tls.ca), "tls_auth_clients": "no", "tls_replication": "yes"}
+        return {"port": "0", "tls_port": str(self.port), **files, **others}
 
     def wait_until_up(self) -> None:
         deadline = time.monotonic() + START_S
@@ -84,9 +116,17 @@ class RedisServer:
                 assert time.monotonic() < deadline, (self.directory / "log").read_text()
                 time.sleep(0.01)
 
-    def client(self) -> redis.Redis:
+    def client(self, password: str | None = None) -> redis.Redis:
         """Which gives up at once: the library's own pauses between attempts are seconds."""
-        return redis.Redis(port=self.port, socket_timeout=5.0, retry=Retry(NoBackoff(), 0))
+        tls = {"ssl": True, "ssl_ca_certs": str(self.tls.ca)} if self.tls else {}
+        return redis.Redis(
+            host="127.0.0.1",
+            port=self.port,
+            password=password,
+            socket_timeout=5.0,
+            retry=Retry(NoBackoff(), 0),
+            **tls,
+        )
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
@@ -109,10 +149,10 @@ class Sentinel(RedisServer):
     """Watches one master, alone: its word is enough for a failover."""
 
     def __init__(self, service: str, master: RedisServer, *, password: str, master_password: str) -> None:
-        super().__init__()
+        super().__init__(tls=master.tls)
         self.service = service
         self._lines = (
-            f"port {self.port}",
+            *(f"{name.replace('_', '-')} {value}" for name, value in self._ports().items()),
             "bind 127.0.0.1",
             f"requirepass {password}",
             f"sentinel monitor {service} 127.0.0.1 {master.port} 1",
@@ -128,7 +168,7 @@ class Sentinel(RedisServer):
         return ["redis-server", str(path), "--sentinel"]
 
     def knows_a_replica(self) -> bool:
-        with contextlib.closing(redis.Redis(port=self.port, password=self._password)) as client:
+        with contextlib.closing(self.client(self._password)) as client:
             replicas = client.execute_command("SENTINEL REPLICAS", self.service)
             return any(b"ok" in told for told in map(_flat, replicas))
 

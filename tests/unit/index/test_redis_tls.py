@@ -1,0 +1,83 @@
+"""A real Redis and a real Sentinel that speak TLS and nothing else."""
+
+import contextlib
+
+import pytest
+
+from tailrace.index.redis_client import RedisClient
+from tailrace.index.redis_url import RedisUrl
+from tailrace.index.trouble import RedisTroubleError
+from tests.helpers.redis_servers import Certificate, RedisServer, Sentinel
+from tests.helpers.redis_workers import PlayedGateway, PlayedWorker, running
+from tests.helpers.waiting import until
+from tests.unit.index.test_mirror import knows, settled_in_redis
+from tests.unit.index.test_redis import hashes_of
+
+PATIENCE_S = 40.0
+DATA, WATCH = "a-password-for-data", "a-password-for-sentinels"
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    return Certificate.make(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+def watched(certificate):
+    """A master, its replica, and the Sentinel that watches both."""
+    with contextlib.ExitStack() as stack:
+        secrets = {"requirepass": DATA, "masterauth": DATA}
+        master = stack.enter_context(RedisServer(tls=certificate, **secrets))
+        replica = {"replicaof": f"127.0.0.1 {master.port}", "repl_diskless_sync_delay": "0"}
+        stack.enter_context(RedisServer(tls=certificate, **secrets, **replica))
+        yield master, stack.enter_context(Sentinel("main", master, password=WATCH, master_password=DATA))
+
+
+def url_of(sentinel, certificate, scheme="rediss"):
+    options = f"sentinel_password={WATCH}" + (f"&ssl_ca_certs={certificate.ca}" if scheme == "rediss" else "")
+    return f"{scheme}+sentinel://:{DATA}@127.0.0.1:{sentinel.port}/main?{options}"
+
+
+async def test_sentinels_and_their_masters_are_spoken_to_over_tls_and_a_failover_is_followed(
+    watched, certificate, monkeypatch
+):
+    monkeypatch.setattr("tailrace.index.publisher.BEAT_S", 0.1)
+    monkeypatch.setattr("tailrace.index.backoff.LONGEST_S", 0.3)
+    master, sentinel = watched
+    await until(sentinel.knows_a_replica, PATIENCE_S)
+    url = url_of(sentinel, certificate)
+    worker = PlayedWorker(url)
+    gateway = PlayedGateway(url, worker)
+    async with running(worker, gateway):
+        worker.publish(hashes_of(50))
+        await knows(gateway, worker)
+        master.kill()
+        await until(lambda: gateway.mirror.trouble and worker.publisher.trouble, PATIENCE_S)
+        worker.publish(hashes_of(50, seed=1))
+        await until(lambda: not gateway.mirror.trouble and not worker.publisher.trouble, PATIENCE_S)
+        await knows(gateway, worker)
+        await settled_in_redis(url, worker)
+
+
+async def test_who_does_not_trust_the_sentinel_or_speaks_no_tls_is_told(watched, certificate, tmp_path):
+    _, sentinel = watched
+    stranger = Certificate.make(tmp_path)
+    for url in (url_of(sentinel, stranger), url_of(sentinel, certificate, "redis")):
+        client = RedisClient(RedisUrl.parse(url), timeout_s=1.0)
+        with pytest.raises(RedisTroubleError, match="its Sentinels name no master that is up") as trouble:
+            await client.open()
+        assert WATCH not in trouble.value.message
+        await client.close()
+
+
+async def test_a_redis_whose_certificate_is_another_authority_s_is_refused(certificate, tmp_path):
+    stranger = Certificate.make(tmp_path)
+    with RedisServer(tls=certificate) as server:
+        trusted = RedisClient(RedisUrl.parse(f"rediss://127.0.0.1:{server.port}?ssl_ca_certs={certificate.ca}"))
+        await trusted.open()
+        assert await trusted.one("PING") is True
+        await trusted.close()
+        client = RedisClient(RedisUrl.parse(f"rediss://127.0.0.1:{server.port}?ssl_ca_certs={stranger.ca}"))
+        with pytest.raises(RedisTroubleError, match="CERTIFICATE_VERIFY_FAILED"):
+            await client.open()
+        await client.close()
