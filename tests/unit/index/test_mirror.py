@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from tailrace.index.redis import RedisIndex
 from tailrace.index.redis_client import RedisClient
 from tailrace.index.redis_url import RedisUrl
 from tailrace.index.registry import Registry
-from tests.helpers.cluster import free_ports
 from tests.helpers.redis_servers import RedisServer, redis_cluster
 from tests.helpers.redis_workers import SECRET, PlayedGateway, PlayedWorker, running
 from tests.helpers.waiting import until
@@ -405,33 +403,3 @@ async def test_a_user_who_may_not_is_told_why_without_the_password(own_server, c
         assert re.search(words, worker.publisher.trouble)
         assert "Redis at" in gateway.mirror.trouble
     assert "password" not in caplog.text.replace("the user or the password", "").replace("a user and a password", "")
-
-
-# -- TLS --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tls")
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    files = ["-keyout", directory / "key.pem", "-out", directory / "cert.pem"]
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", *names, *files],
-        check=True,
-        capture_output=True,
-    )
-    return directory
-
-
-async def test_over_tls(certificate):
-    key, cert = str(certificate / "key.pem"), str(certificate / "cert.pem")
-    [tls_port] = free_ports(1)
-    files = {"tls_cert_file": cert, "tls_key_file": key, "tls_ca_cert_file": cert, "tls_auth_clients": "no"}
-    with RedisServer(tls_port=str(tls_port), **files):
-        trusting = f"rediss://127.0.0.1:{tls_port}?ssl_ca_certs={cert}"
-        worker, doubting = PlayedWorker(trusting), PlayedGateway(f"rediss://127.0.0.1:{tls_port}")
-        gateway = PlayedGateway(trusting, worker)
-        async with running(worker, gateway, doubting):
-            worker.publish(hashes_of(20))
-            await knows(gateway, worker)
-            await says(doubting.mirror, "certificate verify failed")

@@ -10,7 +10,7 @@ from tailrace.index.trouble import RedisTroubleError
 from tests.helpers.redis_servers import Certificate, RedisServer, Sentinel
 from tests.helpers.redis_workers import PlayedGateway, PlayedWorker, running
 from tests.helpers.waiting import until
-from tests.unit.index.test_mirror import knows, settled_in_redis
+from tests.unit.index.test_mirror import knows, says, settled_in_redis
 from tests.unit.index.test_redis import hashes_of
 
 PATIENCE_S = 40.0
@@ -70,14 +70,12 @@ async def test_who_does_not_trust_the_sentinel_or_speaks_no_tls_is_told(watched,
         await client.close()
 
 
-async def test_a_redis_whose_certificate_is_another_authority_s_is_refused(certificate, tmp_path):
-    stranger = Certificate.make(tmp_path)
+async def test_over_tls(certificate):
     with RedisServer(tls=certificate) as server:
-        trusted = RedisClient(RedisUrl.parse(f"rediss://127.0.0.1:{server.port}?ssl_ca_certs={certificate.ca}"))
-        await trusted.open()
-        assert await trusted.one("PING") is True
-        await trusted.close()
-        client = RedisClient(RedisUrl.parse(f"rediss://127.0.0.1:{server.port}?ssl_ca_certs={stranger.ca}"))
-        with pytest.raises(RedisTroubleError, match="CERTIFICATE_VERIFY_FAILED"):
-            await client.open()
-        await client.close()
+        trusting = f"rediss://127.0.0.1:{server.port}?ssl_ca_certs={certificate.ca}"
+        worker, doubting = PlayedWorker(trusting), PlayedGateway(f"rediss://127.0.0.1:{server.port}")
+        gateway = PlayedGateway(trusting, worker)
+        async with running(worker, gateway, doubting):
+            worker.publish(hashes_of(20))
+            await knows(gateway, worker)
+            await says(doubting.mirror, "certificate verify failed")
