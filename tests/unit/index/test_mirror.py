@@ -373,6 +373,12 @@ async def test_an_acl_user_with_the_documented_rights_is_enough(own_server):
         await knows(gateway, worker)
         worker.retract(hashes_of(50)[20:])
         await knows(gateway, worker)
+        await settled_in_redis(url, worker)
+        async with lookups(url) as (index, _):
+            assert await index.longest_prefix(hashes_of(50)) == {"w0": 20}
+            assert await index.longest_prefix(hashes_of(50)) == {"w0": 20}, (
+                "over the direct way, the registry being fresh"
+            )
     assert worker.publisher.trouble == gateway.mirror.trouble == ""
 
 
