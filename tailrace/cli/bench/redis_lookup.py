@@ -24,7 +24,8 @@ from tailrace.index.registry import Registration, Registry
 from tailrace.kv.hashing import HASH_BYTES
 
 PACKAGES = ("tailrace", "redis", "hiredis")
-ARMS = ("lookup", "get_asyncio", "get_blocking")
+ARMS = ("lookup", "get_asyncio", "get_blocking", "ping")
+"""The last: one command that does nothing, sent as the lookup is on a single Redis; none on a Cluster."""
 _WARM_UPS = 20
 
 
@@ -70,7 +71,7 @@ async def _measure(client: RedisClient, keys: KeySpace, options: RedisLookupOpti
         for worker in workers:
             await registry.leave(worker)
     times = {arm: Spread.of([s * 1e6 for s in seconds], digits=1) for arm, seconds in spent.items()}
-    ratios = {arm: round(times["lookup"].median / times[arm].median, 3) for arm in ARMS[1:]}
+    ratios = {arm: round(times["lookup"].median / times[arm].median, 3) for arm in times if arm != ARMS[0]}
     return {
         "options": asdict(options),
         "is_cluster": client.is_cluster,
@@ -82,15 +83,18 @@ async def _measure(client: RedisClient, keys: KeySpace, options: RedisLookupOpti
 async def _take_turns(
     client: RedisClient, keys: list[bytes], look_up: Callable[[], Awaitable[object]], options: RedisLookupOptions
 ) -> dict[str, list[float]]:
-    spent: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    arms = ARMS[:-1] if client.is_cluster else ARMS
+    spent: dict[str, list[float]] = {arm: [] for arm in arms}
     with client.blocking() as blocking:
         for number in range(_WARM_UPS + options.rounds):
-            for arm in ARMS:
+            for arm in arms:
                 began = time.perf_counter()
                 if arm == "lookup":
                     await look_up()
                 elif arm == "get_asyncio":
                     await _get_all(client.library, keys).execute()
+                elif arm == "ping":
+                    await client.direct(("PING",))
                 else:
                     _get_all(blocking, keys).execute()
                 if number >= _WARM_UPS:

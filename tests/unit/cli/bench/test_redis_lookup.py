@@ -17,7 +17,7 @@ def test_it_measures_and_leaves_nothing():
         with contextlib.closing(server.client()) as client:
             assert client.dbsize() == 0
     told = json.loads(result.stdout)
-    assert told["microseconds"].keys() == {"lookup", "get_asyncio", "get_blocking"}
+    assert told["microseconds"].keys() == {"lookup", "get_asyncio", "get_blocking", "ping"}
     ratio = told["microseconds"]["lookup"]["median"] / told["microseconds"]["get_blocking"]["median"]
     assert abs(told["lookup_over"]["get_blocking"] - ratio) < 0.01
 
