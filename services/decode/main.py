@@ -1,7 +1,7 @@
 """The decode worker's process."""
 
+from services.decode.fetch import LocalFetches
 from services.decode.service import DecodeService
-from services.decode.swap import SwapPulls
 from services.decode.worker import DecodeWorker
 from tailrace.config import WorkerConfig
 from tailrace.engine.engine import Engine
@@ -41,6 +41,7 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         scheduler,
         pool,
         block_bytes=engine.layout.block_bytes,
+        block_tokens=engine.layout.block_size,
         offers=offered,
         swap_cost=swap_cost,
     )
@@ -52,8 +53,7 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         worker, deliver=service.deliver, died=die, overlap=parts.overlap, chore=engine.cache.touch_more
     )
     attachments = Attachments(worker_info(config, identity, engine, port), service, steps=lambda: thread.num_steps)
-    swaps = None if config.store is None else SwapPulls(config.store, worker, thread, peers, engine.layout)
-    service.connect(thread, attachments, swaps)
+    service.connect(thread, attachments, LocalFetches(worker, thread, peers, engine.layout, store=config.store))
     try:
         await serve(parts, Wiring(thread, attachments, worker, offers=offers), server)
     finally:

@@ -3,12 +3,13 @@
 import asyncio
 from functools import partial
 
+from services.decode.fetch import LocalFetches
 from services.decode.pull import PromptPull
-from services.decode.swap import SwapPulls
 from services.decode.worker import DecodeWorker
 from tailrace.worker.attach import Attachments, Leg
 from tailrace.worker.engine_thread import EngineThread
 from tailrace.worker.offering import StoreOffers
+from tailrace.worker.prefix_fetch import pieces_of, sources_of
 from tailrace.worker.reading import Peers
 from tailrace.worker.report import StepReport
 from tailrace.worker.requests import RequestMaker
@@ -29,11 +30,11 @@ class DecodeService:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._engine: EngineThread
         self._attachments: Attachments
-        self._swaps: SwapPulls | None
+        self._fetches: LocalFetches
 
-    def connect(self, engine: EngineThread, attachments: Attachments, swaps: SwapPulls | None = None) -> None:
-        """Everyone knows everyone, once, before anything runs. `swaps`: None where there is no store."""
-        self._engine, self._attachments, self._swaps = engine, attachments, swaps
+    def connect(self, engine: EngineThread, attachments: Attachments, fetches: LocalFetches) -> None:
+        """Everyone knows everyone, once, before anything runs."""
+        self._engine, self._attachments, self._fetches = engine, attachments, fetches
 
     # -- LegHandler ---------------------------------------------------------------------------------------------------
 
@@ -41,7 +42,10 @@ class DecodeService:
         request = self._requests.make(leg.id, leg.submission)
         source = leg.submission.source
         if source is None:
-            self._engine.post(self._worker.submit_local, request, leg.name)
+            own_id, _ = self._peers.identity()
+            sources = sources_of(leg.submission, own_id)
+            self._fetches.name(leg.id, sources)
+            self._engine.post(self._worker.submit_local, request, leg.name, pieces_of(sources))
             return
         pull = PromptPull(request, leg.name, source, self._engine, self._worker)
         attempt = (leg.submission.request_id, leg.submission.attempt)
@@ -72,21 +76,22 @@ class DecodeService:
         if self._offers is not None:
             for chain in report.chains:
                 self._offers.add(chain)
-        if self._swaps is not None:
-            for swap in report.fetching:
-                self._swaps.begin(swap)
+        for fetch in report.fetching:
+            self._fetches.begin(fetch)
         for destination in report.granted:
             if (pull := self._pulls.get(destination.request_id)) is not None:
                 pull.grant(destination)
         for leg_id in report.ended:
+            self._fetches.forget(leg_id)
             # Still pulling: its choices were cancelled one by one.
             if (task := self._tasks.get(leg_id)) is not None:
                 task.cancel()
+        for failure in report.failed:
+            self._fetches.forget(failure.handle)
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._swaps is not None:
-            await self._swaps.close()
+        await self._fetches.close()

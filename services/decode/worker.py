@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from tailrace.errors import InvalidRequestError, OverloadedError, TailraceError
 from tailrace.kv.block_pool import BlockPool, BlockState
@@ -17,9 +17,9 @@ from tailrace.policy.sequence import DecodeStep
 from tailrace.policy.swap import SwapCost
 from tailrace.worker.holdings import pending_reads
 from tailrace.worker.limits import MAX_WAITING, line_is_full, no_logits
-from tailrace.worker.prefix_fetch import PulledPrefix, prefix_destination
+from tailrace.worker.prefix_fetch import PulledPrefix, prefix_destination, tokens_by_tier
 from tailrace.worker.rates import FIT_FORGET, FIT_SPREAD, Ewma
-from tailrace.worker.report import Destination, StepReport, with_ledger
+from tailrace.worker.report import Destination, PrefixDestination, StepReport, with_ledger
 from tailrace.worker.runner import LaunchedStep, Runner
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,10 @@ class _Life:
     first_local: float = 0.0
     joined: float = 0.0
     pull: Pull | None = None
+    pulled: PulledPrefix = field(default_factory=PulledPrefix)
+    """Of its prompt's prefix, where that is computed here."""
     fetches: tuple[Fetch, ...] = ()
-    """Of blocks that it had lost here."""
+    """All of them, also those of blocks that it had lost here."""
 
 
 class DecodeWorker:
@@ -65,11 +67,13 @@ class DecodeWorker:
         pool: BlockPool,
         *,
         block_bytes: int,
+        block_tokens: int,
         offers: OfferPolicy | None = None,
         swap_cost: SwapCost | None = None,
     ) -> None:
         """`offers` and `swap_cost`: the scheduler's own; None where there is no store."""
         self.block_bytes = block_bytes
+        self._block_tokens = block_tokens
         self._runner = runner
         self._scheduler = scheduler
         self._pool = pool
@@ -87,10 +91,13 @@ class DecodeWorker:
 
     # -- commands -----------------------------------------------------------------------------------------------------
 
-    def submit_local(self, request: Request, name: str) -> None:
-        """Prefill here. A prompt that cannot be held, or one too many in line, is refused in the next report."""
+    def submit_local(self, request: Request, name: str, elsewhere: Sequence[range] = ()) -> None:
+        """Prefill here. A prompt that cannot be held, or one too many in line, is refused in the next report.
+
+        `elsewhere`: blocks of its chain that others hold; a later report says where they are to be read into.
+        """
         if self._admit(request, name):
-            self._scheduler.submit_local(request)
+            self._scheduler.submit_local(request, elsewhere)
 
     def book(self, request: Request, name: str) -> bool:
         """Promise room for a prompt whose KV will be pulled. False: refused, and said so in the next report."""
@@ -176,7 +183,7 @@ class DecodeWorker:
         life.open_choices.difference_update(choices or tuple(life.open_choices))
         self._end_if_over(request_id, self._report)
 
-    # -- blocks that come back from the store --------------------------------------------------------------------------
+    # -- blocks that are fetched for what is computed here -------------------------------------------------------------
 
     def swap_landed(self, swap_id: int, blocks: Sequence[int]) -> None:
         """A read ended well."""
@@ -184,11 +191,13 @@ class DecodeWorker:
 
     def end_swap(self, swap_id: int, pulled: PulledPrefix, in_flight: Sequence[int]) -> None:
         """Nothing more comes of it; blocks `in_flight` may still be written: `settle` follows for them."""
-        if self._swap_cost is not None:
+        prompt_of = self._scheduler.swaps.prompt_of(swap_id)
+        if self._swap_cost is not None and prompt_of is None:
             self._swap_cost.note(len(pulled.tiers), sum(fetch.seconds for fetch in pulled.fetches))
         request_id = self._scheduler.swaps.request_of(swap_id)
         if (life := self._lives.get(request_id)) is not None:
             life.fetches += pulled.fetches
+            life.pulled = pulled if prompt_of is not None else life.pulled
         self._scheduler.end_swap(swap_id, in_flight)
         if in_flight:
             self.quarantine(in_flight)
@@ -210,12 +219,21 @@ class DecodeWorker:
             report.granted.append(Destination(arrival.request.id, tuple(arrival.blocks), arrival.num_local))
         if self._offers is not None:
             report.chains = self._offers.due()
-        if self._swap_cost is not None:
-            granted, size = self._scheduler.swaps.drain_granted(), self._swap_cost.block_tokens
-            report.fetching = [prefix_destination(fetch, self._prefill_fit, size) for fetch in granted]
+        report.fetching = self._destinations()
         report.kv_events = self._pool.drain_events()
         report.load = self.load()
         return report
+
+    def _destinations(self) -> list[PrefixDestination]:
+        """Of the fetches that may begin."""
+        swaps = self._scheduler.swaps
+        return [
+            replace(
+                prefix_destination(fetch, self._prefill_fit, self._block_tokens),
+                prompt_of=swaps.prompt_of(fetch.request.id),
+            )
+            for fetch in swaps.drain_granted()
+        ]
 
     def _book(self, plan: StepPlan, out: StepOutput, report: StepReport) -> None:
         report.computed = not plan.is_empty
@@ -259,9 +277,36 @@ class DecodeWorker:
         life = self._lives[request_id]
         if life.open_choices:
             return
-        report.reports.append(_leg_report(request_id, life, time.monotonic()))
+        report.reports.append(self._leg_report(request_id, life, time.monotonic()))
         report.ended.append(request_id)
         del self._lives[request_id]
+
+    def _leg_report(self, request_id: int, life: _Life, now: float) -> LegReport:
+        """A request that joined was prefilled elsewhere; else queue, prefill and cached tokens are this worker's own."""
+        began = life.joined or life.first_local or now
+        if life.joined or not life.started:
+            pull = life.pull or Pull(0.0, 0, "")
+            return LegReport(
+                request_id,
+                transfer_s=pull.seconds,
+                transfer_bytes=pull.num_bytes,
+                transport=pull.transport,
+                decode_s=now - began,
+                fetches=life.fetches,
+            )
+        pulled = life.pulled
+        return LegReport(
+            request_id,
+            queue_s=max(0.0, life.started - life.accepted - pulled.seconds),
+            prefill_s=began - life.started,
+            transfer_s=pulled.seconds,
+            transfer_bytes=pulled.num_bytes,
+            transport=pulled.transport,
+            decode_s=now - began,
+            cached_tokens=life.cached_tokens,
+            cached_by_tier=tokens_by_tier(life.cached_tokens // self._block_tokens, self._block_tokens, pulled.tiers),
+            fetches=life.fetches,
+        )
 
     # -- books --------------------------------------------------------------------------------------------------------
 
@@ -312,22 +357,3 @@ class DecodeWorker:
 
     def check_integrity(self) -> None:
         self._pool.check_integrity()
-
-
-def _leg_report(request_id: int, life: _Life, now: float) -> LegReport:
-    """A request that joined was prefilled elsewhere; else queue, prefill and cached tokens are this worker's own."""
-    pull = life.pull or Pull(0.0, 0, "")
-    began = life.joined or life.first_local or now
-    local = not life.joined and life.started > 0
-    return LegReport(
-        request_id,
-        queue_s=life.started - life.accepted if local else 0.0,
-        prefill_s=began - life.started if local else 0.0,
-        transfer_s=pull.seconds,
-        transfer_bytes=pull.num_bytes,
-        transport=pull.transport,
-        decode_s=now - began,
-        cached_tokens=life.cached_tokens if local else 0,
-        cached_by_tier={"worker": life.cached_tokens} if local and life.cached_tokens else {},
-        fetches=life.fetches,
-    )

@@ -10,7 +10,7 @@ from tailrace.worker.attach import Attachments, Leg
 from tailrace.worker.engine_thread import EngineThread
 from tailrace.worker.lending import Lender
 from tailrace.worker.offering import StoreOffers
-from tailrace.worker.prefix_fetch import PrefixPull, WantedPrefix
+from tailrace.worker.prefix_fetch import PrefixPull, WantedPrefix, pieces_of, sources_of
 from tailrace.worker.reading import Peers
 from tailrace.worker.report import PrefixDestination, StepReport
 from tailrace.worker.requests import RequestMaker
@@ -52,11 +52,9 @@ class PrefillService:
         request = self._requests.make(leg.id, leg.submission)
         self._lender.admit(leg.submission.request_id, leg.submission.attempt, leg.id)
         own_id, _ = self._peers.identity()
-        sources = tuple(piece for piece in leg.submission.prefix_sources if piece.source.worker_id != own_id)
-        elsewhere = [range(piece.first_block, piece.first_block + piece.num_blocks) for piece in sources]
-        if sources:
+        if sources := sources_of(leg.submission, own_id):
             self._sources[leg.id] = sources
-        self._engine.post(self._worker.submit, request, leg.name, elsewhere)
+        self._engine.post(self._worker.submit, request, leg.name, pieces_of(sources))
 
     def cancel(self, leg: Leg, choices: tuple[int, ...]) -> None:
         """A cancelled choice costs prefill nothing more: only whole legs end here."""
@@ -102,13 +100,7 @@ class PrefillService:
         if (sources := self._sources.pop(leg_id, None)) is None:
             return
         pull = PrefixPull(
-            WantedPrefix(
-                destination.hashes,
-                destination.blocks,
-                destination.num_local,
-                self._layout.block_bytes,
-                self._layout.block_size,
-            ),
+            WantedPrefix.of(destination, self._layout),
             sources,
             landed=lambda blocks: engine.post(self._worker.landed, leg_id, blocks),
             settled=lambda blocks: engine.post(self._worker.settle, blocks),

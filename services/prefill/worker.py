@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from tailrace.errors import InvalidRequestError, TailraceError
 from tailrace.kv.block_pool import BlockPool, BlockState
-from tailrace.kv.events import Tier
 from tailrace.kv.layout import KVLayout
 from tailrace.messages import (
     ChoiceFinished,
@@ -27,15 +26,12 @@ from tailrace.policy.prefill_scheduler import PrefillJob, PrefillScheduler
 from tailrace.policy.request import Request
 from tailrace.worker.holdings import pending_reads
 from tailrace.worker.limits import MAX_WAITING, line_is_full, no_logits
-from tailrace.worker.prefix_fetch import PulledPrefix, prefix_destination
+from tailrace.worker.prefix_fetch import PulledPrefix, prefix_destination, tokens_by_tier
 from tailrace.worker.rates import FIT_FORGET, FIT_SPREAD, Ewma
 from tailrace.worker.report import LendProgress, StepReport, with_ledger
 from tailrace.worker.runner import LaunchedStep, Runner
 
 log = logging.getLogger(__name__)
-
-_TIER_NAMES = {Tier.WORKER: "peer", Tier.CPU: "cpu", Tier.NVME: "nvme"}
-"""Of what was fetched; what was here already is of the tier "worker"."""
 
 
 @dataclass(slots=True)
@@ -203,20 +199,16 @@ class PrefillWorker:
                 queue_s=life.queue_s,
                 prefill_s=life.prefill_s,
                 transfer_s=life.pulled.seconds,
-                transfer_bytes=sum(fetch.num_bytes for fetch in life.pulled.fetches),
+                transfer_bytes=life.pulled.num_bytes,
                 transport=life.pulled.transport,
                 cached_tokens=job.num_cached_tokens,
-                cached_by_tier=self._by_tier(job, life.pulled.tiers),
+                cached_by_tier=self._by_tier(job, life.pulled),
                 fetches=life.pulled.fetches,
             )
         )
 
-    def _by_tier(self, job: PrefillJob, fetched: dict[int, Tier]) -> dict[str, int]:
-        """What was fetched for it counts as that, even when it waited in line again and was found here then."""
-        by_tier: dict[str, int] = dict.fromkeys(("worker", *_TIER_NAMES.values()), 0)
-        for place in range(job.num_cached_tokens // self._block_size):
-            by_tier[_TIER_NAMES[fetched[place]] if place in fetched else "worker"] += self._block_size
-        return {tier: num_tokens for tier, num_tokens in by_tier.items() if num_tokens}
+    def _by_tier(self, job: PrefillJob, pulled: PulledPrefix) -> dict[str, int]:
+        return tokens_by_tier(job.num_cached_tokens // self._block_size, self._block_size, pulled.tiers)
 
     def _progress(self, job: PrefillJob) -> LendProgress:
         if job.is_computed:

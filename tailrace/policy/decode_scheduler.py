@@ -150,11 +150,11 @@ class DecodeScheduler:
         """The read into these blocks stalls: it may still write them."""
         self._pool.quarantine(blocks)
 
-    # -- blocks that come back from the store --------------------------------------------------------------------------
+    # -- blocks that are fetched for what is computed here -------------------------------------------------------------
 
     @property
     def swaps(self) -> SwapIns:
-        """Who fetches its blocks back: to be asked for what is granted, and told what has landed."""
+        """Who fetches before it computes: to be asked for what is granted, and told what has landed."""
         return self._local.swaps
 
     def end_swap(self, swap_id: int, in_flight: Seq[int]) -> None:
@@ -163,9 +163,9 @@ class DecodeScheduler:
 
     # -- local work ---------------------------------------------------------------------------------------------------
 
-    def submit_local(self, request: Request) -> None:
-        """Compute the prompt here."""
-        self._local.line.add(Sequence(request, request.choices, list(request.tokens), []))
+    def submit_local(self, request: Request, elsewhere: Seq[range] = ()) -> None:
+        """Compute the prompt here. `elsewhere`: blocks of its chain that others are said to hold, to be fetched."""
+        self._local.line.add(Sequence(request, request.choices, list(request.tokens), [], elsewhere=elsewhere))
 
     def drop(self, request_id: int, choices: Seq[int] = (), in_flight: Seq[int] = ()) -> None:
         """Cancelled. `choices` empty: the whole request. Unknown ids are fine. `in_flight` as in `recompute`."""

@@ -116,7 +116,7 @@ class LocalPrefill:
 
     def _enter(self, sequence: Sequence, blocks: list[int], num_ready: int) -> Sequence:
         sequence.enter(self._slots.take())
-        sequence.blocks = blocks
+        sequence.blocks, sequence.elsewhere = blocks, ()
         sequence.num_computed = sequence.num_planned = num_ready * self._block_size
         self.computing.append(sequence)
         return sequence

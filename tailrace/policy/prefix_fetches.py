@@ -33,6 +33,15 @@ class PrefixFetch:
     """Nothing is read any more: the rest can be computed."""
 
 
+def reach_of(pieces: Sequence[range], num_found: int) -> int:
+    """Leading blocks that are there or in one of the pieces, the first `num_found` being here."""
+    reached = num_found
+    for piece in sorted(pieces, key=lambda piece: piece.start):
+        if piece.start <= reached:
+            reached = max(reached, piece.stop)
+    return reached
+
+
 class PrefixFetches:
     """By request id. `pool` is written for these requests here only."""
 
@@ -68,11 +77,7 @@ class PrefixFetches:
 
     def reach(self, request_id: int, num_found: int, limit: int) -> int:
         """Leading blocks, `limit` at most, that could be there after a fetch; `num_found` are here already."""
-        reached = num_found
-        pieces = [piece for piece in self._offered.get(request_id, ()) if piece.stop > num_found]
-        for piece in sorted(pieces, key=lambda piece: piece.start):
-            if piece.start <= reached:
-                reached = max(reached, piece.stop)
+        reached = reach_of(self._offered.get(request_id, ()), num_found)
         return min(reached, limit) if self.may_fetch else num_found
 
     @property

@@ -1,5 +1,6 @@
 """What the decode scheduler keeps: sequences, arrivals, and what a step drew."""
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from tailrace.messages import TokenColumns
@@ -25,6 +26,9 @@ class Sequence:
     """-1: nowhere. A step in flight may still compute a row for it, which is nobody's then."""
     slot_choice: int = -1
     """The choice whose draws the runner appends to the slot."""
+
+    elsewhere: Seq[range] = ()
+    """Blocks of a new prompt's chain that others are said to hold, to be fetched where they are not here."""
 
     # Filled in by the scheduler.
     num_offered: int = 0

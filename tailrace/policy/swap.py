@@ -1,4 +1,5 @@
-"""Sequences that gave way and are fetched back from the store, where that is cheaper than computing them again.
+"""Blocks that a decode worker fetches for what it computes itself: of sequences that gave way, from the store, where
+that is cheaper than computing them again; of new prompts, from whoever a gateway has found to be cheaper.
 
 Who fetches holds all the blocks that it will need, found, landing or fresh, and waits for nothing but its own reads,
 which end in a bounded time whatever happens to the store. It gives way to nobody meanwhile, and at most half of the
@@ -11,7 +12,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from tailrace.kv.block_pool import BlockPool
-from tailrace.policy.prefix_fetches import PrefixFetch, PrefixFetches
+from tailrace.policy.prefix_fetches import PrefixFetch, PrefixFetches, reach_of
 from tailrace.policy.request import Request
 from tailrace.policy.sequence import Sequence
 
@@ -88,6 +89,8 @@ class SwapIns:
         self._cost = cost
         self._sequences: dict[int, Sequence] = {}
         """Those that are still wanted."""
+        self._prompts: dict[int, int] = {}
+        """By fetch, the request whose prompt it is for."""
         self._next_id = 1
 
     def __len__(self) -> int:
@@ -106,6 +109,10 @@ class SwapIns:
         sequence = self._sequences.get(swap_id)
         return sequence.request.id if sequence is not None else -1
 
+    def prompt_of(self, swap_id: int) -> int | None:
+        """The request whose prompt it is for, until it has ended; None: it is for blocks that were lost here."""
+        return self._prompts.get(swap_id)
+
     def held(self) -> list[tuple[Sequence | None, PrefixFetch]]:
         """Who holds which blocks; None: somebody who is gone."""
         return [(self._sequences.get(fetch.request.id), fetch) for fetch in self._fetches.all()]
@@ -114,8 +121,13 @@ class SwapIns:
         """Leading blocks, `limit` at most, that are worth waiting for; `num_found` are here already."""
         # What is late is kept from everybody else: of a pool that is not tiny, no more than may be quarantined.
         most = max(MIN_BLOCKS, self._fetches.num_quarantinable)
-        end = min(sequence.num_offered, limit, num_found + most)
-        if end <= num_found or self._cost is None or not self._fetches.may_fetch:
+        named = reach_of(sequence.elsewhere, num_found)
+        end = min(max(named, sequence.num_offered), limit, num_found + most)
+        if end <= num_found or not self._fetches.may_fetch:
+            return num_found
+        if sequence.elsewhere:
+            return end
+        if self._cost is None:
             return num_found
         if self._cost.is_cheaper(end - num_found, num_found=num_found):
             return end
@@ -144,7 +156,9 @@ class SwapIns:
             return False
         self._next_id += 1
         self._sequences[stand_in.id] = sequence
-        sequence.num_offered = 0
+        if sequence.elsewhere:
+            self._prompts[stand_in.id] = request.id
+        sequence.num_offered, sequence.elsewhere = 0, ()
         return True
 
     def drain_granted(self) -> list[PrefixFetch]:
@@ -160,6 +174,7 @@ class SwapIns:
 
         These stay landing.
         """
+        self._prompts.pop(swap_id, None)
         if swap_id not in self._sequences:
             self._fetches.drop(swap_id, in_flight)
             return None

@@ -7,13 +7,14 @@ lends what is stale is asked no more; whoever wanted the blocks computes what is
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from tailrace.errors import TailraceError, TransferError
 from tailrace.kv.events import Tier
-from tailrace.messages import Fetch, KvSource, LendDone, LendTerms, LentBlocks, PrefixSource
+from tailrace.kv.layout import KVLayout
+from tailrace.messages import Fetch, KvSource, LendDone, LendTerms, LentBlocks, PrefixSource, Submission
 from tailrace.policy.estimates import PrefillFit
 from tailrace.policy.prefix_fetches import PrefixFetch
 from tailrace.transfer import BlockRead, Link, PendingRead, ReadOutcome, ReadResult
@@ -29,6 +30,8 @@ UNKNOWN_PATIENCE_S = 1.0
 MAX_READ_BYTES = 32 << 20
 """In one read: what a slow link has brought so far is kept when the time is up."""
 ASK_AGAIN_S = 0.01
+_TIER_NAMES = {Tier.WORKER: "peer", Tier.CPU: "cpu", Tier.NVME: "nvme"}
+"""Of what was fetched; what was here already is of the tier "worker"."""
 MAX_EMPTY_LOANS = 3
 """In a row. An owner that has blocks and lends none lends to others, or has not noticed that our last loan is over."""
 
@@ -45,6 +48,28 @@ def prefix_destination(fetch: PrefixFetch, fit: PrefillFit, block_tokens: int) -
     return PrefixDestination(fetch.request.id, fetch.request.hashes, blocks, fetch.num_local, patience)
 
 
+def sources_of(submission: Submission, own_id: str) -> tuple[PrefixSource, ...]:
+    """Who else is said to hold blocks of its chain; `own_id` is the worker that asks."""
+    return tuple(piece for piece in submission.prefix_sources if piece.source.worker_id != own_id)
+
+
+def pieces_of(sources: Sequence[PrefixSource]) -> list[range]:
+    """The blocks that each of them claims, by place in the chain."""
+    return [range(piece.first_block, piece.first_block + piece.num_blocks) for piece in sources]
+
+
+def tokens_by_tier(num_blocks: int, block_tokens: int, fetched: Mapping[int, Tier]) -> dict[str, int]:
+    """Tokens of `num_blocks` leading blocks by where each was found; without tiers that gave none.
+
+    `fetched`: by place in the chain. What was fetched for a request counts as that, even when it waited in line again
+    and was found here then.
+    """
+    by_tier: dict[str, int] = dict.fromkeys(("worker", *_TIER_NAMES.values()), 0)
+    for place in range(num_blocks):
+        by_tier[_TIER_NAMES[fetched[place]] if place in fetched else "worker"] += block_tokens
+    return {tier: num_tokens for tier, num_tokens in by_tier.items() if num_tokens}
+
+
 @dataclass(frozen=True, slots=True)
 class WantedPrefix:
     hashes: Sequence[bytes]
@@ -56,6 +81,11 @@ class WantedPrefix:
     block_bytes: int
     block_tokens: int
 
+    @classmethod
+    def of(cls, destination: PrefixDestination, layout: KVLayout) -> "WantedPrefix":
+        blocks, num_local = destination.blocks, destination.num_local
+        return cls(destination.hashes, blocks, num_local, layout.block_bytes, layout.block_size)
+
 
 @dataclass(frozen=True, slots=True)
 class PulledPrefix:
@@ -66,6 +96,10 @@ class PulledPrefix:
     fetches: tuple[Fetch, ...] = ()
     transport: str = ""
     seconds: float = 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(fetch.num_bytes for fetch in self.fetches)
 
 
 @dataclass(slots=True, eq=False)

@@ -38,6 +38,9 @@ class PrefixDestination:
     """Entries from `num_local` on are to be read into."""
     num_local: int
     patience_s: float
+    prompt_of: int | None = None
+    """Where a fetch has an id of its own: the request whose submission names who holds its prefix. None: `request_id`
+    is a request's, or, on a decode worker, the fetch is for blocks that were lost there."""
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from services.decode.fetch import LocalFetches
 from services.decode.service import DecodeService
 from services.decode.worker import DecodeWorker
 from services.prefill.service import PrefillService
@@ -72,12 +73,27 @@ class Rig:
     attachments: Attachments
     deaths: list[BaseException]
     gateway: Gateway
+    peers: "FakeHolders | FakePeers"
 
     def submit(self, submission: Submission) -> None:
         self.attachments.submit(self.gateway.session, submission)
 
     def cancel(self, handle: int, choices: tuple[int, ...] = ()) -> None:
         self.attachments.cancel(self.gateway.session, handle, choices)
+
+    def add_holder(self, name: str, tokens: Sequence[int], held: range, **options: object) -> FakeHolder:
+        """Of blocks of the prompt `tokens`."""
+        chain = RequestMaker(make_layout(), VOCAB_SIZE).make(0, make_submission(tokens=list(tokens))).hashes
+
+        def land(block: int, place: int) -> None:
+            if place >= 0:
+                self.runner.land(block, place, tokens)
+            else:
+                self.runner.write(block, [-1] * 4)
+
+        holder = FakeHolder(name, chain, held, land=land, **options)  # type: ignore[arg-type]
+        self.peers.holders[name] = holder
+        return holder
 
     async def ledger(self) -> str:
         await self.engine.call(self.pool.check_integrity)
@@ -96,24 +112,10 @@ class Rig:
 
 @dataclass
 class PrefillRig(Rig):
+    peers: FakeHolders
     worker: PrefillWorker
     lender: Lender
     service: PrefillService
-    peers: FakeHolders
-
-    def add_holder(self, name: str, tokens: Sequence[int], held: range, **options: object) -> FakeHolder:
-        """Of blocks of the prompt `tokens`."""
-        chain = RequestMaker(make_layout(), VOCAB_SIZE).make(0, make_submission(tokens=list(tokens))).hashes
-
-        def land(block: int, place: int) -> None:
-            if place >= 0:
-                self.runner.land(block, place, tokens)
-            else:
-                self.runner.write(block, [-1] * 4)
-
-        holder = FakeHolder(name, chain, held, land=land, **options)  # type: ignore[arg-type]
-        self.peers.holders[name] = holder
-        return holder
 
 
 @asynccontextmanager
@@ -139,7 +141,7 @@ async def prefill_rig(*, num_blocks: int = 16, budget: int = 16) -> AsyncIterato
     )
     service.connect(engine, attachments, lender)
     gateway = Gateway(attachments.open("g", 1))
-    rig = PrefillRig(pool, runner, engine, attachments, deaths, gateway, worker, lender, service, peers)
+    rig = PrefillRig(pool, runner, engine, attachments, deaths, gateway, peers, worker, lender, service)
     async with _living(rig):
         try:
             yield rig
@@ -149,9 +151,9 @@ async def prefill_rig(*, num_blocks: int = 16, budget: int = 16) -> AsyncIterato
 
 @dataclass
 class DecodeRig(Rig):
+    peers: "FakePeers"
     worker: DecodeWorker
     service: DecodeService
-    peers: "FakePeers"
     swap_cost: SwapCost
 
     def start_owner(self, submission: Submission) -> "FakeOwner":
@@ -172,15 +174,22 @@ async def decode_rig(*, num_blocks: int = 16, budget: int = 16, max_num_seqs: in
         stop=StopRule(frozenset({EOS}), MAX_MODEL_LEN),
         swap_cost=(cost := SwapCost(block_bytes=layout.block_bytes, block_tokens=4)),
     )
-    worker = DecodeWorker(_launching(runner), scheduler, pool, block_bytes=layout.block_bytes, swap_cost=cost)
+    worker = DecodeWorker(
+        _launching(runner),
+        scheduler,
+        pool,
+        block_bytes=layout.block_bytes,
+        block_tokens=layout.block_size,
+        swap_cost=cost,
+    )
     peers = FakePeers(FakeLink(runner))
     service = DecodeService(worker, RequestMaker(layout, VOCAB_SIZE), peers)
     deaths: list[BaseException] = []
     engine = EngineThread(worker, deliver=service.deliver, died=deaths.append, overlap=OVERLAP)
     attachments = Attachments(make_info(), service, steps=lambda: engine.num_steps)
-    service.connect(engine, attachments)
+    service.connect(engine, attachments, LocalFetches(worker, engine, peers, layout, store=None))
     gateway = Gateway(attachments.open("g", 1))
-    rig = DecodeRig(pool, runner, engine, attachments, deaths, gateway, worker, service, peers, cost)
+    rig = DecodeRig(pool, runner, engine, attachments, deaths, gateway, peers, worker, service, cost)
     async with _living(rig):
         try:
             yield rig
@@ -270,23 +279,37 @@ class FakeOwner:
 
 
 class FakePeers:
-    """Every owner is at the end of one link. `meeting`, where a test sets it, is awaited before the link is there."""
+    """Every owner is at the end of one link. `meeting`, where a test sets it, is awaited before the link is there.
+
+    Holders of cached blocks are asked by their names.
+    """
 
     def __init__(self, link: FakeLink) -> None:
         self.the_link = link
         self.owners: dict[str, FakeOwner] = {}
         self.meeting: Callable[[], asyncio.Future[None]] | None = None
+        self.cached = FakeHolders()
+
+    @property
+    def holders(self) -> dict[str, FakeHolder]:
+        return self.cached.holders
 
     def identity(self) -> tuple[str, int]:
         return "d", 9
 
-    async def link(self, source: KvSource) -> FakeLink:
+    async def link(self, source: KvSource) -> FakeLink | FakeHolder:
+        if source.worker_id in self.holders:
+            return await self.cached.link(source)
         if self.meeting is not None:
             await self.meeting()
         return self.the_link
 
     @asynccontextmanager
     async def lend(self, source: KvSource, terms: LendTerms) -> AsyncIterator[AsyncIterator[LentBlocks | LendDone]]:
+        if source.worker_id in self.holders:
+            async with self.cached.lend(source, terms) as lent:
+                yield lent
+            return
         owner = self.owners[terms.request_id]
         owner.terms, owner.is_open = terms, True
         try:

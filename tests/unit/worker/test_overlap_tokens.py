@@ -101,7 +101,7 @@ def serve(engine: Engine, traffic: Traffic, *, overlap: bool) -> Answers:
         stop=StopRule(frozenset({3}), MAX_LEN),
     )
     compute = ComputeThread(engine.runner)
-    worker = DecodeWorker(compute if overlap else engine.runner, scheduler, pool, block_bytes=1)
+    worker = DecodeWorker(compute if overlap else engine.runner, scheduler, pool, block_bytes=1, block_tokens=BLOCK)
     answers = Answers()
     ahead: LaunchedStep | None = None
     for turn in range(1000):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from services.decode.swap import SwapPulls
+from services.decode.fetch import LocalFetches
 from tailrace.errors import TailraceError, WorkerLostError
 from tailrace.kv.events import Tier
 from tailrace.messages import KvSource
@@ -62,10 +62,10 @@ class Store(FakeHolders):
         return self.holder.source().source
 
 
-def make(**options: object) -> tuple[SwapPulls, Worker, Store]:
+def make(**options: object) -> tuple[LocalFetches, Worker, Store]:
     worker = Worker()
     store = Store(FakeHolder("store", CHAIN, **{"held": range(6), "tier": Tier.CPU, **options}))  # type: ignore[arg-type]
-    return SwapPulls("store:1", worker, worker, store, make_layout()), worker, store  # type: ignore[arg-type]
+    return LocalFetches(worker, worker, store, make_layout(), store="store:1"), worker, store  # type: ignore[arg-type]
 
 
 async def test_what_was_lost_comes_back_and_the_store_is_looked_up_once() -> None:
