@@ -282,7 +282,7 @@ class DecodeWorker:
         del self._lives[request_id]
 
     def _leg_report(self, request_id: int, life: _Life, now: float) -> LegReport:
-        """A request that joined was prefilled elsewhere; else queue, prefill and cached tokens are this worker's own."""
+        """Who joined was prefilled elsewhere; else queue, prefill and cached tokens are this worker's own."""
         began = life.joined or life.first_local or now
         if life.joined or not life.started:
             pull = life.pull or Pull(0.0, 0, "")

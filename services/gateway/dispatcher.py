@@ -198,14 +198,15 @@ class PairDispatcher:
 
     def _submit_legs(self, session: RequestSession, attempt: Attempt, route: Route) -> None:
         decode = self._members.get(route.decode_id)
-        source = None
+        source, sources = None, self._sourcing.sources(route)
         if route.prefill_id is not None:
             prefill = self._members.get(route.prefill_id)
             source = self._source(session, attempt, prefill)
             attempt.prefill = Leg(session, attempt, prefill, self._members.new_handle(), Role.PREFILL)
-            self._submit(session, attempt.prefill, ticket=source.ticket, prefix_sources=self._sourcing.sources(route))
+            self._submit(session, attempt.prefill, ticket=source.ticket, prefix_sources=sources)
+            sources = ()
         attempt.decode = Leg(session, attempt, decode, self._members.new_handle(), Role.DECODE)
-        self._submit(session, attempt.decode, source=source)
+        self._submit(session, attempt.decode, source=source, prefix_sources=sources)
         self._reserve(attempt.prefill or attempt.decode, route)
 
     def _reserve(self, leg: Leg, route: Route) -> None:

@@ -36,7 +36,7 @@ class Sourcing:
         by_host: dict[str, list[str]] = {}
         for store in stores:
             by_host.setdefault(_host(store), []).append(store.info.worker_id)
-        workers = self._members.of(Role.PREFILL)
+        workers = [*self._members.of(Role.PREFILL), *self._members.of(Role.DECODE)]
         return {worker.info.worker_id: by_host[_host(worker)] for worker in workers if _host(worker) in by_host}
 
     def sources(self, route: Route) -> tuple[PrefixSource, ...]:
@@ -58,23 +58,24 @@ class Sourcing:
         return tuple(sources)
 
     def _learn(self, needer: Member, report: LegReport) -> None:
-        if needer.info.role is not Role.PREFILL:
-            # What a sequence that gave way got back: its leg's tiers are those of its prompt.
-            return
         needer_id = needer.info.worker_id
         for fetch in report.fetches:
             if fetch.num_asked > 0 and fetch.num_blocks == 0:
                 self._rates.failed(fetch.holder_id, needer_id, self._clock())
-            else:
-                tier = self._tier(fetch, report)
+            elif (tier := self._tier(fetch, report)) is not None:
                 self._rates.succeeded(fetch.holder_id, needer_id, tier, fetch.num_bytes, fetch.seconds)
 
-    def _tier(self, fetch: Fetch, report: LegReport) -> Tier:
-        """Where most of it was. A report counts the tiers of all its fetches together."""
+    def _tier(self, fetch: Fetch, report: LegReport) -> Tier | None:
+        """Where most of it was. A report counts the tiers of all its prompt's fetches together.
+
+        None: it was not for a prompt. What a sequence that gave way got back from a store is in no tier's count.
+        """
         if not any(store.info.worker_id == fetch.holder_id for store in self._members.of(Role.KVSTORE)):
             return Tier.WORKER
-        by_tier = report.cached_by_tier
-        return Tier.NVME if by_tier.get("nvme", 0) > by_tier.get("cpu", 0) else Tier.CPU
+        on_disk, in_memory = report.cached_by_tier.get("nvme", 0), report.cached_by_tier.get("cpu", 0)
+        if not on_disk and not in_memory:
+            return None
+        return Tier.NVME if on_disk > in_memory else Tier.CPU
 
 
 def _host(member: Member) -> str:

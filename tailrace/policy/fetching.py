@@ -148,9 +148,9 @@ def split_ranges(prices: Pricing, chosen: CostTerms) -> tuple[PrefixRange, ...]:
 
     With two, the deeper one gives the end. Both are taken to reach their own rates, which is why a small gain is none.
     """
-    if not chosen.fetch_blocks or chosen.prefill_id is None:
+    if not chosen.fetch_blocks:
         return ()
-    needer_id, first = chosen.prefill_id, chosen.hit_blocks
+    needer_id, first = chosen.prefill_id or chosen.decode_id, chosen.hit_blocks
     end = first + chosen.fetch_blocks
     sources = {held.holder_id: held for held in prices.sources_for(needer_id)}
     deep = sources[chosen.holder_id]

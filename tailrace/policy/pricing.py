@@ -163,22 +163,46 @@ class Pricing:
         return view.fingerprint == self.request.fingerprint or not self.request.fingerprint
 
     def local(self, view: WorkerView, longest_s: float) -> PrefillPrice | None:
-        """On the decode worker itself, whose running batch waits for every chunk. Nothing is fetched for it.
+        """On the decode worker itself, whose running batch waits for every chunk, and for none of what is fetched.
 
-        None where it would take more than `longest_s`, and more than one block.
+        None where computing would take more than `longest_s`, and more than one block. A queue hides nothing of the
+        fetch, which begins at the head of the worker's line.
         """
         rate = measured(view.prefill_tokens_per_s, self.neutral.local_tokens_per_s)
-        own = self.hits.get(view.worker_id, 0)
-        prefill_s = self._compute_s(view, rate, own)
-        if prefill_s > longest_s and self.request.uncached_tokens(own) > self.request.block_size:
+        worker_id = view.worker_id
+        own = self.hits.get(worker_id, 0)
+        may_fetch = bool(self.holders) and self.is_named(view)
+        deepest_held = max(own, self.holders[0].depth) if may_fetch else own
+        if self._is_too_much(self._compute_s(view, rate, deepest_held), deepest_held, longest_s):
+            return None
+        depth, fetch_s, prefill_s, source = own, 0.0, self._compute_s(view, rate, own), None
+        for held in self.sources_for(worker_id) if may_fetch else ():
+            if held.depth <= own or held.holder_id == worker_id:
+                continue
+            read_s, compute_s = self.fetch_s(held, worker_id, own), self._compute_s(view, rate, held.depth)
+            if read_s + compute_s < fetch_s + prefill_s:
+                depth, fetch_s, prefill_s, source = held.depth, read_s, compute_s, held
+        if self._is_too_much(prefill_s, depth, longest_s):
             return None
         queue_s = self._queue_s(view, rate)
-        waiting = view.num_sequences
-        crowding_s = prefill_s * waiting if waiting else 0.0
-        price_us = microseconds(queue_s + prefill_s + crowding_s)
+        crowding_s = prefill_s * view.num_sequences if view.num_sequences else 0.0
         return PrefillPrice(
-            view.worker_id, view.fingerprint, 0, price_us, queue_s, prefill_s, 0.0, crowding_s, own, 0, "", 0
+            worker_id,
+            view.fingerprint,
+            0,
+            microseconds(queue_s + fetch_s + prefill_s + crowding_s),
+            queue_s,
+            prefill_s,
+            fetch_s,
+            crowding_s,
+            own,
+            depth - own,
+            source.holder_id if source is not None else "",
+            source.on_disk_of(own, depth) if source is not None else 0,
         )
+
+    def _is_too_much(self, prefill_s: float, depth: int, longest_s: float) -> bool:
+        return prefill_s > longest_s and self.request.uncached_tokens(depth) > self.request.block_size
 
     def _queue_s(self, view: WorkerView, rate: float) -> float:
         backlogs = self.live.backlog_s

@@ -166,8 +166,8 @@ def _limit_s(limit_us: int) -> float:
 
 def _prefill_bounds_s(prices: Pricing, rows: Sequence[_Traits]) -> list[float]:
     """As if the deepest prefix that anybody lends were fetched in no time."""
-    live, hits, waiting, backlogs = prices.live, prices.hits, prices.live.waiting, prices.live.backlog_s or {}
-    depth = max([held.depth for held in live.held], default=0) if live.ways is not None else 0
+    hits, waiting, backlogs = prices.hits, prices.live.waiting, prices.live.backlog_s or {}
+    depth = _deepest(prices)
     rest, squares = _rest(prices, depth)
     bounds_s = []
     for row in rows:
@@ -183,6 +183,11 @@ def _prefill_bounds_s(prices: Pricing, rows: Sequence[_Traits]) -> list[float]:
         compute_s = tokens / row.prefill_rate + row.curve_s * curve
         bounds_s.append(queue_s + compute_s * (1.0 + waiting.get(worker_id, 0.0)))
     return bounds_s
+
+
+def _deepest(prices: Pricing) -> int:
+    """Blocks of the longest prefix that anybody lends."""
+    return prices.holders[0].depth if prices.holders else 0
 
 
 def _rest(prices: Pricing, hit_blocks: int) -> tuple[int, int]:
@@ -202,16 +207,20 @@ def _decode_bounds_s(prices: Pricing, rows: Sequence[_Traits]) -> list[float]:
 
 
 def _locals(prices: Pricing, rows: Sequence[_Traits], limit_us: int) -> list[_Traits]:
-    """Those who may prefill by themselves, and for whom that and the load may cost no more than `limit_us`."""
+    """Those who may prefill by themselves, and for whom that and the load may cost no more than `limit_us`.
+
+    As if the deepest prefix that anybody lends were fetched in no time.
+    """
     request, hits, backlogs = prices.request, prices.hits, prices.live.backlog_s or {}
     if not request.local_prefill:
         return []
-    whole, limit_s = _rest(prices, 0), _limit_s(limit_us)
+    depth, limit_s = _deepest(prices), _limit_s(limit_us)
+    rest = _rest(prices, depth)
     guess = prices.neutral.local_tokens_per_s
     found = []
     for row in rows:
         own = hits.get(row.worker_id, 0)
-        tokens, squares = _rest(prices, own) if own else whole
+        tokens, squares = _rest(prices, own) if own > depth else rest
         if tokens * _SHORT > row.step_tokens and tokens > request.block_size:
             continue
         queue_s = max(backlogs.get(row.worker_id, 0.0), row.said_s)

@@ -61,6 +61,26 @@ async def test_the_next_turn_finds_the_answer_on_the_decode_worker_itself(small_
         cluster.wait_until_idle(5.0)
 
 
+def test_what_another_decode_worker_has_computed_is_fetched_from_it(wide_model: Path) -> None:
+    """They prefill for themselves, by turns."""
+    prompt, cached = prompt_of(400, 1), 24 * BLOCK
+    gateway = {"routing_policy": "round-robin"}
+    with Cluster(wide_model, gateway=gateway, dtype="float32", max_model_len=512, num_blocks=128) as cluster:
+        cluster.start_workers(prefill=0, decode=2)
+        texts, details = [], []
+        for _ in range(3):
+            answer = cluster.post("/v1/completions", prompt=prompt, max_tokens=8, temperature=0, ignore_eos=True)
+            assert answer.status_code == 200, answer.text
+            texts.append(answer.json()["choices"][0]["text"])
+            usage = answer.json()["usage"]
+            details.append(usage["tailrace"]["cached_tokens_by_tier"])
+            assert usage["prompt_tokens_details"]["cached_tokens"] == sum(details[-1].values())
+        assert texts == [texts[0]] * 3
+        assert details == [{}, {"peer": cached}, {"worker": cached}]
+        cluster.wait_until_idle(5.0)
+        assert "Traceback" not in cluster.logs()
+
+
 async def test_a_conversation_is_lent_by_its_hashes_prompt_and_answer(small_model: Path) -> None:
     with Cluster(small_model, max_model_len=512, num_blocks=128) as cluster:
         cluster.start_workers()

@@ -136,6 +136,27 @@ async def test_prefill_fetches_from_the_store_s_memory_and_from_its_disk(wide_mo
             await each.until_idle()
 
 
+async def test_decode_fetches_for_a_prompt_that_it_computes_itself(wide_model: Path) -> None:
+    async with mesh(wide_model) as world:
+        held = await world.start_store(cpu_memory="48MiB")
+        [peer] = await world.start("prefill-0", store=held.source.address)
+        [needer] = await world.start("decode-0")
+        for number, source in enumerate((peer.holds(NUM_BLOCKS), held)):
+            prompt = prompt_of(30 + number)
+            truth = await peer.ask(prompt)
+            await world.cluster.watch("store", lambda ledger, n=number: ledger.cached == (n + 1) * NUM_BLOCKS)
+            tier = "peer" if source is not held else "cpu"
+            answer = await needer.ask(prompt, source)
+            check(answer, truth, {tier: CACHED})
+            assert answer.report.transfer_bytes == NUM_BLOCKS * needer.info.layout.block_bytes
+            check(await needer.ask(prompt, source), truth, {"worker": CACHED})
+        nobody = PrefixSource(KvSource("nobody", 1, "127.0.0.1:1", b""), 0, NUM_BLOCKS)
+        prompt = prompt_of(40)
+        check(await needer.ask(prompt, nobody), await peer.ask(prompt), {})
+        for each in (needer, peer):
+            await each.until_idle()
+
+
 @pytest.mark.chaos
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 async def test_a_source_that_dies_in_the_middle_costs_time_alone(wide_model: Path, number: signal.Signals) -> None:

@@ -55,6 +55,34 @@ def test_a_prefix_is_fetched_where_that_beats_computing_it() -> None:
     assert chosen.prefill_s == pytest.approx(0.8)
 
 
+def test_a_decode_worker_fetches_a_prefix_and_computes_a_short_rest_itself() -> None:
+    fast = {("p0", "d0"): 1e8, ("p0", "d1"): 1e8}
+    live = Live(ways=Rates(fast), held=[Held("p0", 96)], backlog_s={"p0": 1.0})
+    found = live_route(live, make_prefill("p0"), hits={"p0": 96})
+    chosen = found.chosen
+    assert (found.prefill_id, found.decode_id) == (None, "d0")
+    assert (chosen.hit_blocks, chosen.fetch_blocks, chosen.holder_id) == (0, 96, "p0")
+    assert chosen.fetch_s == pytest.approx(96 * BLOCK * BYTES_PER_TOKEN / 1e8)
+    assert (chosen.prefill_s, chosen.transfer_s) == (pytest.approx(0.064), 0.0)
+    assert found.sources == (PrefixRange("p0", 0, 96),)
+
+
+def test_a_rest_longer_than_a_step_is_not_computed_on_decode_whatever_can_be_fetched() -> None:
+    """A step of 0.1 s is as long as 100 tokens take to compute."""
+    live = Live(ways=Rates({("p0", "d0"): 1e8}), held=[Held("p0", 93)], backlog_s={"p0": 9.0})
+    assert live_route(live, make_prefill("p0"), hits={"p0": 93}).prefill_id == "p0"
+
+
+def test_a_decode_worker_computes_what_would_take_longer_to_fetch() -> None:
+    for rate, fetched in ((1.1e6, 20), (0.9e6, 0)):
+        live = Live(ways=Rates({("d1", "d0"): rate}), held=[Held("d1", 20)])
+        decodes = [make_decode("d0", num_running=9), make_decode("d1", draining=True)]
+        found = choose(RouteRequest(640, BLOCK), [], decodes, {"d1": 20}, {}, BYTES_PER_TOKEN, live=live)
+        assert found is not None
+        assert (found.decode_id, found.chosen.fetch_blocks) == ("d0", fetched)
+        assert found.chosen.crowding_s == pytest.approx(9 * (0.32 if fetched else 0.64))
+
+
 @pytest.mark.parametrize("curve_s", [float("nan"), float("inf"), float("-inf"), -1e-6, -1e308, 1e308])
 def test_an_impossible_curve_counts_for_nothing(curve_s: float) -> None:
     found = live_route(Live(waiting={"p0": 2.0}), make_prefill(prefill_curve_s=curve_s))

@@ -228,3 +228,41 @@ async def test_two_holders_are_named_each_with_its_own_end():
             for size in (num_bytes // 10, num_bytes):
                 await fetched(cluster, Fetch(holder, 90, 90, size, size * 1e-5), **{tier: 360})
         assert named((await submitted(cluster)).prefix_sources) == [("p1", 0, 45), ("s0", 0, 90)]
+
+
+SHORT_STEPS = Load(total_blocks=1000, free_blocks=1000, prefill_tokens_per_s=100.0, decode_step_s=0.5)
+
+
+async def local(cluster: FakeCluster, *fetches: Fetch, **tiers: int) -> Submission:
+    """What the decode worker that prefills was told; it reports these fetches."""
+    session = await cluster.submit(PROMPT)
+    prefill, decode = cluster.pair_of(session)
+    assert prefill is None
+    told = decode.last
+    assert told.source is None
+    report = LegReport(0, fetches=fetches, cached_tokens=sum(tiers.values()), cached_by_tier=tiers)
+    await decode.tokens([7], report=report, reason=FinishReason.STOP)
+    await session.aclose()
+    return told
+
+
+async def test_a_decode_worker_that_prefills_is_told_who_holds_the_prefix():
+    async with fake_cluster(prefill=1, stores=1, load=SHORT_STEPS) as cluster:
+        await busy(cluster, cluster.prefill)
+        await holds(cluster.prefill, 90)
+        assert named((await local(cluster)).prefix_sources) == [("p0", 0, 90)]
+
+
+async def test_what_a_decode_worker_says_of_its_fetches_is_learnt():
+    now = [0.0]
+    async with fake_cluster(prefill=0, stores=1, load=SLOW, clock=lambda: now[0]) as cluster:
+        await holds(cluster.stores[0], 90)
+        num_bytes = 90 * LAYOUT.block_bytes
+        # What a sequence got back that had given way says nothing of a tier.
+        await local(cluster, Fetch("s0", 90, 90, num_bytes, 60.0))
+        assert named((await local(cluster, Fetch("s0", 90, 0, 0, 0.5))).prefix_sources) == [("s0", 0, 90)]
+        assert (await local(cluster)).prefix_sources == (), "it failed a moment ago"
+        now[0] = 1.1
+        for _ in range(3):
+            await local(cluster, Fetch("s0", 90, 90, num_bytes, 60.0), cpu=360)
+        assert (await local(cluster)).prefix_sources == (), "computing it takes 4 s"
