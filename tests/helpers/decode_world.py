@@ -128,7 +128,7 @@ class DecodeWorld:
         self.offers = OfferPolicy(self.pool, low_water=low_water)
         self.offered: list[list[bytes]] = []
         self.stored: set[bytes] = set()
-        """What the store has taken; nothing as long as no test says so."""
+        """What others can lend: what the store has taken, and prefixes of prompts. Nothing unless a test says so."""
         self.swap_cost = SwapCost(block_bytes=100, block_tokens=block_size)
         self.swaps: dict[int, FakeSwap] = {}
         self.num_swapped_in = 0
@@ -159,9 +159,12 @@ class DecodeWorld:
         self.requests[request_id] = request
         return request
 
-    def submit_local(self, request: Request) -> Request:
+    def submit_local(self, request: Request, elsewhere: Sequence[range] = (), num_true: int = 1000) -> Request:
+        """`elsewhere`: what others are said to hold; so many leading blocks they do."""
         self._accept(request)
-        self.scheduler.submit_local(request)
+        for piece in elsewhere:
+            self.stored.update(request.hashes[piece.start : min(piece.stop, num_true)])
+        self.scheduler.submit_local(request, elsewhere)
         return request
 
     def book(self, request: Request) -> bool:

@@ -58,11 +58,23 @@ class DecodeMachine(RuleBasedStateMachine):
         choices=st.integers(1, 3),
         priority=st.integers(-1, 1),
         local=st.booleans(),
+        num_named=st.integers(0, 10),
+        num_true=st.integers(0, 10),
     )
-    def arrive(self, family: int, length: int, max_tokens: int, choices: int, priority: int, local: bool) -> None:
+    def arrive(
+        self,
+        family: int,
+        length: int,
+        max_tokens: int,
+        choices: int,
+        priority: int,
+        local: bool,
+        num_named: int = 0,
+        num_true: int = 0,
+    ) -> None:
         request = make(self.world, family, length, max_tokens=max_tokens, choices=choices, priority=priority)
         if local:
-            self.world.submit_local(request)
+            self.world.submit_local(request, [range(num_named)] if num_named else [], num_true)
         else:
             self.world.book(request)
 
@@ -186,7 +198,7 @@ def play(seed: int, *, overlap: bool) -> DecodeWorld:
 def arrive(machine: DecodeMachine, rng: random.Random) -> None:
     machine.arrive(
         rng.randint(0, 2), rng.randint(1, 40), rng.randint(1, 12), rng.choice((1, 1, 2, 3)), rng.randint(-1, 1),
-        rng.random() < 0.4,
+        rng.random() < 0.4, rng.choice((0, 0, 3, 8)), rng.randint(0, 10),
     )  # fmt: skip
 
 

@@ -259,3 +259,70 @@ def test_whoever_runs_goes_on_beside_one_that_fetches_and_may_outgrow_the_pool()
     world.run_to_end()
     world.check_answers()
     world.check_empty()
+
+
+# -- prompts whose prefix others hold ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_store", [True, False])
+def test_a_prompt_fetches_what_others_hold_and_computes_the_rest(is_store: bool) -> None:
+    world = DecodeWorld(budget=64, swaps=is_store)
+    world.submit_local(world.request(A[:4], sampling=sampling(1)))
+    world.step()
+    request = world.submit_local(world.request(A[:18], sampling=sampling(4)), [range(3)])
+    assert world.step().is_empty
+    [(_, fetch)] = world.scheduler.swaps.held()
+    assert (fetch.blocks, fetch.num_local, fetch.end) == ([0, 1, 2, 3, 4], 1, 3)
+    assert world.scheduler.swaps.prompt_of(1) == request.id
+    swap = world.swaps[1]
+    world.read_swap(swap, 3)
+    world.land_swap(swap)
+    world.end_swap(swap)
+    assert world.scheduler.swaps.prompt_of(1) is None
+    plan = world.step()
+    assert (list(plan.started[0].blocks), plan.chunks) == ([0, 1, 2, 3, 4], [Chunk(0, 12, 18, (0,))])
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
+
+
+def test_a_prompt_whose_fetch_is_late_keeps_its_place_and_fetches_no_more() -> None:
+    world = DecodeWorld(budget=64)
+    world.submit_local(world.request(A[:18], sampling=sampling(4)), [range(3)])
+    world.submit_local(world.request(B[:4], sampling=sampling(4)))
+    world.step()
+    swap = world.swaps[1]
+    world.read_swap(swap, 3)
+    world.end_swap(swap)
+    plan = world.step()
+    assert [start.tokens for start in plan.started] == [A[:18]]
+    assert world.swaps == {}
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
+
+
+def test_a_prompt_that_finds_all_that_was_named_here_fetches_nothing() -> None:
+    world = DecodeWorld(budget=64)
+    world.submit_local(world.request(A[:18], sampling=sampling(1)))
+    world.step()
+    world.submit_local(world.request([*A[:16], 7], sampling=sampling(4)), [range(4)])
+    assert world.step().chunks == [Chunk(0, 16, 17, (0,))]
+    assert world.swaps == {}
+
+
+def test_who_gives_way_after_its_prefix_came_asks_the_store_and_nobody_else() -> None:
+    world = DecodeWorld(num_blocks=5, budget=64)
+    world.submit_local(world.request(A[:8], sampling=sampling(13)))
+    world.submit_local(world.request(B[:8], sampling=sampling(8)), [range(1)])
+    step_until(world, lambda: world.swaps)
+    assert world.scheduler.swaps.prompt_of(1) == 2
+    world._finish_swaps()
+    step_until(world, lambda: world.offered)
+    assert world.scheduler.num_preempted == 1
+    world.store_takes()
+    step_until(world, lambda: world.swaps)
+    assert world.scheduler.swaps.prompt_of(2) is None
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
