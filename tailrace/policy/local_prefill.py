@@ -7,7 +7,7 @@ from tailrace.kv.block_pool import BlockPool
 from tailrace.kv.hashing import hash_blocks
 from tailrace.plan import Chunk, SequenceStart
 from tailrace.policy.flights import Flights
-from tailrace.policy.local_line import LocalLine
+from tailrace.policy.line import Line
 from tailrace.policy.request import blocks_for
 from tailrace.policy.running import PlannedRows
 from tailrace.policy.sequence import Sequence
@@ -42,13 +42,13 @@ class LocalPrefill:
         self._slots = slots
         self._flights = flights
         self._block_size = block_size
-        self.line = LocalLine()
+        self.line: Line[Sequence] = Line()
         self.swaps = SwapIns(pool, block_size, cost)
         self.computing: list[Sequence] = []
 
     @property
     def waiting_tokens(self) -> int:
-        todo = sum(len(s.tokens) - s.num_computed for s in [*self.line.sequences(), *self.computing])
+        todo = sum(len(s.tokens) - s.num_computed for s in [*self.line.all(), *self.computing])
         return todo + self.swaps.num_tokens
 
     @property
@@ -57,7 +57,7 @@ class LocalPrefill:
 
     def waiting(self) -> list[Sequence]:
         """Those without a slot."""
-        return [*self.line.sequences(), *self.swaps.sequences()]
+        return [*self.line.all(), *self.swaps.sequences()]
 
     def end_swap(self, swap_id: int, in_flight: Seq[int]) -> None:
         """Nothing more is read for it. Blocks `in_flight` may still be written, and stay landing."""

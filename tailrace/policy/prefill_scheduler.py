@@ -4,11 +4,10 @@ A request is waiting (no blocks), fetching (all its blocks, some of them being r
 blocks, partly computed) or held (computed, its blocks lent until its needer has pulled them). Held blocks are the
 buffer between prefill and decode; it is bounded by half the pool.
 
-Who fetches takes no slot and no token of the budget; others compute meanwhile. One step may be planned behind another
-that still computes.
+Who fetches takes no slot and no token of the budget; others compute meanwhile. The next few in line fetch before it is
+their turn, and then take it. One step may be planned behind another that still computes.
 """
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,9 +15,14 @@ from tailrace.kv.block_pool import BlockPool
 from tailrace.kv.hashing import parent_of
 from tailrace.plan import Chunk, SequenceStart, StepOutput, StepPlan
 from tailrace.policy.flights import Flights
+from tailrace.policy.line import Line
 from tailrace.policy.prefix_fetches import PrefixFetch, PrefixFetches
 from tailrace.policy.request import DrawnToken, Request, StopRule, blocks_for
 from tailrace.policy.slots import Slots
+
+LOOK_AHEAD = 8
+"""So many of the line may fetch before it is their turn: a fetch that is worth its while is much shorter than what the
+computing of so many takes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -61,10 +65,9 @@ class PrefillScheduler:
         self._budget = max_num_batched_tokens
         self._slots = Slots(max_num_seqs)
         self._stop = stop
-        self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._line: Line[Request] = Line()
         self._aside: list[Request] = []
         """Out of the line until a fetch ends: it brings what they lack first."""
-        self._cancelled_waiting: set[int] = set()
         self._fetches = PrefixFetches(pool, block_size)
         self._running: dict[int, PrefillJob] = {}
         self._held: dict[int, PrefillJob] = {}
@@ -73,7 +76,7 @@ class PrefillScheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) - len(self._cancelled_waiting) + len(self._aside) + len(self._fetches)
+        return len(self._line) + len(self._aside) + len(self._fetches)
 
     @property
     def num_running(self) -> int:
@@ -96,7 +99,7 @@ class PrefillScheduler:
         self._line_up(request)
 
     def _line_up(self, request: Request) -> None:
-        heapq.heappush(self._waiting, (request.rank, request))
+        self._line.add(request)
         self._waiting_tokens += len(request.tokens)
 
     def job(self, request_id: int) -> PrefillJob | None:
@@ -127,12 +130,10 @@ class PrefillScheduler:
             self._drop_waiting(request_id)
 
     def _drop_waiting(self, request_id: int) -> None:
-        for request in [request for request in self._aside if request.id == request_id]:
-            self._aside.remove(request)
-        for _, request in self._waiting:
-            if request.id == request_id and request_id not in self._cancelled_waiting:
-                self._cancelled_waiting.add(request_id)
-                self._waiting_tokens -= len(request.tokens)
+        self._aside = [request for request in self._aside if request.id != request_id]
+        for request in self._line.all():
+            if request.id == request_id:
+                self._leave_line(request)
 
     # -- fetches ------------------------------------------------------------------------------------------------------
 
@@ -169,7 +170,8 @@ class PrefillScheduler:
     def schedule(self) -> StepPlan:
         """Continue what runs and what was fetched, in order of rank; then admit what waits, until the budget is used.
 
-        May be called once more before `finish`.
+        Whoever is fetched for waits for those before it in line, unless the first of them cannot start. May be called
+        once more before `finish`.
         """
         jobs = [job for job in self._running.values() if job.num_planned < len(job.request.tokens)]
         started = [self._start(job) for job in self._go_on(jobs)]
@@ -179,24 +181,27 @@ class PrefillScheduler:
             if budget == 0:
                 break
             budget -= self._add_chunk(job, budget, chunks)
-        while (admitted := self._admit(budget)) is not None:
+        while (admitted := self._next(budget)) is not None:
             started.append(self._start(admitted))
             budget -= self._add_chunk(admitted, budget, chunks)
             jobs.append(admitted)
+        self._fetch_ahead()
         plan = StepPlan(released=self._slots.drain_released(), started=started, chunks=chunks)
         if plan.changes_anything:
             self._begin(plan, jobs[: len(chunks)])
         return plan
 
     def _go_on(self, jobs: list[PrefillJob]) -> list[PrefillJob]:
-        """Those whose prefix has come and for whom something of the budget is left: put among `jobs`, and returned."""
+        """Those whose prefix has come, before whom nobody waits and for whom something of the budget is left: put among
+        `jobs`, and returned."""
         fetched: list[PrefillJob] = []
         while len(self._slots) and (ended := self._fetches.first_ended()) is not None:
+            if (head := self._line.head) is not None and head.rank < ended.request.rank:
+                break
             before = [job for job in jobs if job.request.rank < ended.request.rank]
             if sum(len(job.request.tokens) - job.num_planned for job in before) >= self._budget:
                 break
-            self._fetches.take(ended)
-            fetched.append(self._run(ended.request, ended.blocks, ended.num_ready))
+            fetched.append(self._take(ended))
             jobs.append(fetched[-1])
         jobs.sort(key=lambda job: job.request.rank)
         return fetched
@@ -226,41 +231,93 @@ class PrefillScheduler:
             blocks=list(job.blocks),
         )
 
-    def _admit(self, budget: int) -> PrefillJob | None:
-        """From the line. Lets its head fetch even when there is no budget left.
+    def _next(self, budget: int) -> PrefillJob | None:
+        """Of the line and of those whose prefix has come, whoever is first and can start."""
+        ended = self._fetches.first_ended()
+        admitted = self._admit(budget, ended.request.rank if ended is not None else None)
+        if admitted is not None or ended is None or budget == 0 or not len(self._slots):
+            return admitted
+        return self._take(ended)
+
+    def _take(self, ended: PrefixFetch) -> PrefillJob:
+        self._fetches.take(ended)
+        return self._run(ended.request, ended.blocks, ended.num_ready)
+
+    def _admit(self, budget: int, before: tuple[int, int] | None) -> PrefillJob | None:
+        """From the line, of a rank lower than `before`. Lets its head fetch even when there is no budget left.
 
         Head of the line only: a prompt that does not fit is not overtaken by a smaller one.
         """
-        while (request := self._head()) is not None and self._has_buffer():
-            # At least one token is left to compute: somebody must draw.
-            reusable = request.hashes[: (len(request.tokens) - 1) // self._block_size]
-            found = self._pool.find_prefix(reusable)
+        while (request := self._line.head) is not None and self._has_buffer():
+            if before is not None and request.rank > before:
+                return None
+            reusable, found = self._find(request)
             if self._flights.will_find(reusable, len(found)):
                 return None
             if self._fetches.will_find(reusable, len(found)):
-                self._aside.append(self._leave_line())
+                self._leave_line(request)
+                self._aside.append(request)
                 continue
             end = self._fetches.reach(request.id, len(found), len(reusable))
             if end == len(found):
                 return self._start_at_once(request, found) if budget > 0 and len(self._slots) else None
             if not self._fetches.claim(request, found, end):
                 return None
-            self._leave_line()
+            self._leave_line(request)
         return None
+
+    def _fetch_ahead(self) -> None:
+        """Lets the next few in line fetch while others compute.
+
+        Each holds its whole table from then on, as the head would, and leaves those before it all that they will need:
+        what they would find here, and blocks for the rest. So nobody waits for who came later.
+        """
+        if not self._fetches.has_offers or not self._has_buffer():
+            return
+        found_before: list[list[int]] = []
+        num_missing = 0
+        for request in self._line.first(LOOK_AHEAD):
+            reusable, found = self._find(request)
+            num_blocks = blocks_for(len(request.tokens), self._block_size)
+            num_needed = num_blocks - len(found)
+            is_coming = self._flights.will_find(reusable, len(found)) or self._fetches.will_find(reusable, len(found))
+            may_go = not is_coming and self._fetches.may_go_ahead(request)
+            if may_go and self._pool.num_available >= num_needed + num_missing:
+                end = self._fetches.reach(request.id, len(found), len(reusable))
+                if end > len(found) and self._claim_behind(found_before, num_missing, request, found, end):
+                    self._leave_line(request)
+                    continue
+            found_before.append(found)
+            num_missing += num_needed
+
+    def _claim_behind(
+        self, found_before: list[list[int]], num_missing: int, request: Request, found: list[int], end: int
+    ) -> bool:
+        for blocks in found_before:
+            self._pool.acquire(blocks)
+        is_claimed = self._fetches.claim(request, found, end, spare=num_missing)
+        for blocks in found_before:
+            self._pool.release(blocks)
+        return is_claimed
+
+    def _find(self, request: Request) -> tuple[list[bytes], list[int]]:
+        """What it could reuse, and the blocks of it that are here.
+
+        At least one token is left to compute: somebody must draw.
+        """
+        reusable = request.hashes[: (len(request.tokens) - 1) // self._block_size]
+        return reusable, self._pool.find_prefix(reusable)
 
     def _has_buffer(self) -> bool:
         held = sum(len(job.blocks) for job in self._held.values())
         return held <= self._pool.num_blocks // 2 or not self._held
 
-    def _head(self) -> Request | None:
-        while self._waiting and self._waiting[0][1].id in self._cancelled_waiting:
-            self._cancelled_waiting.remove(heapq.heappop(self._waiting)[1].id)
-        return self._waiting[0][1] if self._waiting else None
-
-    def _leave_line(self) -> Request:
-        request = heapq.heappop(self._waiting)[1]
+    def _leave_line(self, request: Request) -> None:
+        if request is self._line.head:
+            self._line.pop()
+        else:
+            self._line.discard(request)
         self._waiting_tokens -= len(request.tokens)
-        return request
 
     def _start_at_once(self, request: Request, found: Sequence[int]) -> PrefillJob | None:
         """Blocks for the whole prompt, those that were found first. None: the pool cannot give them."""
@@ -269,7 +326,8 @@ class PrefillScheduler:
         if fresh is None:
             self._pool.release(found)
             return None
-        self._leave_line()
+        self._leave_line(request)
+        self._fetches.forget(request.id)
         return self._run(request, [*found, *fresh], len(found))
 
     def _run(self, request: Request, blocks: list[int], num_ready: int) -> PrefillJob:

@@ -14,6 +14,9 @@ MAX_QUARANTINED_SHARE = 0.25
 """Of the pool. Past it nothing is fetched."""
 FETCHING_SHARE = 2
 """At most one block of the pool in so many belongs to requests that wait for a fetch, unless there is only one."""
+MAX_READING_AHEAD = 4
+"""Nobody begins to fetch ahead of its turn while so many read: reads of one link take turns, and an owner that computes
+lends a tenth of its pool at a time."""
 
 
 @dataclass(slots=True, eq=False)
@@ -96,13 +99,31 @@ class PrefixFetches:
             hashes[num_found] in fetch.promised for fetch in self._open.values() if not fetch.is_over
         )
 
+    @property
+    def has_offers(self) -> bool:
+        """Somebody may still fetch."""
+        return bool(self._offered)
+
+    def may_go_ahead(self, request: Request) -> bool:
+        """May it fetch though others come before it? All that waits for a fetch stays within its share of the pool."""
+        if (
+            request.id not in self._offered
+            or sum(not fetch.is_over for fetch in self._open.values()) >= MAX_READING_AHEAD
+        ):
+            return False
+        held = self._num_held + blocks_for(len(request.tokens), self._block_size)
+        return held * FETCHING_SHARE <= self._pool.num_blocks
+
+    @property
+    def _num_held(self) -> int:
+        return sum(len(fetch.blocks) for fetch in self._open.values())
+
     def claim(self, request: Request, found: Sequence[int], end: int, *, spare: int = 0) -> bool:
         """The whole table at once, `found` first.
 
         False: the pool cannot give it now and keep `spare` blocks, or too much of it is taken.
         """
-        held = sum(len(fetch.blocks) for fetch in self._open.values())
-        if held * FETCHING_SHARE > self._pool.num_blocks:
+        if self._num_held * FETCHING_SHARE > self._pool.num_blocks:
             return False
         self._pool.acquire(found)
         num_blocks = blocks_for(len(request.tokens), self._block_size)

@@ -49,6 +49,8 @@ class PrefillWorld:
         """Of each request that fetches: (block, place in its chain) of what has not been read yet."""
         self.fetched: set[int] = set()
         """Those that left the line to fetch, and have not come back to it."""
+        self.num_fetched_ahead = 0
+        """Those that began while others were before them in line."""
         self.late: list[list[int]] = []
         """Blocks that reads may still write for nobody."""
 
@@ -112,8 +114,22 @@ class PrefillWorld:
     def _take_granted(self) -> None:
         for fetch in self.scheduler.drain_granted():
             assert fetch.request.id not in self.dropped
+            self._check_leaves_room(fetch)
             places = range(fetch.num_local, fetch.end)
             self.reads[fetch.request.id] = [(fetch.blocks[place], place) for place in places]
+
+    def _check_leaves_room(self, fetch: PrefixFetch) -> None:
+        """Who fetches before it is its turn leaves those before it what they need: found here, or fresh."""
+        line = [r for r in self.scheduler._line.all() if r.rank < fetch.request.rank]
+        found = [self.pool.find_prefix(r.hashes[: (len(r.tokens) - 1) // self.block_size]) for r in line]
+        for blocks in found:
+            self.pool.acquire(blocks)
+        num_missing = sum(-(-len(r.tokens) // self.block_size) for r in line) - sum(map(len, found))
+        if line:
+            self.num_fetched_ahead += 1
+            assert self.pool.num_available >= num_missing, f"{fetch.request.id} takes what others wait for"
+        for blocks in found:
+            self.pool.release(blocks)
 
     def check_findable(self) -> None:
         """Whatever can be found is what its hash says."""

@@ -152,3 +152,34 @@ def submit(machine: PrefillMachine, rng: random.Random) -> None:
 def test_long_lives_end_with_every_prompt_right_and_no_block_held(seed: int, overlap: bool) -> None:
     world = play(seed, overlap=overlap)
     assert world.done, "nobody was computed: the life was empty"
+
+
+def test_fetches_begin_before_their_turn_and_take_nothing_from_those_before_them() -> None:
+    """The world checks each of them."""
+    assert sum(play_behind_a_queue(seed).num_fetched_ahead for seed in range(20)) > 100
+
+
+def play_behind_a_queue(seed: int) -> PrefillWorld:
+    """More room and less budget than above, and much that others hold."""
+    rng = random.Random(seed)
+    machine = PrefillMachine()
+    machine.begin(rng.randint(20, 60), rng.randint(1, 4), rng.choice((1, 3, 8)), True, rng.random() < 0.5)
+    actions = [
+        (4, lambda: machine.steps(rng.randint(1, 3))),
+        (
+            3,
+            lambda: machine.world.submit(
+                [rng.randint(0, 9) for _ in range(rng.randint(1, 30))], [range(rng.randint(0, 7))]
+            ),
+        ),
+        (2, lambda: machine.pull(rng.randint(0, 7))),
+        (0.5, lambda: machine.drop(rng.randint(0, 7), rng.randint(0, 2))),
+        (4, lambda: machine.land(rng.randint(0, 7), rng.randint(1, 4), rng.randint(0, 2))),
+        (2, lambda: machine.end_fetch(rng.randint(0, 7), rng.choice((0, 0, 1, 2)))),
+    ]
+    weights = [weight for weight, _ in actions]
+    for _ in range(120):
+        rng.choices([action for _, action in actions], weights)[0]()
+        machine.adds_up()
+    machine.teardown()
+    return machine.world

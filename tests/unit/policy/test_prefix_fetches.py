@@ -5,6 +5,7 @@ import pytest
 from tailrace.kv.block_pool import BlockState
 from tailrace.kv.events import KVEventKind
 from tailrace.plan import Chunk
+from tailrace.policy.prefill_scheduler import LOOK_AHEAD
 from tests.helpers.prefill_world import PrefillWorld
 
 A = list(range(100, 140))
@@ -230,3 +231,145 @@ def test_what_is_here_is_not_fetched() -> None:
     world.submit([*A[:12], 3], elsewhere=[range(3)])
     assert world.step().chunks == [Chunk(0, 12, 13, (0,))]
     assert world.pool.state(0) is BlockState.LENT
+
+
+# -- before it is their turn ------------------------------------------------------------------------------------------
+
+C = list(range(300, 340))
+D = list(range(400, 440))
+
+
+def queueing_world(**options: int) -> PrefillWorld:
+    """Request 1 computes 4 tokens a step of 8; request 2 waits; request 3 fetches blocks 0 to 2 of 18 tokens."""
+    world = PrefillWorld(**{"budget": 4, **options})  # type: ignore[arg-type]
+    world.submit(B[:8])
+    world.submit(C[:8])
+    world.submit(A[:18], elsewhere=[range(3)])
+    assert world.step().chunks == [Chunk(0, 0, 4)]
+    return world
+
+
+def test_a_fetch_begins_while_those_before_it_wait_and_nobody_is_overtaken() -> None:
+    world = queueing_world()
+    assert (world.fetch(3).blocks, world.fetch(3).end) == ([2, 3, 4, 5, 6], 3)
+    assert (world.scheduler.num_waiting, world.scheduler.waiting_tokens) == (2, 4 + 8 + 6)
+    world.land(3)
+    world.end_fetch(3)
+    assert world.step().chunks == [Chunk(0, 4, 8, (0,))]
+    plan = world.step()
+    assert [start.tokens for start in plan.started] == [C[:8]], "it is not its turn"
+    assert world.step().chunks == [Chunk(0, 4, 8, (0,))]
+    plan = world.step()
+    assert (list(plan.started[0].blocks), plan.chunks) == ([2, 3, 4, 5, 6], [Chunk(0, 12, 16)])
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
+
+
+def test_a_fetch_that_is_not_over_when_its_turn_has_come_lets_others_pass() -> None:
+    world = queueing_world()
+    world.submit(D[:4])
+    for _ in range(3):
+        world.step()
+    assert [start.tokens for start in world.step().started] == [D[:4]]
+    world.land(3)
+    world.end_fetch(3)
+    assert world.step().chunks == [Chunk(0, 12, 16)]
+
+
+def test_nobody_takes_ahead_of_its_turn_what_those_before_it_need() -> None:
+    """Request 3 needs five blocks, and those before it four: nine are not there."""
+    world = queueing_world(num_blocks=8)
+    assert world.reads == {}
+    world.step()
+    world.drop(1)
+    world.step()
+    assert list(world.reads) == [3], "it is the head of the line now"
+    assert world.fetch(3).blocks == [4, 5, 6, 7, 1]
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
+
+
+def test_what_those_before_it_would_find_here_is_not_evicted_for_it() -> None:
+    world = PrefillWorld(budget=8, num_blocks=12)
+    world.submit(C[:8])
+    world.submit(D[:8])
+    world.step()
+    world.step()
+    for request_id in (1, 2):
+        world.drop(request_id)
+    assert world.pool.next_evicted(4) == [1, 0, 3, 2]
+    world.submit(B[:12])
+    world.submit([*C[:8], 7])
+    # Six blocks at most: four are free, one is not there, and request 4 would find two of the cached ones.
+    world.submit(A[:18], elsewhere=[range(3)])
+    world.step()
+    assert world.fetch(5).blocks == [7, 8, 9, 10, 11]
+    assert world.pool.find_prefix(world.requests[4].hashes) == [0, 1]
+    assert world.pool.num_available == 4
+
+
+def test_so_many_read_ahead_and_no_more_of_the_pool_than_half() -> None:
+    world = PrefillWorld(budget=4, num_blocks=64)
+    world.submit(B[:8])
+    world.submit(C[:8])
+    for number in range(8):
+        world.submit([1000 + 100 * number + at for at in range(18)], elsewhere=[range(3)])
+    world.step()
+    assert list(world.reads) == [3, 4, 5, 6]
+    world.land(3)
+    world.end_fetch(3)
+    world.step()
+    assert list(world.reads) == [4, 5, 6, 7], "one has ended"
+    little = PrefillWorld(budget=4, num_blocks=20)
+    little.submit(B[:8])
+    little.submit(C[:4])
+    for number in range(3):
+        little.submit([1000 + 100 * number + at for at in range(18)], elsewhere=[range(3)])
+    little.step()
+    assert list(little.reads) == [3, 4], "ten blocks of twenty"
+
+
+def test_only_the_next_few_in_line_fetch_ahead() -> None:
+    world = PrefillWorld(budget=4, num_blocks=64)
+    for number in range(LOOK_AHEAD + 1):
+        world.submit([1000 + 100 * number + at for at in range(4)])
+    world.submit(A[:18], elsewhere=[range(3)])
+    world.step()
+    assert world.reads == {}
+    world.step()
+    assert list(world.reads) == [LOOK_AHEAD + 2]
+
+
+def test_a_cancel_or_a_late_read_ahead_of_its_turn_leaves_nothing_behind() -> None:
+    for is_cancelled in (True, False):
+        world = queueing_world()
+        if is_cancelled:
+            world.drop(3, num_in_flight=2)
+        else:
+            world.end_fetch(3, num_in_flight=2)
+        world.write_late()
+        plans = [world.step() for _ in range(4)]
+        assert plans[1].started[0].tokens == C[:8]
+        assert world.reads == {}, "it fetches no more"
+        world.run_to_end()
+        world.check_answers()
+        world.check_empty()
+
+
+def test_who_has_fetched_goes_on_where_the_head_of_the_line_finds_no_room() -> None:
+    world = PrefillWorld(budget=4, num_blocks=16)
+    world.submit(B[:8])
+    world.submit(C[:8])
+    world.submit(A[:18], elsewhere=[range(3)])
+    world.step()
+    world.submit(D[:40], priority=-1)
+    world.land(3)
+    world.end_fetch(3)
+    plans = [world.step() for _ in range(3)]
+    # Ten blocks for request 4 are not there while request 3 holds five and request 1 its two, computed and lent.
+    assert [list(plan.started[0].blocks) for plan in plans if plan.started] == [[2, 3, 4, 5, 6]]
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
