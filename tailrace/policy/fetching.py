@@ -29,8 +29,17 @@ MAX_PAIRS = 1 << 16
 """Measured and remembered, those used last: workers come and go under new names."""
 SPLIT_GAIN = 0.75
 """Of the time from the best single holder: a second one is asked where both together take less."""
+MIN_PATIENCE_S = 0.25
+"""A fetch may take so long even when computing would take less: a first meeting takes some of it."""
+UNKNOWN_PATIENCE_S = 1.0
+"""Before anything has been computed here."""
 
 Pair = tuple[str, str, Tier]
+
+
+def patience_s(compute_s: float) -> float:
+    """How long to wait for what could be computed in `compute_s` (0: not measured yet)."""
+    return max(MIN_PATIENCE_S, compute_s) if compute_s > 0 else UNKNOWN_PATIENCE_S
 
 
 @dataclass(slots=True)

@@ -1,5 +1,5 @@
-"""A hardware profile from measured prefills, by least squares: what a step, a token, a square token and a token of KV
-before a chunk cost."""
+"""A hardware profile from measurements, by least squares: what a step of prefill, a token, a square token and a token
+of KV before a chunk cost, and a fetch beside its bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +18,14 @@ class PrefillSample:
 
     cached_tokens: int
     prompt_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class FetchSample:
+    """A prefix that an idle worker fetched from an idle holder in one loan."""
+
+    num_bytes: int
     seconds: float
 
 
@@ -42,6 +50,21 @@ def calibrated(base: HardwareProfile, samples: Sequence[PrefillSample]) -> Hardw
         context_s_per_token=context_s,
         flops_per_s=2.0 * base.num_parameters / token_s,
         attention_flops_per_s=2.0 * base.num_layers * base.hidden_size / square_s if square_s > 0.0 else float("inf"),
+    )
+
+
+def with_fetches(base: HardwareProfile, samples: Sequence[FetchSample]) -> HardwareProfile:
+    """`base` with the fixed cost of a fetch and the rate of a link as the samples have them, by least squares.
+
+    Neither is below 0. Raises ValueError for samples that are all of one length.
+    """
+    if len({sample.num_bytes for sample in samples}) < 2:
+        raise ValueError("fetches of 2 lengths at least are needed")
+    terms = np.array([(1.0, sample.num_bytes) for sample in samples])
+    seconds = np.array([sample.seconds for sample in samples])
+    overhead_s, byte_s = _least_squares(terms / seconds[:, None])
+    return replace(
+        base, fetch_overhead_s=overhead_s, link_bytes_per_s=1.0 / byte_s if byte_s > 0.0 else base.link_bytes_per_s
     )
 
 

@@ -71,6 +71,19 @@ class DecodeNode:
             self._boundary_s = max(self._boundary_s, now_s)
         self._waiting.append(job)
 
+    def keep(self, hashes: Sequence[bytes]) -> None:
+        """The prompt of a request that prefill has answered with its first token: cached, where there is room."""
+        found = self.pool.find_prefix(hashes)
+        self.pool.acquire(found)
+        fresh = self.pool.allocate(len(hashes) - len(found)) or []
+        for block, name in zip(fresh, hashes[len(found) :], strict=False):
+            self.pool.register(block, name)
+        self.pool.release(found + fresh)
+
+    def answers_at_s(self, now_s: float) -> float:
+        """When it sees what it is told now: at once, or between two steps."""
+        return max(now_s, self._boundary_s + self._duration_s(self._steps_by(now_s) + 1)) if self._ends else now_s
+
     def next_event_s(self, now_s: float) -> float | None:
         """When the batch changes next, by what is known now; None: nothing runs."""
         if not self._ends:

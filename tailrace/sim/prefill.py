@@ -1,11 +1,9 @@
 """A prefill worker under virtual time: the product's own PrefillScheduler and BlockPool, with a formula for each step.
 
-A prompt whose prefix is being fetched keeps its place in line: overtaken by one long prompt, it would lose more than
-the fetch gains.
+As in the worker, commands take effect between two steps, and what changed is told at the end of one.
 """
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -14,16 +12,27 @@ from tailrace.kv.block_pool import BlockPool
 from tailrace.plan import StepOutput, StepPlan
 from tailrace.policy.estimates import PrefillFit
 from tailrace.policy.prefill_scheduler import PrefillScheduler
+from tailrace.policy.prefix_fetches import PrefixFetch
 from tailrace.policy.request import Request, StopRule
-from tailrace.policy.routing import WorkerView
+from tailrace.policy.routing import PrefixRange, WorkerView
 from tailrace.sim.profile import HardwareProfile
 from tailrace.sim.workload import MAX_TOKENS, SimRequest
 from tailrace.types import Role, SamplingParams
+from tailrace.worker.rates import FIT_FORGET, FIT_SPREAD
 
 EPOCH = 1
 LAYOUT = b"simulated"
 _SAMPLING = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
 _STOP = StopRule(frozenset(), 2 * MAX_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedShare:
+    """What came from one holder, and how long it took from asking on."""
+
+    holder_id: str
+    num_blocks: int
+    seconds: float
 
 
 @dataclass(slots=True, eq=False)
@@ -33,21 +42,15 @@ class PrefillJob:
     number: int
     request: SimRequest
     decode_id: str
-    fetch_tier: str = ""
-    landed_from: int | None = None
-    """Blocks from here on were fetched; None: none."""
+    sources: Sequence[PrefixRange] = ()
+    """Who is to be asked for what of its prefix."""
     started_s: float | None = None
+    # When its fetch is over.
+    fetches: Sequence[FetchedShare] = ()
+    fetch_tier: str = ""
     # When it is computed.
     hit_tokens: int = 0
     fetched_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Landing:
-    """Blocks that a fetch writes, and the worker's own ones before them, which stay meanwhile."""
-
-    own: Sequence[int]
-    blocks: Sequence[int]
 
 
 @dataclass(slots=True)
@@ -69,12 +72,11 @@ class PrefillNode:
     next_sequence: int = 0
     _scheduler: PrefillScheduler = field(init=False)
     _jobs: dict[int, PrefillJob] = field(default_factory=dict)
+    fit: PrefillFit = field(default_factory=lambda: PrefillFit(FIT_FORGET, FIT_SPREAD))
     _step: _Step | None = None
-    _line: deque[PrefillJob] = field(default_factory=deque)
-    """Not submitted yet: the first one's prefix is being fetched."""
-    _fetching: set[int] = field(default_factory=set)
-    _fit: PrefillFit = field(default_factory=PrefillFit)
-    _view: WorkerView | None = None
+    _inbox: list[Callable[[float], None]] = field(default_factory=list)
+    """Commands that wait for the end of the step."""
+    _view: WorkerView = field(init=False)
 
     def __post_init__(self) -> None:
         self.pool = BlockPool(self.num_blocks, epoch=EPOCH)
@@ -85,26 +87,30 @@ class PrefillNode:
             max_num_batched_tokens=self.profile.chunk_tokens,
             stop=_STOP,
         )
+        self._view = self._seen()
 
-    def accept(self, job: PrefillJob, *, lands: bool = False) -> None:
-        """`lands`: its prefix is being fetched."""
-        self._line.append(job)
-        if lands:
-            self._fetching.add(job.number)
-        self._move_up()
-
-    def _move_up(self) -> None:
-        while self._line and self._line[0].number not in self._fetching:
-            self._submit(self._line.popleft())
-        self._view = None
-
-    def _submit(self, job: PrefillJob) -> None:
+    def accept(self, job: PrefillJob) -> None:
         request = job.request
         self._jobs[job.number] = job
         # Of the tokens the scheduler looks at their number only.
         tokens = cast("list[int]", range(request.num_prompt_tokens))
         hashes = list(request.full_hashes(self.block_tokens))
-        self._scheduler.submit(Request(job.number, tokens, request.num_prompt_tokens, _SAMPLING, hashes=hashes))
+        # A source is said to hold all of the chain up to its last block.
+        elsewhere = [range(source.first_block + source.num_blocks) for source in job.sources]
+        asked = Request(job.number, tokens, request.num_prompt_tokens, _SAMPLING, hashes=hashes)
+        self._scheduler.submit(asked, elsewhere)
+
+    def tell(self, command: Callable[[float], None], now_s: float) -> None:
+        """At once, or when the step that runs is over."""
+        if self._step is None:
+            command(now_s)
+        else:
+            self._inbox.append(command)
+
+    def drain_commands(self) -> list[Callable[[float], None]]:
+        """Those that have waited for the step that is over now."""
+        commands, self._inbox = self._inbox, []
+        return commands
 
     @property
     def is_computing(self) -> bool:
@@ -123,8 +129,6 @@ class PrefillNode:
         if plan.started:
             self._note_starts(now_s)
         self._step = _Step(plan, seconds)
-        self._view = None
-        self._fit.add_step(((chunk.start, chunk.end) for chunk in plan.chunks), seconds)
         self.busy_s += seconds
         return seconds
 
@@ -139,22 +143,21 @@ class PrefillNode:
         step = self._step
         if step is None:
             raise AssertionError(f"{self.worker_id} computes nothing that could finish")
-        self._step = self._view = None
+        self._step = None
+        self.fit.add_step(((chunk.start, chunk.end) for chunk in step.plan.chunks), step.seconds)
         num_drawn = sum(len(chunk.choices) for chunk in step.plan.chunks)
         out = StepOutput(tokens=[0] * num_drawn, elapsed_s=step.seconds)
         done: list[PrefillJob] = []
         for progress in self._scheduler.finish(step.plan, out).progressed:
             if progress.is_computed:
                 job = self._jobs.pop(progress.request.id)
-                own = progress.num_cached_tokens
-                if job.landed_from is not None:
-                    own = min(own, job.landed_from * self.block_tokens)
-                job.hit_tokens, job.fetched_tokens = own, progress.num_cached_tokens - own
+                job.hit_tokens = progress.num_cached_tokens - job.fetched_tokens
                 done.append(job)
         return done
 
-    def publish(self, index: PrefixIndex) -> None:
-        """Tells the index what changed in the cache, as a worker does after each step."""
+    def report(self, index: PrefixIndex) -> None:
+        """Says how busy it is and what changed in its cache, as a worker does after each step."""
+        self._view = self._seen()
         if events := self.pool.drain_events():
             index.apply(self.worker_id, EPOCH, self.next_sequence, events)
             self.next_sequence += len(events)
@@ -162,50 +165,41 @@ class PrefillNode:
     def give_back(self, job: PrefillJob) -> None:
         """The decode worker has pulled it."""
         self._scheduler.drop(job.number)
-        self._view = None
 
     # -- fetching -----------------------------------------------------------------------------------------------------
 
-    def begin_landing(self, hashes: Sequence[bytes], depth: int) -> Landing | None:
-        """Room for what of the first `depth` blocks is not here; None: there is none, or nothing is missing."""
-        own = self.pool.find_prefix(hashes[:depth])
-        if len(own) == depth:
-            return None
-        self.pool.acquire(own)
-        blocks = self.pool.allocate_landing(depth - len(own))
-        if blocks is None:
-            self.pool.release(own)
-            return None
-        return Landing(own, blocks)
+    def drain_granted(self) -> list[tuple[PrefillJob, PrefixFetch]]:
+        """Requests whose prefix can be read now; each once, and ends with `end_fetch`."""
+        return [(self._jobs[fetch.request.id], fetch) for fetch in self._scheduler.drain_granted()]
 
-    def landed(self, landing: Landing, job: PrefillJob) -> None:
-        """The blocks are there, findable like computed ones, and the job takes its place in line."""
-        job.landed_from = len(self.pool.find_prefix(job.request.hashes))
-        self.pool.landed(landing.blocks)
-        for depth, block in enumerate(landing.blocks, start=len(landing.own)):
-            self.pool.register(block, job.request.hashes[depth])
-        self.pool.release([*landing.own, *landing.blocks])
-        self._fetching.discard(job.number)
-        self._move_up()
+    def landed(self, job: PrefillJob, blocks: Sequence[int]) -> None:
+        self._scheduler.landed(job.number, blocks)
+
+    def end_fetch(self, job: PrefillJob, fetch: PrefixFetch, shares: Sequence[FetchedShare], tier: str) -> None:
+        """Nothing more comes: what has not is computed. `tier`: where most of it was."""
+        job.fetches, job.fetch_tier = shares, tier
+        job.fetched_tokens = (fetch.num_ready - fetch.num_local) * self.block_tokens
+        self._scheduler.end_fetch(job.number)
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
     def view(self) -> WorkerView:
-        """What the worker's load report and this router's measurements say."""
-        if self._view is None:
-            ledger = self.pool.ledger()
-            self._view = WorkerView(
-                worker_id=self.worker_id,
-                role=Role.PREFILL,
-                fingerprint=LAYOUT,
-                num_waiting=self._scheduler.num_waiting + len(self._line),
-                num_running=self._scheduler.num_running,
-                waiting_tokens=self._scheduler.waiting_tokens,
-                free_blocks=ledger.free,
-                cached_blocks=ledger.cached,
-                total_blocks=ledger.total,
-                prefill_tokens_per_s=self._fit.tokens_per_s,
-                prefill_curve_s=self._fit.curve_s,
-                max_num_seqs=self.profile.max_num_seqs,
-            )
+        """What its last report said."""
         return self._view
+
+    def _seen(self) -> WorkerView:
+        ledger = self.pool.ledger()
+        return WorkerView(
+            worker_id=self.worker_id,
+            role=Role.PREFILL,
+            fingerprint=LAYOUT,
+            num_waiting=self._scheduler.num_waiting,
+            num_running=self._scheduler.num_running,
+            waiting_tokens=self._scheduler.waiting_tokens,
+            free_blocks=ledger.free,
+            cached_blocks=ledger.cached,
+            total_blocks=ledger.total,
+            prefill_tokens_per_s=self.fit.tokens_per_s,
+            prefill_curve_s=self.fit.curve_s,
+            max_num_seqs=self.profile.max_num_seqs,
+        )

@@ -42,6 +42,8 @@ class HardwareProfile:
     """What a token of KV before a chunk adds to it, whatever the chunk's length."""
     request_overhead_s: float = 0.0
     """What a request spends before its first token in the gateway and between processes, the worker being free."""
+    fetch_overhead_s: float = 0.0
+    """Of a fetch beside its bytes, the holder being idle: asking for the loan, the first read, telling both engines."""
     contention: float = 0.0
     """Of workers that share a machine: how much longer a step takes while all others compute, as a share of it."""
     max_num_seqs: int = 64

@@ -4,20 +4,19 @@ Events at one instant happen in the order in which they were scheduled, so a run
 """
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
 from tailrace.index.memory import MemoryIndex
 from tailrace.index.prefix_index import PrefixIndex
-from tailrace.kv.events import Tier
 from tailrace.policy.eviction import EVICTIONS
 from tailrace.policy.router import Lenders, Router
-from tailrace.policy.routing import RouteRequest, Way, WorkerView
+from tailrace.policy.routing import RouteRequest, WorkerView
 from tailrace.sim.decode import DecodeJob, DecodeNode
-from tailrace.sim.network import Network
-from tailrace.sim.prefill import LAYOUT, Landing, PrefillJob, PrefillNode
+from tailrace.sim.fetching import TIERS, Fetching, Holders, LearntWays
+from tailrace.sim.prefill import LAYOUT, PrefillJob, PrefillNode
 from tailrace.sim.profile import HardwareProfile
 from tailrace.sim.store import StoreTier
 from tailrace.sim.workload import SimRequest, Workload
@@ -27,8 +26,12 @@ UNLIMITED = "unlimited"
 """The decode worker that stands for as many as are needed."""
 
 
-TIERS = ("worker", "decode", "cpu", "nvme")
-"""Where a fetched block may come from: memory of another prefill worker, of a decode worker or of a store, a disk."""
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast the machine is from a time on: a step takes `factor` times as long as the profile says."""
+
+    from_s: float
+    factor: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +47,15 @@ class SimOptions:
     policy: str = "cost"
     fetch: bool = True
     """Prefixes may be fetched from other workers and from stores."""
+    knows_rates: bool = True
+    """The router has seen fetches before; otherwise it begins as one does that was just started."""
     cpu_blocks: int = 0
     """Of the CPU tier of each worker's node."""
     nvme_blocks: int = 0
     store_eviction: str = "greedy-dual"
     stepwise_decode: bool = False
+    paces: Sequence[Pace] = ()
+    """In the order of their times; before the first one the profile holds."""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,16 +92,6 @@ class Outcome:
     tiers: tuple[str, ...] = TIERS
 
 
-class _Ways:
-    """Fetches at the rates of the profile. A tier of a store is a holder of its own."""
-
-    def __init__(self, rates: Mapping[tuple[str, str], float]) -> None:
-        self._ways = {pair: Way(0.0, 1.0 / rate) for pair, rate in rates.items()}
-
-    def way(self, holder_id: str, needer_id: str, tier: Tier) -> Way | None:
-        return self._ways.get((holder_id, needer_id))
-
-
 class Simulator:
     def __init__(self, workload: Workload, options: SimOptions, index: PrefixIndex | None = None) -> None:
         self._workload = workload
@@ -103,20 +100,22 @@ class Simulator:
         largest = max(options.blocks_per_worker, options.decode_blocks or 0, options.cpu_blocks, options.nvme_blocks)
         self._index = MemoryIndex(largest) if index is None else index
         self._router = Router(self._index, options.policy)
-        self._network = Network()
         width = len(str(options.num_workers - 1))
         names = [f"p{number:0{width}}" for number in range(options.num_workers)]
         self._prefills = {
             name: PrefillNode(name, options.blocks_per_worker, workload.block_tokens, options.profile) for name in names
         }
         self._decodes = self._make_decodes()
-        self._pools = {name: node.pool for name, node in self._prefills.items()}
-        self._pools |= {name: node.pool for name, node in self._decodes.items()}
         self._stores = {name: self._make_store(name) for name in names} if options.fetch else {}
-        self._tiers = {tier.holder_id: tier for store in self._stores.values() for tier in store}
-        self._fetch_rates = self._make_fetch_rates(names) if options.fetch else {}
+        tiers = {tier.holder_id: tier for store in self._stores.values() for tier in store}
+        self._holders = Holders(self._prefills, self._decodes, tiers)
+        self._block_bytes = workload.block_tokens * options.profile.kv_bytes_per_token
+        self._fetching = Fetching(self._holders, options.profile, self._block_bytes, at=self._at, wake=self._wake)
+        self._ways = LearntWays(self._holders)
+        if options.knows_rates:
+            self._ways.know(options.profile)
         beside = {name: [tier.holder_id for tier in store] for name, store in self._stores.items()}
-        self._lenders = Lenders(_Ways(self._fetch_rates), beside=beside) if options.fetch else None
+        self._lenders = Lenders(self._ways, beside=beside) if options.fetch else None
         self._pair_rates = {
             (name, decode): options.profile.link_bytes_per_s for name in names for decode in self._decode_ids()
         }
@@ -167,29 +166,6 @@ class Simulator:
                 tiers.insert(0, StoreTier(f"{name}/{kind}", num_blocks, order, tiers[0] if tiers else None))
         return tiers
 
-    def _make_fetch_rates(self, names: list[str]) -> dict[tuple[str, str], float]:
-        """By (holder, needer): the slowest part of the way between them."""
-        profile = self._profile
-        sources = {
-            "worker": profile.link_bytes_per_s,
-            "decode": profile.link_bytes_per_s,
-            "cpu": profile.host_bytes_per_s,
-            "nvme": profile.nvme_bytes_per_s,
-        }
-        rates: dict[tuple[str, str], float] = {}
-        for holder in (*names, *self._decodes, *self._tiers):
-            tier = self._tier(holder)
-            for needer in names:
-                if needer != holder.partition("/")[0]:
-                    rates[holder, needer] = min(profile.link_bytes_per_s, sources[tier])
-                elif needer != holder:
-                    rates[holder, needer] = sources[tier]
-        return rates
-
-    def _tier(self, holder_id: str) -> str:
-        """Which of TIERS a holder is; a store's is named after its node."""
-        return "decode" if holder_id in self._decodes else holder_id.partition("/")[2] or "worker"
-
     def _decode_views(self, now_s: float) -> list[WorkerView]:
         if self._decodes:
             return [node.view(now_s) for node in self._decodes.values()]
@@ -204,6 +180,7 @@ class Simulator:
     def _arrive(self, number: int, now_s: float) -> None:
         record = self._records[number]
         request = record.request
+        self._ways.advance(now_s)
         route = self._router.route(
             RouteRequest(request.num_prompt_tokens, self._workload.block_tokens, local_prefill=False),
             request.hashes,
@@ -218,77 +195,53 @@ class Simulator:
             return
         self._router.hold(route, number, now_s, len(self._prefills))
         record.worker_id = route.prefill_id
-        job = PrefillJob(number, request, route.decode_id)
         node = self._prefills[route.prefill_id]
-        lands = bool(route.chosen.fetch_blocks) and self._fetch(job, node, route.chosen.holder_id, now_s)
-        node.accept(job, lands=lands)
+        node.accept(PrefillJob(number, request, route.decode_id, route.sources))
         self._start(node, now_s)
 
-    def _fetch(self, job: PrefillJob, needer: PrefillNode, holder_id: str, now_s: float) -> bool:
-        """The holder lends what it really has, and the needer reads what it has not. False: there is nothing to read,
-        or no room for it."""
-        hashes = job.request.hashes
-        lent: list[int] = []
-        if (tier := self._tiers.get(holder_id)) is not None:
-            depth = tier.longest_prefix(hashes)
-        else:
-            lent = self._pools[holder_id].find_prefix(hashes)
-            depth = len(lent)
-        landing = needer.begin_landing(hashes, depth)
-        if landing is None:
-            return False
-        needer.publish(self._index)
-        num_bytes = len(landing.blocks) * self._workload.block_tokens * self._profile.kv_bytes_per_token
-        job.fetch_tier = self._tier(holder_id)
-        rate = self._fetch_rates[holder_id, needer.worker_id]
-        end_s = self._network.transfer(holder_id, needer.worker_id, num_bytes, rate, now_s)
-        del lent[: len(landing.own)]
-        if lent:
-            self._pools[holder_id].lend(lent)
-        self._at(end_s, partial(self._landed, job, needer, landing, holder_id, lent))
-        return True
-
-    def _landed(
-        self, job: PrefillJob, needer: PrefillNode, landing: Landing, owner_id: str, lent: list[int], now_s: float
-    ) -> None:
-        if lent:
-            self._pools[owner_id].unlend(lent)
-            self._wake(owner_id, now_s)
-        needer.landed(landing, job)
-        needer.publish(self._index)
-        self._start(needer, now_s)
-
     def _wake(self, worker_id: str, now_s: float) -> None:
-        """Blocks of its pool may have become available."""
+        """Something that it waits for may be there."""
         if worker_id in self._decodes:
             self._plan(self._decodes[worker_id], now_s)
         else:
             self._start(self._prefills[worker_id], now_s)
 
     def _start(self, node: PrefillNode, now_s: float) -> None:
-        seconds = node.start(now_s, self._slowdown(node))
-        node.publish(self._index)
-        if seconds is not None:
+        if node.is_computing:
+            return
+        seconds = node.start(now_s, self._slowdown(node, now_s))
+        if seconds is None:
+            self._report(node, now_s)
+        else:
             self._at(now_s + seconds, partial(self._stepped, node))
 
-    def _slowdown(self, node: PrefillNode) -> float:
-        """Of a step that begins now, by who else computes."""
+    def _slowdown(self, node: PrefillNode, now_s: float) -> float:
+        """Of a step that begins now, by how fast the machine is and who else computes."""
+        pace = next((pace.factor for pace in reversed(self._options.paces) if pace.from_s <= now_s), 1.0)
         if not self._profile.contention or len(self._prefills) < 2:
-            return 1.0
+            return pace
         others = sum(other.is_computing for other in self._prefills.values() if other is not node)
-        return 1.0 + self._profile.contention * others / (len(self._prefills) - 1)
+        return pace * (1.0 + self._profile.contention * others / (len(self._prefills) - 1))
 
     def _stepped(self, node: PrefillNode, now_s: float) -> None:
         done = node.finish()
-        node.publish(self._index)
         for job in done:
             self._prefilled(node, job, now_s)
+        self._report(node, now_s)
+        for command in node.drain_commands():
+            command(now_s)
         self._start(node, now_s)
+
+    def _report(self, node: PrefillNode, now_s: float) -> None:
+        node.report(self._index)
+        self._fetching.begin(node, now_s)
 
     def _prefilled(self, node: PrefillNode, job: PrefillJob, now_s: float) -> None:
         if store := self._stores.get(node.worker_id):
             store[0].put(job.request.hashes, self._index)
         self._router.release(node.worker_id, job.number, now_s)
+        for share in job.fetches:
+            self._ways.learn(node.worker_id, share, self._block_bytes, now_s)
         record = self._records[job.number]
         record.hit_tokens, record.fetched_tokens = job.hit_tokens, job.fetched_tokens
         record.tier = job.fetch_tier if job.fetched_tokens else ""
@@ -306,10 +259,16 @@ class Simulator:
         record = self._records[job.number]
         if steps < 1:
             record.finished_s = record.first_token_s
+            self._keep(job)
         elif job.decode_id in self._decodes:
             self._join(self._decodes[job.decode_id], job, steps, now_s)
         else:
             record.finished_s = now_s + self._alone_s(job.request.num_prompt_tokens, steps)
+
+    def _keep(self, job: PrefillJob) -> None:
+        if (decode := self._decodes.get(job.decode_id)) is not None:
+            decode.keep(job.request.full_hashes(self._workload.block_tokens))
+            decode.publish(self._index)
 
     def _alone_s(self, context: int, steps: int) -> float:
         """`steps` decode steps of a batch of one."""

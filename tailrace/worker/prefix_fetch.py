@@ -16,6 +16,7 @@ from tailrace.kv.events import Tier
 from tailrace.kv.layout import KVLayout
 from tailrace.messages import Fetch, KvSource, LendDone, LendTerms, LentBlocks, PrefixSource, Submission
 from tailrace.policy.estimates import PrefillFit
+from tailrace.policy.fetching import patience_s
 from tailrace.policy.prefix_fetches import PrefixFetch
 from tailrace.transfer import BlockRead, Link, PendingRead, ReadOutcome, ReadResult
 from tailrace.worker.reading import LendEvents, Peers, stall_s
@@ -23,10 +24,6 @@ from tailrace.worker.report import PrefixDestination
 
 log = logging.getLogger(__name__)
 
-MIN_PATIENCE_S = 0.25
-"""A fetch may take so long even when computing would take less: a first meeting takes some of it."""
-UNKNOWN_PATIENCE_S = 1.0
-"""Before anything has been computed here."""
 MAX_READ_BYTES = 32 << 20
 """In one read: what a slow link has brought so far is kept when the time is up."""
 ASK_AGAIN_S = 0.01
@@ -34,11 +31,6 @@ _TIER_NAMES = {Tier.WORKER: "peer", Tier.CPU: "cpu", Tier.NVME: "nvme"}
 """Of what was fetched; what was here already is of the tier "worker"."""
 MAX_EMPTY_LOANS = 3
 """In a row. An owner that has blocks and lends none lends to others, or has not noticed that our last loan is over."""
-
-
-def patience_s(compute_s: float) -> float:
-    """How long to wait for what could be computed in `compute_s` (0: not measured yet)."""
-    return max(MIN_PATIENCE_S, compute_s) if compute_s > 0 else UNKNOWN_PATIENCE_S
 
 
 def prefix_destination(fetch: PrefixFetch, fit: PrefillFit, block_tokens: int) -> PrefixDestination:

@@ -1,4 +1,5 @@
-"""The hardware profile of a running cluster, for the simulator: from prompts to idle workers, then to all at once."""
+"""The hardware profile of a running cluster, for the simulator: from prompts to idle workers, then to all at once, and
+from what these fetch from one another."""
 
 import asyncio
 import statistics
@@ -11,13 +12,25 @@ from tailrace.checkpoint.model_config import ModelConfig
 from tailrace.cli.bench.load import Asker, completion_body, token_prompts
 from tailrace.cli.bench.replay import Served
 from tailrace.config import UpConfig
-from tailrace.sim.calibrate import PrefillSample, calibrated
+from tailrace.sim.calibrate import FetchSample, PrefillSample, calibrated, with_fetches
 from tailrace.sim.profile import PROFILES, HardwareProfile
 
 LENGTHS = (32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
 """Tokens of the prompts that one idle worker computes."""
-AFTER_PREFIX = ((512, 64), (512, 256), (1024, 16), (1024, 64), (1024, 256), (1536, 512), (1984, 64))
-"""(Tokens found cached, tokens computed after them)."""
+AFTER_PREFIX = (
+    (64, 64),
+    (256, 64),
+    (512, 64),
+    (512, 256),
+    (1024, 16),
+    (1024, 64),
+    (1024, 256),
+    (1536, 512),
+    (1984, 64),
+)
+"""(Tokens found cached, tokens computed after them). All workers but the first fetch what is cached."""
+MAX_LOAN_TOKENS = 1600
+"""A tenth of a pool of 1,000 blocks of 16 tokens: what is fetched in one loan."""
 PAIRED_LENGTHS = (256, 512, 1024)
 """Of those that all workers compute at once."""
 
@@ -29,13 +42,15 @@ class MeasuredProfile:
     """Of each round, over all of them: the median of its prefills over those of their kinds."""
     samples: tuple[PrefillSample, ...]
     """Medians, one of each kind of prompt."""
+    fetches: tuple[FetchSample, ...]
+    """Medians, one of each length."""
     fastest: float
     slowest: float
     """Of all single measurements, over the median of their kind."""
 
-    def between(self, number: int) -> HardwareProfile:
-        """As the machine was between round `number` and the next one."""
-        return self.profile.slowed(statistics.mean(self.slowness[number : number + 2]))
+    def pace(self, number: int) -> float:
+        """How much slower the machine was between round `number` and the next one."""
+        return statistics.mean(self.slowness[number : number + 2])
 
     def report(self) -> dict[str, Any]:
         """Costs in the units in which people think of them, and how far the samples are from them."""
@@ -48,6 +63,11 @@ class MeasuredProfile:
             "prefill_ms": {str(length): round(profile.prefill_s(0, length) * 1e3, 1) for length in (64, 512, 2048)},
             "request_overhead_ms": round(profile.request_overhead_s * 1e3, 2),
             "contention": round(profile.contention, 4),
+            "fetch_overhead_ms": round(profile.fetch_overhead_s * 1e3, 2),
+            "fetch_gb_per_s": round(profile.link_bytes_per_s / 1e9, 3),
+            "fetches_ms": {
+                str(s.num_bytes // profile.kv_bytes_per_token): round(s.seconds * 1e3, 1) for s in self.fetches
+            },
             "num_samples": len(errors),
             "samples_over_median": [round(self.fastest, 3), round(self.slowest, 3)],
             "slowness_of_rounds": [round(value, 3) for value in self.slowness],
@@ -57,7 +77,7 @@ class MeasuredProfile:
 
 
 def unmeasured(model: ModelConfig, config: UpConfig) -> HardwareProfile:
-    """What is known of a cluster before anything is measured. Of its rates only those of prefill are measured here."""
+    """What is known of a cluster before anything is measured; prefills and fetches are measured here."""
     value_bytes = 4 if config.dtype == "float32" else 2
     return replace(
         PROFILES["cpu"],
@@ -81,6 +101,8 @@ class ProfileMeter:
         self._ask = _Ask(asker, model, about.vocab_size, config.prefill)
         self._rounds: list[list[Served]] = []
         self._slowdowns: list[float] = []
+        self._fetches: dict[int, list[float]] = defaultdict(list)
+        """Seconds, by tokens fetched."""
 
     async def warm_up(self) -> None:
         """The first prompts find nothing warm."""
@@ -97,7 +119,10 @@ class ProfileMeter:
                 await self._take_paired(length, alone.prefill_s)
         for before, rest in AFTER_PREFIX:
             if self._fits(before + rest):
-                alone_ones.append(await self._ask.after_prefix(before, rest))
+                computing, *fetching, last = await self._ask.after_prefix(before, rest)
+                alone_ones.append(last)
+                for one in fetching:
+                    self._add_fetch(one, computing)
         self._rounds.append(alone_ones)
 
     async def _take_paired(self, length: int, alone_s: float) -> None:
@@ -105,6 +130,12 @@ class ProfileMeter:
         together = await self._ask.at_once(length, self._num_workers)
         if len({served.worker for served in together}) == self._num_workers:
             self._slowdowns += [served.prefill_s / alone_s - 1.0 for served in together]
+
+    def _add_fetch(self, one: Served, computing: Served) -> None:
+        """What the fetch has added to the time outside of the prefill, of prompts of one length."""
+        seconds = (one.ttft_s - one.prefill_s) - (computing.ttft_s - computing.prefill_s)
+        if 0 < one.fetched_tokens <= MAX_LOAN_TOKENS and seconds > 0.0:
+            self._fetches[one.fetched_tokens].append(seconds)
 
     def _fits(self, length: int) -> bool:
         return length <= self._limit
@@ -121,9 +152,13 @@ class ProfileMeter:
             request_overhead_s=statistics.median(one.ttft_s - one.prefill_s for one in chain(*self._rounds)),
             contention=max(0.0, statistics.median(self._slowdowns)) if self._slowdowns else 0.0,
         )
+        token_bytes = profile.kv_bytes_per_token
+        fetches = tuple(FetchSample(n * token_bytes, statistics.median(s)) for n, s in self._fetches.items())
+        if len(fetches) > 1:
+            profile = with_fetches(profile, fetches)
         ratios = [[one.prefill_s / medians[_kind(one)] for one in taken] for taken in self._rounds]
         slowness = tuple(map(statistics.median, ratios))
-        return MeasuredProfile(profile, slowness, samples, min(chain(*ratios)), max(chain(*ratios)))
+        return MeasuredProfile(profile, slowness, samples, fetches, min(chain(*ratios)), max(chain(*ratios)))
 
 
 def _kind(one: Served) -> tuple[int, int]:
@@ -143,12 +178,11 @@ class _Ask:
     async def at_once(self, num_tokens: int, count: int) -> list[Served]:
         return await asyncio.gather(*(self._ask(prompt) for prompt in self._prompts(count, num_tokens)))
 
-    async def after_prefix(self, before: int, rest: int) -> Served:
-        """`rest` tokens after a prefix that each worker has just computed: requests go round."""
+    async def after_prefix(self, before: int, rest: int) -> list[Served]:
+        """A prefix and a token, which each worker is asked for in turn, then `rest` tokens after that prefix."""
         (prefix,), (tail,) = self._prompts(1, before), self._prompts(1, rest)
-        for _ in range(self._num_workers):
-            await self._ask([*prefix, tail[0]])
-        return await self._ask([*prefix, *tail])
+        asked = [await self._ask([*prefix, tail[0]]) for _ in range(self._num_workers)]
+        return [*asked, await self._ask([*prefix, *tail])]
 
     def _prompts(self, count: int, num_tokens: int) -> list[list[int]]:
         self._seed += 1

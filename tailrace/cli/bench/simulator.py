@@ -6,9 +6,12 @@ arrivals.
 """
 
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +20,7 @@ from rich.table import Table
 
 from tailrace.checkpoint.model_config import load_model_config
 from tailrace.cli.bench.load import Asker
-from tailrace.cli.bench.measured_profile import ProfileMeter
+from tailrace.cli.bench.measured_profile import MeasuredProfile, ProfileMeter
 from tailrace.cli.bench.replay import EXPLAIN, Figures, Served, TokenBlocks, compared, replay
 from tailrace.cli.bench.report import header, print_footer, served
 from tailrace.cli.bench.run import measure_and_show
@@ -27,10 +30,10 @@ from tailrace.cli.model import fetch_model
 from tailrace.config import UpConfig
 from tailrace.config_values import RoutingPolicy
 from tailrace.errors import ConfigError
+from tailrace.kv.hashing import HASH_BYTES
 from tailrace.sim.generate import GENERATORS, generate
-from tailrace.sim.profile import HardwareProfile
-from tailrace.sim.simulator import SimOptions, Simulator
-from tailrace.sim.workload import Workload, read_trace
+from tailrace.sim.simulator import Pace, SimOptions, Simulator
+from tailrace.sim.workload import SimRequest, Workload, read_trace
 
 SHRINK = 4
 """Generated prompts are this much shorter than what `tailrace simulate` makes for a GPU."""
@@ -47,7 +50,7 @@ class SimulatorBenchOptions:
     load: float = 1.0
     """Prefill seconds of all prompts, uncached, over the workers' time."""
     fetch: bool = True
-    """Whether simulated workers fetch prefixes, as real ones do; at the rate of a link that is not measured here."""
+    """Whether simulated workers fetch prefixes, as real ones do."""
     seeds: int = 3
     """Workloads of each kind; of a trace, pieces one after the other."""
 
@@ -68,12 +71,17 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class _Replay:
+class Replay:
     number: int
     """Of the round of measurements before it."""
     case: Case
     policy: str
+    began_s: float
     served: Sequence[Served]
+
+
+WARM_UP = 4
+"""Prompts that each cluster is asked before anything counts; they are simulated too."""
 
 
 def cases(options: SimulatorBenchOptions, block_tokens: int) -> Iterator[Case]:
@@ -82,7 +90,7 @@ def cases(options: SimulatorBenchOptions, block_tokens: int) -> Iterator[Case]:
         for kind in options.workloads:
             for seed in range(options.seeds):
                 whole = generate(kind, options.num_requests, block_tokens * SHRINK, seed)
-                yield Case(kind, seed, whole.with_blocks_of(block_tokens))
+                yield Case(kind, seed, _asked(whole.with_blocks_of(block_tokens)))
         return
     whole = read_trace(options.trace)
     needed = options.num_requests * options.seeds
@@ -90,7 +98,45 @@ def cases(options: SimulatorBenchOptions, block_tokens: int) -> Iterator[Case]:
         raise ConfigError(f"trace: has {len(whole.requests)} requests, {needed} are needed", param="trace")
     for seed in range(options.seeds):
         piece = whole.requests[seed * options.num_requests : (seed + 1) * options.num_requests]
-        yield Case(options.trace.name, seed, Workload(piece, whole.block_tokens).with_blocks_of(block_tokens))
+        shorter = Workload(piece, whole.block_tokens).with_blocks_of(block_tokens)
+        yield Case(options.trace.name, seed, _asked(shorter))
+
+
+def _asked(workload: Workload) -> Workload:
+    """With one token for an answer, of which no later prompt knows."""
+    asked = [replace(request, num_output_tokens=1, answer_hashes=()) for request in workload.requests]
+    return Workload(asked, workload.block_tokens)
+
+
+def _warm_up(block_tokens: int) -> Case:
+    """Nothing in common with anything."""
+    lengths = (512, 512, 64, 64)[:WARM_UP]
+    requests = [
+        SimRequest(float(i), length, 1, _names(f"{i}", length // block_tokens)) for i, length in enumerate(lengths)
+    ]
+    return Case("warm-up", 0, Workload(requests, block_tokens))
+
+
+def _names(salt: str, count: int) -> tuple[bytes, ...]:
+    return tuple(blake2b(f"{salt} {i}".encode(), digest_size=HASH_BYTES).digest() for i in range(count))
+
+
+def joined(replays: Sequence[Replay]) -> Workload:
+    """What one cluster was asked, one replay after the other, each with blocks of its own: its router and its workers
+    remember what was before."""
+    requests = []
+    for one in replays:
+        salt = f"{one.case.name} {one.case.seed} ".encode()
+        shift_s = one.began_s - replays[0].began_s - one.case.workload.requests[0].arrival_s
+        requests += [
+            replace(
+                request,
+                arrival_s=request.arrival_s + shift_s,
+                hashes=tuple(blake2b(salt + name, digest_size=HASH_BYTES).digest() for name in request.hashes),
+            )
+            for request in one.case.workload.requests
+        ]
+    return Workload(requests, replays[0].case.workload.block_tokens)
 
 
 def run_simulator(config: UpConfig, options: SimulatorBenchOptions, *, as_json: bool) -> None:
@@ -104,7 +150,7 @@ async def _measure(config: UpConfig, options: SimulatorBenchOptions, model: Path
     about, name = load_model_config(model), config.model_names[0]
     todo = list(cases(options, config.block_size))
     listener = ClusterConsole(Console(stderr=True), quiet=True)
-    replays: list[_Replay] = []
+    replays: list[Replay] = []
     async with AsyncExitStack() as stack:
 
         async def started(policy: str) -> Asker:
@@ -112,21 +158,29 @@ async def _measure(config: UpConfig, options: SimulatorBenchOptions, model: Path
             cluster = await stack.enter_async_context(running_cluster(arm, model, listener))
             return await stack.enter_async_context(Asker(cluster.api_url, headers=EXPLAIN))
 
+        async def replayed(number: int, case: Case) -> None:
+            for policy, asker in askers.items():
+                blocks = TokenBlocks(case.workload, about.vocab_size, f"{case.name} {case.seed}")
+                began_s = time.perf_counter()
+                real = await replay(asker, name, case.workload, blocks)
+                replays.append(Replay(number, case, policy, began_s, real))
+
         askers = {policy: await started(policy) for policy in options.policies}
         # A cluster of its own: a router that has just seen the meter's requests would still count them as load.
         meter = ProfileMeter(await started("round-robin"), name, config, about)
         await meter.warm_up()
+        await replayed(0, _warm_up(config.block_size))
         for number, case in enumerate(todo):
             await meter.take_round()
             workload = case.workload.at_load(options.load, config.prefill, meter.result().profile)
-            for policy, asker in askers.items():
-                blocks = TokenBlocks(workload, about.vocab_size, f"{case.name} {case.seed}")
-                real = await replay(asker, name, workload, blocks)
-                replays.append(_Replay(number, replace(case, workload=workload), policy, real))
+            await replayed(number, replace(case, workload=workload))
         await meter.take_round()
     measured = meter.result()
-    simulated = [simulate(one, config, measured.between(one.number), fetch=options.fetch) for one in replays]
-    runs = [describe(one, said, config.prefill) for one, said in zip(replays, simulated, strict=True)]
+    runs = []
+    for policy in options.policies:
+        mine = [one for one in replays if one.policy == policy]
+        said = simulate(mine, config, measured, fetch=options.fetch)
+        runs += [describe(one, each, config.prefill) for one, each in zip(mine[1:], said[1:], strict=True)]
     return {
         **head,
         "options": {**asdict(options), "trace": options.trace.name if options.trace else None},
@@ -138,20 +192,27 @@ async def _measure(config: UpConfig, options: SimulatorBenchOptions, model: Path
     }
 
 
-def simulate(one: _Replay, config: UpConfig, profile: HardwareProfile, *, fetch: bool) -> list[Served]:
+def simulate(
+    replays: Sequence[Replay], config: UpConfig, measured: MeasuredProfile, *, fetch: bool
+) -> list[list[Served]]:
+    """What would have become of the replays of one cluster."""
     assert config.num_blocks is not None, "set by the command"
     options = SimOptions(
         config.prefill,
-        profile,
+        measured.profile,
         num_decode=config.decode,
         blocks_per_worker=config.num_blocks,
-        policy=one.policy,
+        policy=replays[0].policy,
         fetch=fetch,
+        knows_rates=False,
+        paces=[Pace(one.began_s - replays[0].began_s, measured.pace(one.number)) for one in replays],
     )
-    return [Served.simulated(record) for record in Simulator(one.case.workload, options).run().records]
+    served = [Served.simulated(record) for record in Simulator(joined(replays), options).run().records]
+    ends = [0, *accumulate(len(one.served) for one in replays)]
+    return [served[begin:end] for begin, end in pairwise(ends)]
 
 
-def describe(one: _Replay, simulated: Sequence[Served], num_workers: int) -> dict[str, Any]:
+def describe(one: Replay, simulated: Sequence[Served], num_workers: int) -> dict[str, Any]:
     was, said = Figures.of(one.served, num_workers), Figures.of(simulated, num_workers)
     return {
         "workload": one.case.name,
