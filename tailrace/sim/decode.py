@@ -72,7 +72,7 @@ class DecodeNode:
         self._waiting.append(job)
 
     def keep(self, hashes: Sequence[bytes]) -> None:
-        """The prompt of a request that prefill has answered with its first token: cached, where there is room."""
+        """Of a prompt of which nothing is decoded here: cached, where there is room."""
         found = self.pool.find_prefix(hashes)
         self.pool.acquire(found)
         fresh = self.pool.allocate(len(hashes) - len(found)) or []

@@ -51,6 +51,8 @@ class PrefillJob:
     # When it is computed.
     hit_tokens: int = 0
     fetched_tokens: int = 0
+    num_pulled_blocks: int = 0
+    """Those that its decode worker can have pulled before the last step ended."""
 
 
 @dataclass(slots=True)
@@ -149,8 +151,11 @@ class PrefillNode:
         out = StepOutput(tokens=[0] * num_drawn, elapsed_s=step.seconds)
         done: list[PrefillJob] = []
         for progress in self._scheduler.finish(step.plan, out).progressed:
-            if progress.is_computed:
-                job = self._jobs.pop(progress.request.id)
+            job = self._jobs[progress.request.id]
+            if not progress.is_computed:
+                job.num_pulled_blocks = progress.num_ready
+            else:
+                del self._jobs[job.number]
                 job.hit_tokens = progress.num_cached_tokens - job.fetched_tokens
                 done.append(job)
         return done

@@ -196,7 +196,8 @@ class Simulator:
         self._router.hold(route, number, now_s, len(self._prefills))
         record.worker_id = route.prefill_id
         node = self._prefills[route.prefill_id]
-        node.accept(PrefillJob(number, request, route.decode_id, route.sources))
+        job = PrefillJob(number, request, route.decode_id, route.sources)
+        node.tell(lambda _: node.accept(job), now_s)
         self._start(node, now_s)
 
     def _wake(self, worker_id: str, now_s: float) -> None:
@@ -266,8 +267,9 @@ class Simulator:
             record.finished_s = now_s + self._alone_s(job.request.num_prompt_tokens, steps)
 
     def _keep(self, job: PrefillJob) -> None:
+        """A request that ends with its first token ends the pull of it: what earlier steps computed has come."""
         if (decode := self._decodes.get(job.decode_id)) is not None:
-            decode.keep(job.request.full_hashes(self._workload.block_tokens))
+            decode.keep(job.request.hashes[: job.num_pulled_blocks])
             decode.publish(self._index)
 
     def _alone_s(self, context: int, steps: int) -> float:

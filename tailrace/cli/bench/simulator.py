@@ -80,8 +80,8 @@ class Replay:
     served: Sequence[Served]
 
 
-WARM_UP = 4
-"""Prompts that each cluster is asked before anything counts; they are simulated too."""
+WARM_UP_LENGTHS = (1024, 1024, 1024, 1024, 64, 64)
+"""Tokens of the prompts that each cluster is asked before anything counts, one a second; they are simulated too."""
 
 
 def cases(options: SimulatorBenchOptions, block_tokens: int) -> Iterator[Case]:
@@ -110,9 +110,9 @@ def _asked(workload: Workload) -> Workload:
 
 def _warm_up(block_tokens: int) -> Case:
     """Nothing in common with anything."""
-    lengths = (512, 512, 64, 64)[:WARM_UP]
     requests = [
-        SimRequest(float(i), length, 1, _names(f"{i}", length // block_tokens)) for i, length in enumerate(lengths)
+        SimRequest(float(second), length, 1, _names(f"{second}", length // block_tokens))
+        for second, length in enumerate(WARM_UP_LENGTHS)
     ]
     return Case("warm-up", 0, Workload(requests, block_tokens))
 
