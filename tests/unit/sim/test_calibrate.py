@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from tailrace.sim.calibrate import PrefillSample, calibrated
+from tailrace.sim.calibrate import FetchSample, PrefillSample, calibrated, with_fetches
 from tailrace.sim.profile import PROFILES
 
 BASE = PROFILES["cpu"]
@@ -42,3 +42,14 @@ def test_too_few_kinds_or_no_growth_are_refused():
     falling = [PrefillSample(0, 16 * i, 1.0 / i**3) for i in range(1, 9)]
     with pytest.raises(ValueError, match="no longer with more tokens"):
         calibrated(BASE, falling)
+
+
+def test_a_fetch_has_a_fixed_cost_and_a_rate():
+    found = with_fetches(BASE, [FetchSample(n, 0.011 + n / 4e9) for n in (10**6, 10**7, 3 * 10**7)])
+    assert found.fetch_overhead_s == pytest.approx(0.011)
+    assert found.link_bytes_per_s == pytest.approx(4e9)
+    noisy = with_fetches(BASE, [FetchSample(10**6, 0.012), FetchSample(10**7, 0.011)])
+    assert noisy.fetch_overhead_s > 0.0
+    assert noisy.link_bytes_per_s == BASE.link_bytes_per_s, "bytes that cost nothing say nothing of the link"
+    with pytest.raises(ValueError, match="2 lengths"):
+        with_fetches(BASE, [FetchSample(10**6, 0.012)] * 3)

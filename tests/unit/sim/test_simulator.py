@@ -7,7 +7,7 @@ from tailrace.policy.choosing import POLICIES
 from tailrace.sim.generate import generate
 from tailrace.sim.profile import PROFILES
 from tailrace.sim.result import SimResult, Slo
-from tailrace.sim.simulator import SimOptions, Simulator
+from tailrace.sim.simulator import Pace, SimOptions, Simulator
 from tailrace.sim.workload import SimRequest, Workload, block_name
 
 H100 = PROFILES["h100"]
@@ -86,6 +86,33 @@ def test_what_another_worker_has_is_fetched_when_its_owner_is_busy() -> None:
         "nvme": 0.0,
     }
     assert fetched.ttft_mean_s < alone.ttft_mean_s
+
+
+def test_a_router_that_was_just_started_does_not_trust_links_of_a_gpu() -> None:
+    prefix = range(20)
+    requests = of(
+        make_request(0.0, *prefix),
+        make_request(10.0, *prefix, *range(100, 300)),
+        make_request(10.001, *prefix, 999),
+    )
+    assert simulate(requests, fetch=True, knows_rates=False).fetch_rate == 0.0
+    assert simulate(requests, fetch=True).fetch_rate > 0.0
+
+
+def test_a_machine_that_slows_down_takes_longer_from_then_on() -> None:
+    requests = of(make_request(0.0, 1, 2, 3), make_request(5.0, 4, 5, 6))
+    outcome = Simulator(requests, SimOptions(1, H100, fetch=False, paces=(Pace(0.0, 1.0), Pace(4.0, 1.5)))).run()
+    before, after = (record.ttft_s for record in outcome.records)
+    assert after == pytest.approx(1.5 * before)
+
+
+def test_what_was_pulled_of_a_prompt_stays_with_the_decode_worker() -> None:
+    steps = 2 * H100.chunk_tokens // BLOCK
+    first, again = make_request(0.0, *range(steps)), make_request(5.0, *range(steps), 99)
+    options = {"num_workers": 1, "num_decode": 1, "fetch": True, "blocks_per_worker": steps + 1}
+    other = make_request(2.0, *range(100, 101 + steps))
+    kept = simulate(of(first, other, again), **options, decode_blocks=4 * steps).tier_hits["decode"]
+    assert kept * (3 * steps + 2) == pytest.approx(steps / 2), "all but the last step's: the answer was over by then"
 
 
 def test_prompts_share_a_step_and_end_with_it() -> None:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from tailrace.cli.bench.load import Asker, RequestTimes
 from tailrace.cli.bench.replay import EXPLAIN, Figures, Served, TokenBlocks, compared, replay
-from tailrace.cli.bench.simulator import SimulatorBenchOptions, _agreement, cases, summarize
+from tailrace.cli.bench.simulator import Case, Replay, SimulatorBenchOptions, _agreement, cases, joined, summarize
 from tailrace.cli.main import app
 from tailrace.errors import ConfigError, UnavailableError
 from tailrace.sim.simulator import RequestRecord
@@ -112,6 +112,22 @@ def test_cases_are_in_the_workers_blocks(tmp_path: Path):
     assert second.workload.requests[0].hashes[1] == block_name(11)
     with pytest.raises(ConfigError, match="trace: has 20 requests, 30 are needed"):
         list(cases(SimulatorBenchOptions(trace=trace, num_requests=10, seeds=3), BLOCK))
+
+
+def test_replays_of_a_cluster_are_one_workload_in_which_they_share_nothing():
+    workload = make_workload((1, 2), (1, 3))
+    replays = [Replay(n, Case("a", n, workload), "cost", 100.0 + 20 * n, ()) for n in range(2)]
+    whole = joined(replays)
+    assert [request.arrival_s for request in whole.requests] == pytest.approx([0.0, 0.01, 20.0, 20.01])
+    first, second, third, fourth = (request.hashes for request in whole.requests)
+    assert first[0] == second[0]
+    assert third[0] == fourth[0]
+    assert not {*first, *second} & {*third, *fourth}
+
+
+def test_one_token_is_asked_for_and_no_prompt_knows_it():
+    for case in cases(SimulatorBenchOptions(num_requests=10, seeds=1), BLOCK):
+        assert {(r.num_output_tokens, r.answer_hashes) for r in case.workload.requests} == {(1, ())}
 
 
 @pytest.mark.parametrize(
