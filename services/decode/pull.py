@@ -52,7 +52,8 @@ class PromptPull:
         self._failure: ReadResult | None = None
         self._settled = asyncio.Event()
         self._is_over = False
-        self._num_told = 0
+        self._num_told = worker.first_handed_over(request)
+        """Blocks of the prompt; those before the window of what decodes are not asked for."""
         self._reading_s = 0.0
         self._num_bytes = 0
 
@@ -91,7 +92,7 @@ class PromptPull:
     async def _pull(self, peers: Peers, attempt: tuple[str, int]) -> None:
         link = await peers.link(self._source)
         worker_id, epoch = peers.identity()
-        terms = LendTerms(*attempt, self._source.ticket, worker_id, epoch, link.transport)
+        terms = LendTerms(*attempt, self._source.ticket, worker_id, epoch, link.transport, skip_blocks=self._num_told)
         async with peers.lend(self._source, terms) as events:
             done = await self._follow(link, events)
             await self._all_landed()

@@ -53,6 +53,8 @@ class _Life:
     pull: Pull | None = None
     pulled: PulledPrefix = field(default_factory=PulledPrefix)
     """Of its prompt's prefix, where that is computed here."""
+    num_found: int = 0
+    """Leading blocks of it that were here before that."""
     fetches: tuple[Fetch, ...] = ()
     """All of them, also those of blocks that it had lost here."""
 
@@ -138,6 +140,10 @@ class DecodeWorker:
         """Its owner has blocks ready; a later report grants the destination."""
         self._scheduler.want_destination(request_id)
 
+    def first_handed_over(self, request: Request) -> int:
+        """The first block of its prompt that is pulled. From any thread."""
+        return self._scheduler.first_handed_over(len(request.tokens))
+
     def landed(self, request_id: int, blocks: Sequence[int]) -> None:
         """A read ended well."""
         self._scheduler.landed(request_id, blocks)
@@ -197,7 +203,8 @@ class DecodeWorker:
         request_id = self._scheduler.swaps.request_of(swap_id)
         if (life := self._lives.get(request_id)) is not None:
             life.fetches += pulled.fetches
-            life.pulled = pulled if prompt_of is not None else life.pulled
+            if prompt_of is not None:
+                life.pulled, life.num_found = pulled, self._scheduler.swaps.num_found(swap_id)
         self._scheduler.end_swap(swap_id, in_flight)
         if in_flight:
             self.quarantine(in_flight)
@@ -304,7 +311,9 @@ class DecodeWorker:
             transport=pulled.transport,
             decode_s=now - began,
             cached_tokens=life.cached_tokens,
-            cached_by_tier=tokens_by_tier(life.cached_tokens // self._block_tokens, self._block_tokens, pulled.tiers),
+            cached_by_tier=tokens_by_tier(
+                life.cached_tokens // self._block_tokens, self._block_tokens, pulled.tiers, life.num_found
+            ),
             fetches=life.fetches,
         )
 
@@ -329,22 +338,22 @@ class DecodeWorker:
         """Who holds what, and why. What is still read into for a request that is gone is held by "a pending read"."""
         now = time.monotonic()
         held = [
-            Holding(self._name(s.request.id), HoldingState.ACTIVE, tuple(s.blocks), self._age(s.request.id, now))
+            Holding(self._name(s.request.id), HoldingState.ACTIVE, tuple(s.held), self._age(s.request.id, now))
             for s in self._scheduler.sequences()
         ]
         named: set[int] = set()
         for arrival in self._scheduler.arrivals():
-            landing = tuple(b for b in arrival.blocks if self._pool.state(b) is BlockState.LANDING)
+            landing = tuple(b for b in arrival.held if self._pool.state(b) is BlockState.LANDING)
             named.update(landing)
             if landing:
                 request_id = arrival.request.id
                 held.append(Holding(self._name(request_id), HoldingState.LANDING, landing, self._age(request_id, now)))
         for sequence, fetch in self._scheduler.swaps.held():
-            landing = tuple(b for b in fetch.blocks if self._pool.state(b) is BlockState.LANDING)
+            landing = tuple(b for b in fetch.held if self._pool.state(b) is BlockState.LANDING)
             named.update(landing)
             request_id = sequence.request.id if sequence is not None else -1
             name = self._name(request_id) if sequence is not None else "a fetch that nobody waits for"
-            rest = tuple(b for b in fetch.blocks if b not in landing)
+            rest = tuple(b for b in fetch.held if b not in landing)
             held.append(Holding(name, HoldingState.ACTIVE, rest, self._age(request_id, now)))
             held.append(Holding(name, HoldingState.LANDING, landing, self._age(request_id, now)))
         return [*held, *pending_reads(self._pool, named)]

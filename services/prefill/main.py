@@ -32,6 +32,7 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         stop=parts.stop_rule,
+        window=engine.layout.window,
     )
     worker = PrefillWorker(
         parts.step_runner(),

@@ -208,15 +208,16 @@ class PrefillWorker:
         )
 
     def _by_tier(self, job: PrefillJob, pulled: PulledPrefix) -> dict[str, int]:
-        return tokens_by_tier(job.num_cached_tokens // self._block_size, self._block_size, pulled.tiers)
+        num_blocks = job.num_cached_tokens // self._block_size
+        return tokens_by_tier(num_blocks, self._block_size, pulled.tiers, job.num_found)
 
     def _progress(self, job: PrefillJob) -> LendProgress:
         if job.is_computed:
             life = self._lives[job.request.id]
             life.computed = life.computed or time.monotonic()
-        blocks = job.blocks[: job.num_ready]
+        blocks = job.blocks[job.num_gone : job.num_ready]
         addresses = [self._pool_address + block * self._block_bytes for block in blocks]
-        lent = LentBlocks(0, blocks, addresses, [self._pool.generation(b) for b in blocks])
+        lent = LentBlocks(job.num_gone, blocks, addresses, [self._pool.generation(b) for b in blocks])
         return LendProgress(job.request.id, lent, self._done(job) if job.is_computed and job.first_tokens else None)
 
     def _done(self, job: PrefillJob) -> LendDone:
@@ -246,14 +247,14 @@ class PrefillWorker:
         """Who holds what, and why. What is still read into for a request that is gone is held by "a pending read"."""
         held = []
         for job in self._scheduler.jobs():
-            is_lent = self._pool.state(job.blocks[0]) is BlockState.LENT
+            is_lent = any(self._pool.state(block) is BlockState.LENT for block in job.held[:1])
             state = HoldingState.LENT if is_lent else HoldingState.ACTIVE
-            held.append(self._holding(job.request.id, state, job.blocks))
+            held.append(self._holding(job.request.id, state, job.held))
         landing: set[int] = set()
         for fetch in self._scheduler.fetching():
-            arriving = [block for block in fetch.blocks if self._pool.state(block) is BlockState.LANDING]
+            arriving = [block for block in fetch.held if self._pool.state(block) is BlockState.LANDING]
             landing.update(arriving)
-            active = [block for block in fetch.blocks if block not in arriving]
+            active = [block for block in fetch.held if block not in arriving]
             for state, blocks in ((HoldingState.LANDING, arriving), (HoldingState.ACTIVE, active)):
                 if blocks:
                     held.append(self._holding(fetch.request.id, state, blocks))

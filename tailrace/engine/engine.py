@@ -19,6 +19,7 @@ from tailrace.engine.sampler import SamplingState
 from tailrace.engine.weights import Progress
 from tailrace.errors import ConfigError
 from tailrace.kv.layout import KVLayout, LayerGroup
+from tailrace.kv.window import Window
 
 NUMERICS_VERSION = 2
 """Part of every layout: raise it whenever the engine computes keys or values differently."""
@@ -170,7 +171,7 @@ def _layout(config: ModelConfig, weights_digest: str, options: EngineOptions, dt
 
 def _num_blocks(options: EngineOptions, layout: KVLayout, max_model_len: int) -> int:
     """Must hold one sequence of the longest kind, else a request that was accepted could never be finished."""
-    needed = max(_MIN_BLOCKS, -(-max_model_len // layout.block_size))
+    needed = max(_MIN_BLOCKS, Window(layout.window, layout.block_size).least_held(max_model_len))
     if options.num_blocks is not None:
         if options.num_blocks < needed:
             raise ConfigError(

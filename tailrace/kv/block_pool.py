@@ -145,6 +145,10 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def find_each(self, hashes: Sequence[bytes]) -> list[int | None]:
+        """As `find_prefix`, of each hash by itself."""
+        return [self._by_hash.get(block_hash) for block_hash in hashes]
+
     def next_evicted(self, count: int) -> list[int]:
         """The first `count` cached blocks in the order in which they would be evicted now."""
         return list(islice(self._evictable, max(0, count)))

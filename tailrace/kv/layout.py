@@ -89,6 +89,11 @@ class KVLayout:
         return (self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim)
 
     @property
+    def window(self) -> int:
+        """Tokens that every layer attends to at most; 0: some layer attends to all. A block holds all layers."""
+        return self.groups[0].window if len(self.groups) == 1 else 0
+
+    @property
     def bytes_per_token(self) -> int:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.kv_dtype]
 

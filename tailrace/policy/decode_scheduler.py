@@ -14,6 +14,7 @@ from collections.abc import Sequence as Seq
 
 from tailrace.kv.block_pool import BlockPool
 from tailrace.kv.hashing import extend_hashes, parent_of
+from tailrace.kv.window import Window
 from tailrace.plan import BlockAppend, SequenceStart, StepOutput, StepPlan
 from tailrace.policy.arrivals import Arrivals
 from tailrace.policy.copies import PendingCopies
@@ -21,7 +22,7 @@ from tailrace.policy.flights import Flights
 from tailrace.policy.forks import branch
 from tailrace.policy.local_prefill import LocalPrefill
 from tailrace.policy.offers import OfferPolicy
-from tailrace.policy.request import DrawnToken, Request, StopRule, blocks_for
+from tailrace.policy.request import DrawnToken, Request, StopRule
 from tailrace.policy.running import PlannedRows, RunningBatch, drawn_rows
 from tailrace.policy.sequence import Arrival, DecodeStep, Finish, Sequence
 from tailrace.policy.slots import Slots
@@ -39,22 +40,25 @@ class DecodeScheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         stop: StopRule,
+        window: int = 0,
         offers: OfferPolicy | None = None,
         swap_cost: SwapCost | None = None,
     ) -> None:
-        """`offers`: None where there is no store; `swap_cost`: None where nothing is fetched back from it."""
+        """`window`: KVLayout.window; `offers`: None where there is no store; `swap_cost`: None where nothing is
+        fetched back from it."""
         self._pool = pool
         self._block_size = block_size
         self._budget = max_num_batched_tokens
         self._slots = Slots(max_num_seqs)
         self._stop = stop
         self._offers = offers
-        self._arrivals = Arrivals(pool, block_size)
+        self._window = Window(window, block_size)
+        self._arrivals = Arrivals(pool, self._window)
         self._joining: list[Sequence] = []
         self._running = RunningBatch(block_size, stop)
         self._flights: Flights[PlannedRows] = Flights(pool)
         self._copies = PendingCopies(pool)
-        self._local = LocalPrefill(pool, self._slots, self._flights, block_size, swap_cost)
+        self._local = LocalPrefill(pool, self._slots, self._flights, self._window, self._budget, swap_cost)
         self.num_preempted = 0
 
     # -- load ---------------------------------------------------------------------------------------------------------
@@ -88,7 +92,11 @@ class DecodeScheduler:
 
     def fits(self, num_tokens: int) -> bool:
         """Could this prompt, and one token more, ever be held?"""
-        return blocks_for(num_tokens + 1, self._block_size) <= self._pool.num_blocks
+        return self._window.least_held(num_tokens + 1) <= self._pool.num_blocks
+
+    def first_handed_over(self, num_tokens: int) -> int:
+        """The first block that is pulled of a prompt of so many tokens. From any thread."""
+        return self._window.first_handed_over(num_tokens)
 
     # -- arrivals: booked, granted, landed, joined --------------------------------------------------------------------
 
@@ -127,10 +135,11 @@ class DecodeScheduler:
         arrival = self._arrivals.pop(request_id)
         assert arrival is not None, "callers know what they booked"
         request = arrival.request
-        self._register(request, arrival.blocks, request.hashes, 0, len(request.hashes))
+        self._register(request, arrival.blocks, request.hashes, arrival.num_gone, len(request.hashes))
         parent = Sequence(
             request, request.choices, list(request.tokens), list(request.hashes), arrival.blocks, len(request.tokens)
         )
+        parent.num_gone = arrival.num_gone
         step = DecodeStep()
         self._joining.extend(self._fork(parent, first, step))
         return step
@@ -193,9 +202,9 @@ class DecodeScheduler:
         self._vacate(sequence)
 
     def _vacate(self, sequence: Sequence) -> None:
-        self._copies.forget(sequence.blocks)
-        self._flights.release(sequence.blocks)
-        sequence.blocks = []
+        self._copies.forget(sequence.held)
+        self._flights.release(sequence.held)
+        sequence.blocks, sequence.num_gone = [], 0
         if sequence.slot >= 0:
             self._slots.give_back(sequence.slot)
             sequence.slot = -1
@@ -215,11 +224,15 @@ class DecodeScheduler:
         started = self._start_joined()
         rows = self._running.rows(has_ended=due.has_ended)
         local = self._local.plan(self._budget - len(rows.slots), spare=len(self._running))
+        if self._local.computing and not (rows.slots or local.chunks or self._flights):
+            # Each waits for blocks that others share with whoever let go of them.
+            self._preempt(max([*self._local.computing, *self._joining], key=lambda s: s.rank))
+            return self.schedule()
         plan = StepPlan(
             chunks=local.chunks,
             released=self._slots.drain_released(),
             started=[*started, *local.started],
-            appended=appended,
+            appended=[*appended, *local.appended],
             copies=self._copies.drain(),
             decode=rows.slots,
         )
@@ -333,6 +346,7 @@ class DecodeScheduler:
         reason = self._stop.finish_reason(token, num_tokens, sequence.request)
         if reason is None:
             self._running.set_watch(sequence)
+            self._let_go(sequence, num_tokens - 1)
         else:
             step.finished.append(Finish(sequence.key, reason))
             self._offer(sequence)
@@ -350,6 +364,7 @@ class DecodeScheduler:
                 self._remove(sequence)
                 continue
             self._computed(sequence, chunk.end)
+            self._let_go(sequence, chunk.end)
             if draws:
                 step.prefilled.append(sequence.request.id)
                 self._settle_prompt(sequence, [self._drawn(sequence, out, row) for row in draws], step)
@@ -374,6 +389,11 @@ class DecodeScheduler:
     def _register(self, request: Request, blocks: Seq[int], hashes: Seq[bytes], first: int, end: int) -> None:
         for index in range(first, end):
             self._pool.register(blocks[index], hashes[index], parent_of(hashes, index), request.tenant)
+
+    def _let_go(self, sequence: Sequence, position: int) -> None:
+        """Of what is before the window of the token at `position`, which is computed next or in flight."""
+        if leaving := self._window.let_go(sequence, position):
+            self._flights.release(leaving)
 
     def _offer(self, sequence: Sequence) -> None:
         """It lets its blocks go: the store may want those that are computed."""
@@ -414,7 +434,7 @@ class DecodeScheduler:
             self._local.line.add(child)
         if not branches.held:
             self._offer(parent)
-            self._flights.release(parent.blocks)
+            self._flights.release(parent.held)
         return branches.held
 
 

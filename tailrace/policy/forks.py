@@ -33,9 +33,9 @@ def branch(
             parent.request, (token.choice,), [*parent.tokens, token.token_id], list(parent.hashes), [], position
         )
         if not branches.held:
-            child.blocks = parent.blocks
+            child.blocks, child.num_gone = parent.blocks, parent.num_gone
             branches.held.append(child)
-        elif _copy_table(pool, copies, parent.blocks, position // block_size, child):
+        elif _copy_table(pool, copies, parent, position // block_size, child):
             branches.held.append(child)
         else:
             child.num_computed, child.hashes = 0, []
@@ -43,13 +43,13 @@ def branch(
     return branches
 
 
-def _copy_table(pool: BlockPool, copies: PendingCopies, blocks: list[int], num_full: int, child: Sequence) -> bool:
-    shared, partial = blocks[:num_full], blocks[num_full:]
+def _copy_table(pool: BlockPool, copies: PendingCopies, parent: Sequence, num_full: int, child: Sequence) -> bool:
+    shared, partial = parent.blocks[:num_full], parent.blocks[num_full:]
     fresh = pool.allocate(len(partial))
     if fresh is None:
         return False
-    pool.acquire(shared)
-    child.blocks = [*shared, *fresh]
+    pool.acquire(shared[parent.num_gone :])
+    child.blocks, child.num_gone = [*shared, *fresh], parent.num_gone
     for source, target in zip(partial, fresh, strict=True):
         copies.add(source, target)
     return True

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 
 from tailrace.kv.block_pool import BlockPool
 from tailrace.kv.hashing import hash_blocks
-from tailrace.plan import Chunk, SequenceStart
+from tailrace.kv.window import LeadingBlocks, Window
+from tailrace.plan import BlockAppend, Chunk, SequenceStart
 from tailrace.policy.flights import Flights
 from tailrace.policy.line import Line
-from tailrace.policy.request import blocks_for
+from tailrace.policy.prompt_tables import PromptTables
 from tailrace.policy.running import PlannedRows
 from tailrace.policy.sequence import Sequence
 from tailrace.policy.slots import Slots
@@ -17,16 +18,19 @@ from tailrace.policy.swap import SwapCost, SwapIns
 
 @dataclass(frozen=True, slots=True)
 class LocalChunks:
-    """Of one step: the chunks, whose they are, and who of them has a slot since this step."""
+    """Of one step: the chunks, whose they are, who of them has a slot since this step, and who got blocks."""
 
     chunks: list[Chunk] = field(default_factory=list)
     prompts: list[Sequence] = field(default_factory=list)
     started: list[SequenceStart] = field(default_factory=list)
+    appended: list[BlockAppend] = field(default_factory=list)
 
-    def add(self, sequence: Sequence, budget: int) -> int:
-        """The sequence's next chunk; its number of tokens."""
+    def add(self, sequence: Sequence, budget: int, block_size: int) -> int:
+        """The sequence's next chunk, as far as its blocks go; its number of tokens."""
         start, total = sequence.num_planned, len(sequence.tokens)
-        end = sequence.num_planned = min(total, start + budget)
+        end = sequence.num_planned = min(total, start + budget, len(sequence.blocks) * block_size)
+        if end == start:
+            return 0
         self.chunks.append(Chunk(sequence.slot, start, end, sequence.choices if end == total else ()))
         self.prompts.append(sequence)
         return end - start
@@ -36,14 +40,23 @@ class LocalPrefill:
     """Who waits, who fetches, and who computes."""
 
     def __init__(
-        self, pool: BlockPool, slots: Slots, flights: Flights[PlannedRows], block_size: int, cost: SwapCost | None
+        self,
+        pool: BlockPool,
+        slots: Slots,
+        flights: Flights[PlannedRows],
+        window: Window,
+        budget: int,
+        cost: SwapCost | None,
     ) -> None:
+        """`budget`: tokens a step."""
         self._pool = pool
         self._slots = slots
         self._flights = flights
-        self._block_size = block_size
+        self._window = window
+        self._block_size = window.block_size
+        self._tables = PromptTables(pool, window, budget)
         self.line: Line[Sequence] = Line()
-        self.swaps = SwapIns(pool, block_size, cost)
+        self.swaps = SwapIns(self._tables, cost)
         self.computing: list[Sequence] = []
 
     @property
@@ -75,10 +88,12 @@ class LocalPrefill:
         work = LocalChunks()
         for sequence in self.computing:
             if budget > 0 and sequence.num_planned < len(sequence.tokens):
-                budget -= work.add(sequence, budget)
+                if grown := self._tables.grow(sequence, len(sequence.tokens)):
+                    work.appended.append(BlockAppend(sequence.slot, len(sequence.blocks) - len(grown), grown))
+                budget -= work.add(sequence, budget, self._block_size)
         while budget > 0 and (admitted := self._admit(spare)) is not None:
             work.started.append(admitted.as_start())
-            budget -= work.add(admitted, budget)
+            budget -= work.add(admitted, budget, self._block_size)
         return work
 
     def _admit(self, spare: int) -> Sequence | None:
@@ -86,12 +101,12 @@ class LocalPrefill:
         if not len(self._slots):
             return None
         if (fetched := self.swaps.take_ended()) is not None:
-            return self._enter(fetched.sequence, fetched.blocks, fetched.num_ready)
+            return self._enter(fetched.sequence, fetched.table, fetched.num_ready)
         while (sequence := self.line.head) is not None:
             if not sequence.hashes:
                 sequence.hashes = hash_blocks(sequence.tokens, self._block_size, sequence.request.hash_seed)
             reusable = sequence.hashes[: (len(sequence.tokens) - 1) // self._block_size]
-            cached = self._pool.find_prefix(reusable)
+            cached = self._window.find(self._pool, reusable)
             if self._flights.will_find(reusable, len(cached)) or self.swaps.will_find(reusable, len(cached)):
                 return None
             end = self.swaps.reach(sequence, len(cached), len(reusable))
@@ -102,21 +117,17 @@ class LocalPrefill:
             self.line.pop()
         return None
 
-    def _start_at_once(self, sequence: Sequence, cached: list[int], spare: int) -> Sequence | None:
+    def _start_at_once(self, sequence: Sequence, cached: LeadingBlocks, spare: int) -> Sequence | None:
         """None: there is no room."""
-        self._pool.acquire(cached)
-        missing = blocks_for(len(sequence.tokens), self._block_size) - len(cached)
-        has_room = self._pool.num_available >= missing + spare
-        fresh = self._pool.allocate(missing) if has_room else None
-        if fresh is None:
-            self._pool.release(cached)
+        table = self._tables.claim(len(sequence.tokens), cached, spare=spare)
+        if table is None:
             return None
         self.line.pop()
-        return self._enter(sequence, [*cached, *fresh], len(cached))
+        return self._enter(sequence, table, len(cached))
 
-    def _enter(self, sequence: Sequence, blocks: list[int], num_ready: int) -> Sequence:
+    def _enter(self, sequence: Sequence, table: LeadingBlocks, num_ready: int) -> Sequence:
         sequence.enter(self._slots.take())
-        sequence.blocks, sequence.elsewhere = blocks, ()
+        sequence.blocks, sequence.num_gone, sequence.elsewhere = table.blocks, table.num_gone, ()
         sequence.num_computed = sequence.num_planned = num_ready * self._block_size
         self.computing.append(sequence)
         return sequence

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 
 from tailrace.kv.block_pool import BlockPool
 from tailrace.kv.hashing import parent_of
-from tailrace.plan import Chunk, SequenceStart, StepOutput, StepPlan
+from tailrace.kv.window import LeadingBlocks, Window
+from tailrace.plan import BlockAppend, Chunk, SequenceStart, StepOutput, StepPlan
 from tailrace.policy.flights import Flights
 from tailrace.policy.line import Line
 from tailrace.policy.prefix_fetches import PrefixFetch, PrefixFetches
+from tailrace.policy.prompt_tables import PromptTables
 from tailrace.policy.request import DrawnToken, Request, StopRule, blocks_for
 from tailrace.policy.slots import Slots
 
@@ -38,7 +40,16 @@ class PrefillJob:
     num_computed: int
     num_ready: int
     num_cached_tokens: int
+    num_found: int
+    """Leading blocks that were here; what else is cached was fetched."""
+    num_gone: int = 0
+    """Leading entries of `blocks` that lie before the window of its next token, and are no longer its own."""
     first_tokens: tuple[DrawnToken, ...] = ()
+
+    @property
+    def held(self) -> list[int]:
+        """Those of `blocks` that it refers to, or lends."""
+        return self.blocks[self.num_gone :]
 
     @property
     def is_computed(self) -> bool:
@@ -54,12 +65,30 @@ class PrefillStep:
     computed_tokens: int = 0
 
 
+@dataclass(slots=True)
+class _Chunks:
+    """Of the step that is being planned, and whose they are."""
+
+    jobs: list[PrefillJob] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    appended: list[BlockAppend] = field(default_factory=list)
+    num_tokens: int = 0
+
+
 class PrefillScheduler:
     """Owns the requests of a prefill worker; `pool` is written here only."""
 
     def __init__(
-        self, pool: BlockPool, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int, stop: StopRule
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        stop: StopRule,
+        window: int = 0,
     ) -> None:
+        """`window`: KVLayout.window."""
         self._pool = pool
         self._block_size = block_size
         self._budget = max_num_batched_tokens
@@ -68,7 +97,9 @@ class PrefillScheduler:
         self._line: Line[Request] = Line()
         self._aside: list[Request] = []
         """Out of the line until a fetch ends: it brings what they lack first."""
-        self._fetches = PrefixFetches(pool, block_size)
+        self._window = Window(window, block_size)
+        self._tables = PromptTables(pool, self._window, max_num_batched_tokens)
+        self._fetches = PrefixFetches(self._tables)
         self._running: dict[int, PrefillJob] = {}
         self._held: dict[int, PrefillJob] = {}
         self._flights: Flights[list[PrefillJob]] = Flights(pool)
@@ -91,7 +122,7 @@ class PrefillScheduler:
 
     def fits(self, num_tokens: int) -> bool:
         """Could a prompt of this length ever be held?"""
-        return blocks_for(num_tokens, self._block_size) <= self._pool.num_blocks
+        return self._window.least_held(num_tokens) <= self._pool.num_blocks
 
     def submit(self, request: Request, elsewhere: Sequence[range] = ()) -> None:
         """`elsewhere`: blocks of its chain that others are said to hold, to be fetched where they are not here."""
@@ -121,9 +152,9 @@ class PrefillScheduler:
         if (job := self._running.pop(request_id, None)) is not None:
             self._slots.give_back(job.slot)
             job.slot = -1
-            self._flights.release(job.blocks)
+            self._flights.release(job.held)
         elif (job := self._held.pop(request_id, None)) is not None:
-            self._pool.unlend(job.blocks)
+            self._pool.unlend(job.held)
         elif self._fetches.drop(request_id, in_flight):
             self._return_aside()
         else:
@@ -175,21 +206,32 @@ class PrefillScheduler:
         """
         jobs = [job for job in self._running.values() if job.num_planned < len(job.request.tokens)]
         started = [self._start(job) for job in self._go_on(jobs)]
-        chunks: list[Chunk] = []
-        budget = self._budget
+        work = _Chunks()
         for job in jobs:
-            if budget == 0:
+            if work.num_tokens == self._budget:
                 break
-            budget -= self._add_chunk(job, budget, chunks)
-        while (admitted := self._next(budget)) is not None:
+            if grown := self._tables.grow(job, len(job.request.tokens)):
+                work.appended.append(BlockAppend(job.slot, len(job.blocks) - len(grown), grown))
+            self._add_chunk(job, work)
+        while (admitted := self._next(self._budget - work.num_tokens)) is not None:
             started.append(self._start(admitted))
-            budget -= self._add_chunk(admitted, budget, chunks)
+            self._add_chunk(admitted, work)
             jobs.append(admitted)
+        if jobs and not work.jobs and not self._flights:
+            # Each waits for blocks that others share with whoever let go of them.
+            self._give_way(max(jobs, key=lambda job: job.request.rank))
+            return self.schedule()
         self._fetch_ahead()
-        plan = StepPlan(released=self._slots.drain_released(), started=started, chunks=chunks)
+        released = self._slots.drain_released()
+        plan = StepPlan(released=released, started=started, appended=work.appended, chunks=work.chunks)
         if plan.changes_anything:
-            self._begin(plan, jobs[: len(chunks)])
+            self._begin(plan, work.jobs)
         return plan
+
+    def _give_way(self, job: PrefillJob) -> None:
+        """It is computed again from what is still cached of it."""
+        self.drop(job.request.id)
+        self._line_up(job.request)
 
     def _go_on(self, jobs: list[PrefillJob]) -> list[PrefillJob]:
         """Those whose prefix has come, before whom nobody waits and for whom something of the budget is left: put among
@@ -206,11 +248,15 @@ class PrefillScheduler:
         jobs.sort(key=lambda job: job.request.rank)
         return fetched
 
-    def _add_chunk(self, job: PrefillJob, budget: int, chunks: list[Chunk]) -> int:
+    def _add_chunk(self, job: PrefillJob, work: "_Chunks") -> None:
+        """As far as its blocks and the budget go."""
         start, total = job.num_planned, len(job.request.tokens)
-        end = job.num_planned = min(total, start + budget)
-        chunks.append(Chunk(job.slot, start, end, job.request.choices if end == total else ()))
-        return end - start
+        end = min(total, start + self._budget - work.num_tokens, len(job.blocks) * self._block_size)
+        if end > start:
+            job.num_planned = end
+            work.jobs.append(job)
+            work.chunks.append(Chunk(job.slot, start, end, job.request.choices if end == total else ()))
+            work.num_tokens += end - start
 
     def _begin(self, plan: StepPlan, jobs: list[PrefillJob]) -> None:
         promised = (
@@ -241,7 +287,7 @@ class PrefillScheduler:
 
     def _take(self, ended: PrefixFetch) -> PrefillJob:
         self._fetches.take(ended)
-        return self._run(ended.request, ended.blocks, ended.num_ready)
+        return self._run(ended.request, LeadingBlocks(ended.blocks, ended.num_gone), ended.num_ready, ended.num_found)
 
     def _admit(self, budget: int, before: tuple[int, int] | None) -> PrefillJob | None:
         """From the line, of a rank lower than `before`. Lets its head fetch even when there is no budget left.
@@ -270,11 +316,12 @@ class PrefillScheduler:
         """Lets the next few in line fetch while others compute.
 
         Each holds its whole table from then on, as the head would, and leaves those before it all that they will need:
-        what they would find here, and blocks for the rest. So nobody waits for who came later.
+        what they would find here, and blocks for the rest. So nobody waits for who came later. Not with a window, where
+        those that run need more blocks as they go.
         """
-        if not self._fetches.has_offers or not self._has_buffer():
+        if self._window.tokens or not self._fetches.has_offers or not self._has_buffer():
             return
-        found_before: list[list[int]] = []
+        found_before: list[LeadingBlocks] = []
         num_missing = 0
         for request in self._line.first(LOOK_AHEAD):
             reusable, found = self._find(request)
@@ -291,25 +338,25 @@ class PrefillScheduler:
             num_missing += num_needed
 
     def _claim_behind(
-        self, found_before: list[list[int]], num_missing: int, request: Request, found: list[int], end: int
+        self, found_before: list[LeadingBlocks], num_missing: int, request: Request, found: LeadingBlocks, end: int
     ) -> bool:
-        for blocks in found_before:
-            self._pool.acquire(blocks)
+        for table in found_before:
+            self._pool.acquire(table.needed)
         is_claimed = self._fetches.claim(request, found, end, spare=num_missing)
-        for blocks in found_before:
-            self._pool.release(blocks)
+        for table in found_before:
+            self._pool.release(table.needed)
         return is_claimed
 
-    def _find(self, request: Request) -> tuple[list[bytes], list[int]]:
+    def _find(self, request: Request) -> tuple[list[bytes], LeadingBlocks]:
         """What it could reuse, and the blocks of it that are here.
 
         At least one token is left to compute: somebody must draw.
         """
         reusable = request.hashes[: (len(request.tokens) - 1) // self._block_size]
-        return reusable, self._pool.find_prefix(reusable)
+        return reusable, self._window.find(self._pool, reusable)
 
     def _has_buffer(self) -> bool:
-        held = sum(len(job.blocks) for job in self._held.values())
+        held = sum(len(job.held) for job in self._held.values())
         return held <= self._pool.num_blocks // 2 or not self._held
 
     def _leave_line(self, request: Request) -> None:
@@ -319,22 +366,21 @@ class PrefillScheduler:
             self._line.discard(request)
         self._waiting_tokens -= len(request.tokens)
 
-    def _start_at_once(self, request: Request, found: Sequence[int]) -> PrefillJob | None:
-        """Blocks for the whole prompt, those that were found first. None: the pool cannot give them."""
-        self._pool.acquire(found)
-        fresh = self._pool.allocate(blocks_for(len(request.tokens), self._block_size) - len(found))
-        if fresh is None:
-            self._pool.release(found)
+    def _start_at_once(self, request: Request, found: LeadingBlocks) -> PrefillJob | None:
+        """Its blocks, those that were found first. None: the pool cannot give them."""
+        table = self._tables.claim(len(request.tokens), found)
+        if table is None:
             return None
         self._leave_line(request)
         self._fetches.forget(request.id)
-        return self._run(request, [*found, *fresh], len(found))
+        return self._run(request, table, len(found), len(found))
 
-    def _run(self, request: Request, blocks: list[int], num_ready: int) -> PrefillJob:
+    def _run(self, request: Request, table: LeadingBlocks, num_ready: int, num_found: int) -> PrefillJob:
         slot = self._slots.take()
         assert slot is not None, "callers look first"
-        computed = num_ready * self._block_size
-        job = self._running[request.id] = PrefillJob(request, slot, blocks, computed, computed, num_ready, computed)
+        done = num_ready * self._block_size
+        job = PrefillJob(request, slot, table.blocks, done, done, num_ready, done, num_found, table.num_gone)
+        self._running[request.id] = job
         return job
 
     def finish(self, plan: StepPlan, out: StepOutput) -> PrefillStep:
@@ -347,6 +393,9 @@ class PrefillScheduler:
                 continue
             job.num_computed = chunk.end
             self._mark_ready(job)
+            # Of a whole prompt that is kept which its last token needs: so much is handed over.
+            if leaving := self._window.let_go(job, chunk.end - 1 if job.is_computed else chunk.end):
+                self._flights.release(leaving)
             if chunk.choices:
                 self._complete(job, out, first)
             step.progressed.append(job)
@@ -376,6 +425,6 @@ class PrefillScheduler:
         )
         del self._running[request.id]
         self._slots.give_back(job.slot)
-        self._pool.lend(job.blocks)
-        self._pool.release(job.blocks)
+        self._pool.lend(job.held)
+        self._pool.release(job.held)
         self._held[request.id] = job

@@ -6,8 +6,9 @@ Blocks count as long as they are contiguous with what was found here: one that i
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tailrace.kv.block_pool import BlockPool
 from tailrace.kv.hashing import parent_of
+from tailrace.kv.window import NOBODYS, LeadingBlocks
+from tailrace.policy.prompt_tables import PromptTables
 from tailrace.policy.request import Request, blocks_for
 
 MAX_QUARANTINED_SHARE = 0.25
@@ -21,10 +22,17 @@ lends a tenth of its pool at a time."""
 
 @dataclass(slots=True, eq=False)
 class PrefixFetch:
-    """`blocks` is the whole block table: found here | read into (up to `end`) | to be computed."""
+    """`blocks` is the block table: found here, or not needed | read into (up to `end`) | to be computed.
+
+    With a window, only what is needed behind `end` is read.
+    """
 
     request: Request
     blocks: list[int]
+    num_gone: int
+    """Leading entries that are not needed."""
+    num_found: int
+    """Blocks that it could have gone on from."""
     num_local: int
     end: int
     promised: frozenset[bytes]
@@ -34,6 +42,10 @@ class PrefixFetch:
     """Blocks that were read well, in any order."""
     is_over: bool = False
     """Nothing is read any more: the rest can be computed."""
+
+    @property
+    def held(self) -> list[int]:
+        return self.blocks[self.num_gone :]
 
 
 def reach_of(pieces: Sequence[range], num_found: int) -> int:
@@ -46,11 +58,12 @@ def reach_of(pieces: Sequence[range], num_found: int) -> int:
 
 
 class PrefixFetches:
-    """By request id. `pool` is written for these requests here only."""
+    """By request id. The pool is written for these requests here only."""
 
-    def __init__(self, pool: BlockPool, block_size: int) -> None:
-        self._pool = pool
-        self._block_size = block_size
+    def __init__(self, tables: PromptTables) -> None:
+        self._tables = tables
+        self._pool = tables.pool
+        self._block_size = tables.window.block_size
         self._offered: dict[int, Sequence[range]] = {}
         self._open: dict[int, PrefixFetch] = {}
         self._granted: list[PrefixFetch] = []
@@ -99,6 +112,10 @@ class PrefixFetches:
             hashes[num_found] in fetch.promised for fetch in self._open.values() if not fetch.is_over
         )
 
+    def num_found(self, request_id: int) -> int:
+        """Leading blocks that were here when its fetch began; 0: it does not fetch."""
+        return self._open[request_id].num_found if request_id in self._open else 0
+
     @property
     def has_offers(self) -> bool:
         """Somebody may still fetch."""
@@ -116,26 +133,29 @@ class PrefixFetches:
 
     @property
     def _num_held(self) -> int:
-        return sum(len(fetch.blocks) for fetch in self._open.values())
+        return sum(len(fetch.held) for fetch in self._open.values())
 
-    def claim(self, request: Request, found: Sequence[int], end: int, *, spare: int = 0) -> bool:
-        """The whole table at once, `found` first.
+    def claim(self, request: Request, found: LeadingBlocks, end: int, *, spare: int = 0) -> bool:
+        """Its table at once, `found` first.
 
         False: the pool cannot give it now and keep `spare` blocks, or too much of it is taken.
         """
         if self._num_held * FETCHING_SHARE > self._pool.num_blocks:
             return False
-        self._pool.acquire(found)
-        num_blocks = blocks_for(len(request.tokens), self._block_size)
+        num_gone = self._tables.window.first_needed(end * self._block_size)
+        local, num_local = found.blocks[num_gone:], max(num_gone, len(found))
+        self._pool.acquire(local)
+        num_blocks = self._tables.end(len(request.tokens), num_gone)
         landing = None
-        if self._pool.num_available >= num_blocks - len(found) + spare:
-            landing = self._pool.allocate_landing(end - len(found))
+        if self._pool.num_available >= num_blocks - num_local + spare:
+            landing = self._pool.allocate_landing(end - num_local)
         fresh = self._pool.allocate(num_blocks - end) if landing is not None else None
         if landing is None or fresh is None:
-            self._pool.release(found)
+            self._pool.release(local)
             return False
+        table = [*[NOBODYS] * num_gone, *local, *landing, *fresh]
         promised = frozenset(request.hashes[len(found) : end])
-        fetch = PrefixFetch(request, [*found, *landing, *fresh], len(found), end, promised, len(found))
+        fetch = PrefixFetch(request, table, num_gone, len(found), num_local, end, promised, num_local)
         self._open[request.id] = fetch
         self._granted.append(fetch)
         self.forget(request.id)
@@ -163,11 +183,12 @@ class PrefixFetches:
     # -- after --------------------------------------------------------------------------------------------------------
 
     def end(self, request_id: int, in_flight: Sequence[int]) -> PrefixFetch | None:
-        """Nothing more comes. What did not is computed into the same blocks, unless some of them may still be written:
-        then all is given back but those, and the request is returned, to wait in line again."""
+        """Nothing more comes. What did not is computed into the same blocks, unless some of them may still be written,
+        or what has come cannot be gone on from: then all is given back but those, and the request is returned, to wait
+        in line again."""
         if (fetch := self._open.get(request_id)) is None:
             return None
-        if in_flight:
+        if in_flight or self._tables.window.first_needed(fetch.num_ready * self._block_size) < fetch.num_gone:
             self.drop(request_id, in_flight)
             return fetch
         self._pool.landed(self._unread(fetch))
@@ -196,7 +217,7 @@ class PrefixFetches:
             return False
         unread = [] if fetch.is_over else self._unread(fetch)
         outside = set(unread)
-        self._pool.release([block for block in fetch.blocks if block not in outside])
+        self._pool.release([block for block in fetch.held if block not in outside])
         writing = set(in_flight)
         self._pool.abandon_landing([block for block in unread if block not in writing])
         return True

@@ -31,6 +31,8 @@ class Sequence:
     """Blocks of a new prompt's chain that others are said to hold, to be fetched where they are not here."""
 
     # Filled in by the scheduler.
+    num_gone: int = 0
+    """Leading entries of `blocks` that lie before the window of its next token, and are no longer its own."""
     num_offered: int = 0
     """Leading blocks that a store was offered when it gave way, and may bring back."""
     num_planned: int = 0
@@ -59,6 +61,11 @@ class Sequence:
         """Ended, cancelled or preempted since its row was planned."""
         return self.slot < 0
 
+    @property
+    def held(self) -> list[int]:
+        """Those of `blocks` that it refers to."""
+        return self.blocks[self.num_gone :]
+
     def enter(self, slot: int | None) -> None:
         """The slot is its own from now on; callers have looked whether there is one."""
         assert slot is not None
@@ -82,15 +89,22 @@ class Arrival:
 
     request: Request
     num_blocks: int
+    """That it will hold."""
+    num_gone: int = 0
+    """Leading entries of `blocks` that its next token does not need, and that nobody is asked for."""
     wanted: bool = False
     blocks: list[int] = field(default_factory=list)
     num_local: int = 0
-    """Leading blocks found in this worker's own cache: nothing to pull."""
+    """Leading entries with nothing to pull: gone, or found in this worker's own cache."""
     landed: set[int] = field(default_factory=set)
 
     @property
     def is_granted(self) -> bool:
         return bool(self.blocks)
+
+    @property
+    def held(self) -> list[int]:
+        return self.blocks[self.num_gone :]
 
 
 @dataclass(frozen=True, slots=True)

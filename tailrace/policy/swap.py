@@ -11,8 +11,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from tailrace.kv.block_pool import BlockPool
+from tailrace.kv.window import LeadingBlocks
 from tailrace.policy.prefix_fetches import PrefixFetch, PrefixFetches, reach_of
+from tailrace.policy.prompt_tables import PromptTables
 from tailrace.policy.request import Request
 from tailrace.policy.sequence import Sequence
 
@@ -73,19 +74,19 @@ class SwapCost:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fetched:
-    """`blocks` is the whole block table; so many of them are `ready`, the rest is to be computed."""
+    """So much of its block table is `ready`, the rest is to be computed."""
 
     sequence: Sequence
-    blocks: list[int]
+    table: LeadingBlocks
     num_ready: int
 
 
 class SwapIns:
     """Those that fetch, by an id of their own: a request may have several choices here."""
 
-    def __init__(self, pool: BlockPool, block_size: int, cost: SwapCost | None) -> None:
+    def __init__(self, tables: PromptTables, cost: SwapCost | None) -> None:
         """`cost`: None where there is no store."""
-        self._fetches = PrefixFetches(pool, block_size)
+        self._fetches = PrefixFetches(tables)
         self._cost = cost
         self._sequences: dict[int, Sequence] = {}
         """Those that are still wanted."""
@@ -113,6 +114,10 @@ class SwapIns:
         """The request whose prompt it is for, until it has ended; None: it is for blocks that were lost here."""
         return self._prompts.get(swap_id)
 
+    def num_found(self, swap_id: int) -> int:
+        """Leading blocks that were here when it began."""
+        return self._fetches.num_found(swap_id)
+
     def held(self) -> list[tuple[Sequence | None, PrefixFetch]]:
         """Who holds which blocks; None: somebody who is gone."""
         return [(self._sequences.get(fetch.request.id), fetch) for fetch in self._fetches.all()]
@@ -138,7 +143,7 @@ class SwapIns:
         """Does a fetch bring the block that a sequence with these hashes lacks first?"""
         return self._fetches.will_find(hashes, num_found)
 
-    def claim(self, sequence: Sequence, found: Seq[int], end: int, *, spare: int) -> bool:
+    def claim(self, sequence: Sequence, found: LeadingBlocks, end: int, *, spare: int) -> bool:
         """All its blocks at once, `found` first. False: the pool cannot give them now and keep `spare` blocks."""
         request = sequence.request
         stand_in = Request(
@@ -186,7 +191,8 @@ class SwapIns:
         if (ended := self._fetches.first_ended()) is None:
             return None
         self._fetches.take(ended)
-        return Fetched(self._sequences.pop(ended.request.id), ended.blocks, ended.num_ready)
+        table = LeadingBlocks(ended.blocks, ended.num_gone)
+        return Fetched(self._sequences.pop(ended.request.id), table, ended.num_ready)
 
     def discard(self, sequence: Sequence) -> None:
         """Also somebody who does not fetch."""

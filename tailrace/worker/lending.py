@@ -51,6 +51,7 @@ class LendFeed:
                 raise NotFoundError("the request ended before its blocks were lent")
 
     def _fresh(self, ready: LentBlocks) -> LentBlocks | None:
+        self.num_told = max(self.num_told, ready.first_index)
         skip = self.num_told - ready.first_index
         if skip >= len(ready.blocks):
             return None

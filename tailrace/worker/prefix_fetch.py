@@ -50,15 +50,18 @@ def pieces_of(sources: Sequence[PrefixSource]) -> list[range]:
     return [range(piece.first_block, piece.first_block + piece.num_blocks) for piece in sources]
 
 
-def tokens_by_tier(num_blocks: int, block_tokens: int, fetched: Mapping[int, Tier]) -> dict[str, int]:
+def tokens_by_tier(num_blocks: int, block_tokens: int, fetched: Mapping[int, Tier], num_found: int) -> dict[str, int]:
     """Tokens of `num_blocks` leading blocks by where each was found; without tiers that gave none.
 
     `fetched`: by place in the chain. What was fetched for a request counts as that, even when it waited in line again
-    and was found here then.
+    and was found here then. Of the others the first `num_found` were here; those between, which lie before a window
+    and were made needless by what was fetched, count as its first one.
     """
     by_tier: dict[str, int] = dict.fromkeys(("worker", *_TIER_NAMES.values()), 0)
+    first = min(fetched, default=0)
     for place in range(num_blocks):
-        by_tier[_TIER_NAMES[fetched[place]] if place in fetched else "worker"] += block_tokens
+        tier = fetched.get(first if num_found <= place < first else place)
+        by_tier["worker" if tier is None else _TIER_NAMES[tier]] += block_tokens
     return {tier: num_tokens for tier, num_tokens in by_tier.items() if num_tokens}
 
 

@@ -114,6 +114,7 @@ class DecodeWorld:
         max_model_len: int | None = None,
         prefix_caching: bool = True,
         overlap: bool = False,
+        window: int = 0,
         low_water: float = 0.0,
         swaps: bool = True,
     ) -> None:
@@ -124,7 +125,7 @@ class DecodeWorld:
         self.budget = budget
         self.max_model_len = max_model_len or num_blocks * block_size
         self.pool = BlockPool(num_blocks, epoch=1, prefix_caching=prefix_caching)
-        self.runner = FakeRunner(self.pool, block_size=block_size, max_num_seqs=max_num_seqs)
+        self.runner = FakeRunner(self.pool, block_size=block_size, max_num_seqs=max_num_seqs, window=window)
         self.offers = OfferPolicy(self.pool, low_water=low_water)
         self.offered: list[list[bytes]] = []
         self.stored: set[bytes] = set()
@@ -138,6 +139,7 @@ class DecodeWorld:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             stop=StopRule(frozenset({EOS}), self.max_model_len),
+            window=window,
             offers=self.offers,
             swap_cost=self.swap_cost if swaps else None,
         )

@@ -63,7 +63,11 @@ class FakeStep:
 class FakeRunner:
     """Holds a plan to its contract: rows begin and end, tables grow at their end, nobody writes what others read."""
 
-    def __init__(self, pool: BlockPool, *, block_size: int, max_num_seqs: int, with_logprobs: bool = False) -> None:
+    def __init__(
+        self, pool: BlockPool, *, block_size: int, max_num_seqs: int, with_logprobs: bool = False, window: int = 0
+    ) -> None:
+        """`window`: tokens that each one reads, itself included; 0: all before it."""
+        self._window = window
         self._pool = pool
         self._block_size = block_size
         self._with_logprobs = with_logprobs
@@ -138,8 +142,9 @@ class FakeRunner:
 
     def _compute(self, row: Row, start: int, end: int, written: set[int]) -> None:
         truth = digests(row.tokens[:end])
-        for position in range(start):
+        for position in range(max(0, start - self._window + 1) if self._window else 0, start):
             place = self._place(row, position)
+            assert self._pool.state(place // self._block_size) is BlockState.ACTIVE, f"{position} of {row} is not held"
             assert self.places[place] == truth[position], f"position {position} of {row} is not what was computed"
         for position in range(start, end):
             self.places[self._place(row, position)] = truth[position]

@@ -24,6 +24,7 @@ class PrefillWorld:
         max_model_len: int | None = None,
         prefix_caching: bool = True,
         overlap: bool = False,
+        window: int = 0,
     ) -> None:
         """`overlap`: a step is planned and launched before the one before it is finished."""
         self.overlap = overlap
@@ -32,13 +33,14 @@ class PrefillWorld:
         self.budget = budget
         self.max_model_len = max_model_len or num_blocks * block_size
         self.pool = BlockPool(num_blocks, epoch=1, prefix_caching=prefix_caching)
-        self.runner = FakeRunner(self.pool, block_size=block_size, max_num_seqs=max_num_seqs)
+        self.runner = FakeRunner(self.pool, block_size=block_size, max_num_seqs=max_num_seqs, window=window)
         self.scheduler = PrefillScheduler(
             self.pool,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             stop=StopRule(frozenset({EOS}), self.max_model_len),
+            window=window,
         )
         self.requests: dict[int, Request] = {}
         self.waiting: set[int] = set()
@@ -92,6 +94,7 @@ class PrefillWorld:
         self.scheduler.end_fetch(request_id, in_flight)
         if in_flight:
             self.scheduler.quarantine(in_flight)
+        if all(fetch.request.id != request_id for fetch in self.scheduler.fetching()):
             self.fetched.remove(request_id)
 
     def _leave_late(self, request_id: int, count: int) -> list[int]:
@@ -147,7 +150,7 @@ class PrefillWorld:
     def check_ready_blocks(self, job: PrefillJob) -> None:
         """What a needer could read at this moment."""
         size, truth = self.block_size, digests(job.request.tokens)
-        for index, block in enumerate(job.blocks[: job.num_ready]):
+        for index, block in enumerate(job.blocks[job.num_gone : job.num_ready], start=job.num_gone):
             wanted = truth[index * size : (index + 1) * size]
             assert self.runner.read(block)[: len(wanted)] == wanted, f"block {block} of {job.request.id}"
             assert self.pool.state(block) in (BlockState.ACTIVE, BlockState.LENT)
@@ -183,8 +186,12 @@ class PrefillWorld:
 
     def _check_order(self, plan: StepPlan) -> None:
         """Whoever started had nobody before it in line. Who fetches is out of it, and who waits for another's fetch."""
-        started = [job.request.id for job in self.scheduler.jobs() if job.request.id in self.waiting]
+        slots = {start.slot for start in plan.started}
+        running = [job for job in self.scheduler.jobs() if not job.is_computed]
+        started = [job.request.id for job in running if job.slot in slots]
         assert len(started) == len(plan.started)
+        gave_way = self.requests.keys() - {job.request.id for job in running} - self.done.keys() - self.dropped
+        self.waiting |= {*gave_way, *started}
         out = self.fetched | {request.id for request in self.scheduler._aside}
         for request_id in sorted(started, key=lambda at: self.requests[at].rank):
             before = [at for at in self.waiting - out if self.requests[at].rank < self.requests[request_id].rank]
@@ -200,7 +207,7 @@ class PrefillWorld:
                 assert job.num_ready == len(job.blocks)
                 assert job.request.id not in self.done
                 self.done[job.request.id] = job.first_tokens
-        held = sum(len(job.blocks) for job in self.scheduler.jobs() if job.is_computed)
+        held = sum(len(job.held) for job in self.scheduler.jobs() if job.is_computed)
         self.max_held = max(self.max_held, held)
 
     def run_to_end(self, limit: int = 1000) -> None:

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from tailrace.kv.window import Window
 from tailrace.policy.request import Request
 from tailrace.types import SamplingParams
 from tests.helpers.decode_world import DecodeWorld, FakeSwap
@@ -26,6 +27,11 @@ def make(world: DecodeWorld, family: int, length: int, *, max_tokens: int, choic
     return world.request(tokens, sampling=sampling, choices=tuple(range(choices)), priority=priority)
 
 
+def longest(num_blocks: int, window: int) -> int:
+    """Of sequences that a pool can hold."""
+    return 100 if Window(window, BLOCK).least_held(100) <= num_blocks else num_blocks * BLOCK
+
+
 class DecodeMachine(RuleBasedStateMachine):
     """Hypothesis picks who does what; `teardown` lets everything end."""
 
@@ -36,19 +42,28 @@ class DecodeMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         overlap=st.booleans(),
         low_water=st.sampled_from((0.0, 0.3, 1.0)),
+        window=st.sampled_from((0, 0, 1, 2, 5, 8, 13, 20)),
     )
     def begin(
-        self, num_blocks: int, max_num_seqs: int, budget: int, caching: bool, overlap: bool, low_water: float = 0.3
+        self,
+        num_blocks: int,
+        max_num_seqs: int,
+        budget: int,
+        caching: bool,
+        overlap: bool,
+        low_water: float = 0.3,
+        window: int = 0,
     ) -> None:
         self.world = DecodeWorld(
             num_blocks=num_blocks,
             block_size=BLOCK,
             max_num_seqs=max_num_seqs,
             budget=budget,
-            max_model_len=num_blocks * BLOCK,
+            max_model_len=longest(num_blocks, window),
             prefix_caching=caching,
             overlap=overlap,
             low_water=low_water,
+            window=window,
         )
 
     @rule(
@@ -167,11 +182,12 @@ TestDecodeMachine.settings = settings(
 )
 
 
-def play(seed: int, *, overlap: bool) -> DecodeWorld:
+def play(seed: int, *, overlap: bool, window: int = 0) -> DecodeWorld:
     """One long life, everybody busy."""
     rng = random.Random(seed)
     machine = DecodeMachine()
-    machine.begin(rng.randint(2, 14), rng.randint(1, 4), rng.choice((1, 3, 8, 24)), rng.random() < 0.8, overlap)
+    sizes = rng.randint(2, 14), rng.randint(1, 4), rng.choice((1, 3, 8, 24))
+    machine.begin(*sizes, rng.random() < 0.8, overlap, window=window)
     actions = [
         (6, lambda: machine.steps(rng.randint(1, 3))),
         (3, lambda: arrive(machine, rng)),
@@ -209,11 +225,18 @@ def test_long_lives_end_with_every_answer_right_and_no_block_held(seed: int, ove
     assert world.reasons, "nobody was answered: the life was empty"
 
 
-def play_in_little_room(seed: int, *, overlap: bool) -> DecodeWorld:
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 4, 9, 14])
+def test_long_lives_with_a_window(window: int, overlap: bool) -> None:
+    """FakeRunner sees to it that whatever is in the window of a token is held and right when it is read."""
+    assert all(play(seed, overlap=overlap, window=window).reasons for seed in range(6))
+
+
+def play_in_little_room(seed: int, *, overlap: bool, window: int = 0) -> DecodeWorld:
     """Everybody's answer outgrows the pool again and again; the store takes much of what is offered."""
     rng = random.Random(seed)
     machine = DecodeMachine()
-    machine.begin(rng.randint(6, 12), 4, rng.choice((4, 8, 24)), True, overlap, low_water=0.0)
+    machine.begin(rng.randint(6, 12), 4, rng.choice((4, 8, 24)), True, overlap, low_water=0.0, window=window)
     world = machine.world
     actions = [
         (12, lambda: machine.steps(rng.randint(1, 3))),
@@ -243,3 +266,11 @@ def test_whoever_gives_way_comes_back_by_way_of_the_store_with_the_same_answer(o
     worlds = [play_in_little_room(seed, overlap=overlap) for seed in range(25)]
     assert sum(world.scheduler.num_preempted for world in worlds) > 100
     assert sum(world.num_swapped_in for world in worlds) > 100, "the store brought next to nothing"
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_answers_longer_than_the_pool_end_and_give_way_to_one_another(overlap: bool) -> None:
+    worlds = [play_in_little_room(seed, overlap=overlap, window=9) for seed in range(12)]
+    assert sum(world.scheduler.num_preempted for world in worlds) > 20
+    longest_one = max(len(answer) for world in worlds for answer in world.answers.values())
+    assert longest_one > max(world.pool.num_blocks for world in worlds) * BLOCK // 2

@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from tailrace.kv.window import Window
 from tailrace.types import SamplingParams
 from tests.helpers.prefill_world import PrefillWorld
 
@@ -24,8 +25,11 @@ class PrefillMachine(RuleBasedStateMachine):
         budget=st.integers(1, 24),
         caching=st.booleans(),
         overlap=st.booleans(),
+        window=st.sampled_from((0, 0, 1, 2, 5, 8, 13, 20)),
     )
-    def begin(self, num_blocks: int, max_num_seqs: int, budget: int, caching: bool, overlap: bool) -> None:
+    def begin(
+        self, num_blocks: int, max_num_seqs: int, budget: int, caching: bool, overlap: bool, window: int = 0
+    ) -> None:
         self.world = PrefillWorld(
             num_blocks=num_blocks,
             block_size=BLOCK,
@@ -33,6 +37,8 @@ class PrefillMachine(RuleBasedStateMachine):
             budget=budget,
             prefix_caching=caching,
             overlap=overlap,
+            window=window,
+            max_model_len=60 if Window(window, BLOCK).least_held(60) <= num_blocks else num_blocks * BLOCK,
         )
 
     @rule(
@@ -120,10 +126,11 @@ TestPrefillMachine = PrefillMachine.TestCase
 TestPrefillMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 
 
-def play(seed: int, *, overlap: bool) -> PrefillWorld:
+def play(seed: int, *, overlap: bool, window: int = 0) -> PrefillWorld:
     rng = random.Random(seed)
     machine = PrefillMachine()
-    machine.begin(rng.randint(1, 14), rng.randint(1, 4), rng.choice((1, 3, 8, 24)), rng.random() < 0.8, overlap)
+    sizes = rng.randint(1, 14), rng.randint(1, 4), rng.choice((1, 3, 8, 24))
+    machine.begin(*sizes, rng.random() < 0.8, overlap, window)
     actions = [
         (4, lambda: machine.steps(rng.randint(1, 3))),
         (4, lambda: submit(machine, rng)),
@@ -183,3 +190,10 @@ def play_behind_a_queue(seed: int) -> PrefillWorld:
         machine.adds_up()
     machine.teardown()
     return machine.world
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 4, 9, 14])
+def test_long_lives_with_a_window(window: int, overlap: bool) -> None:
+    """FakeRunner sees to it that whatever is in the window of a token is held and right when it is read."""
+    assert all(play(seed, overlap=overlap, window=window).done for seed in range(8))

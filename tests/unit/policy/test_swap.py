@@ -8,7 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from tailrace.kv.block_pool import BlockPool
+from tailrace.kv.window import LeadingBlocks, Window
 from tailrace.plan import Chunk
+from tailrace.policy.prompt_tables import PromptTables
 from tailrace.policy.sequence import Sequence
 from tailrace.policy.swap import MAX_SKIPPED, OVERHEAD_S, SwapCost, SwapIns
 from tailrace.types import SamplingParams
@@ -216,11 +218,11 @@ def waiting(tokens: list[int], request_id: int) -> Sequence:
 def test_two_that_fetch_do_not_wait_for_each_other(first: int) -> None:
     """Each holds all that it needs before its first read, so each can end whether or not the other does."""
     pool = BlockPool(12, epoch=1)
-    swaps = SwapIns(pool, 4, make_cost())
+    swaps = SwapIns(PromptTables(pool, Window(0, 4), 16), make_cost())
     sequences = [waiting(A[:9], 1), waiting(B[:9], 2)]
     for sequence in sequences:
         assert swaps.reach(sequence, 0, 2) == 2
-        assert swaps.claim(sequence, [], 2, spare=6)
+        assert swaps.claim(sequence, LeadingBlocks(), 2, spare=6)
     assert str(pool.ledger()) == "free=6 active=2 landing=4"
     fetches = swaps.drain_granted()
     for fetch in (fetches[first], fetches[1 - first]):
@@ -229,21 +231,21 @@ def test_two_that_fetch_do_not_wait_for_each_other(first: int) -> None:
         fetched = swaps.take_ended()
         assert fetched is not None
         assert fetched.sequence is sequences[fetch.request.id - 1]
-        assert (fetched.blocks, fetched.num_ready) == (fetch.blocks, 2)
+        assert (fetched.table.blocks, fetched.num_ready) == (fetch.blocks, 2)
     assert str(pool.ledger()) == "free=6 active=6"
 
 
 def test_no_more_than_half_of_the_pool_waits_for_reads_unless_it_is_for_one_alone() -> None:
     pool = BlockPool(12, epoch=1)
-    swaps = SwapIns(pool, 4, make_cost())
-    assert swaps.claim(waiting(A[:29], 1), [], 7, spare=0), "eight blocks for one alone"
-    assert not swaps.claim(waiting(B[:5], 2), [], 1, spare=0)
+    swaps = SwapIns(PromptTables(pool, Window(0, 4), 16), make_cost())
+    assert swaps.claim(waiting(A[:29], 1), LeadingBlocks(), 7, spare=0), "eight blocks for one alone"
+    assert not swaps.claim(waiting(B[:5], 2), LeadingBlocks(), 1, spare=0)
     [fetch] = swaps.drain_granted()
     swaps.landed(fetch.request.id, fetch.blocks[:7])
     swaps.end(fetch.request.id, ())
     assert swaps.take_ended() is not None
-    assert not swaps.claim(waiting(B[:5], 2), [], 1, spare=3), "those that run keep a block each"
-    assert swaps.claim(waiting(B[:5], 2), [], 1, spare=2)
+    assert not swaps.claim(waiting(B[:5], 2), LeadingBlocks(), 1, spare=3), "those that run keep a block each"
+    assert swaps.claim(waiting(B[:5], 2), LeadingBlocks(), 1, spare=2)
 
 
 def test_whoever_runs_goes_on_beside_one_that_fetches_and_may_outgrow_the_pool() -> None:

@@ -96,15 +96,17 @@ INLINE void pack_rows(const element *const rows[PER_WORD], int64_t n, uint32_t *
 #endif
 }
 
-/* The same with dimensions as outputs and tokens as inputs, in panels of 64 dimensions. */
-static void pack_values(const Cached *cached, int64_t from, int64_t until, uint32_t *panels) {
+/* The same with dimensions as outputs and tokens as inputs, in panels of 64 dimensions. Tokens before `low` count as
+ * zero: nobody sees them, their blocks may be others' by now, and what a weight of zero is multiplied with must be
+ * finite. */
+static void pack_values(const Cached *cached, int64_t from, int64_t until, int64_t low, uint32_t *panels) {
     const int64_t head_dim = cached->head_dim, steps = parts_of(until - from, PER_WORD);
     static const element nothing[MAX_HEAD_DIM];
     for (int64_t step = 0; step < steps; step++) {
         const element *rows[PER_WORD];
         for (int i = 0; i < PER_WORD; i++) {
             const int64_t token = from + step * PER_WORD + i;
-            rows[i] = token < until ? key_at(cached, token) + cached->value_offset : nothing;
+            rows[i] = token >= low && token < until ? key_at(cached, token) + cached->value_offset : nothing;
         }
         for (int64_t at = 0; at < parts_of(head_dim, PANEL) * PANEL; at += VL) {
             const element *some[PER_WORD];
@@ -183,11 +185,11 @@ static void attend_tokens(PrefillScratch *own, const Cached *cached, const eleme
     memset(own->out, 0, rows * padded * 4);
     for (int64_t row = 0; row < rows; row++) own->best[row] = LOWEST, own->total[row] = 0;
     /* Tiles begin where they do for other tokens, so that a row's result does not depend on what it came with. */
-    const int64_t begin = window ? larger(0, first - window + 1) / KEY_TILE * KEY_TILE : 0;
+    const int64_t low = window ? larger(0, first - window + 1) : 0, begin = low / KEY_TILE * KEY_TILE;
     for (int64_t from = begin; from < last; from += KEY_TILE) {
         const int64_t until = smaller(last, from + KEY_TILE);
         pack_keys(cached, from, until, own->keys);
-        pack_values(cached, from, until, own->values);
+        pack_values(cached, from, until, low, own->values);
         for (int64_t row = 0; row < rows; row += at_once)
             attend_tile(own, row, smaller(at_once, rows - row), group, first, window, from, until, head_dim);
     }
