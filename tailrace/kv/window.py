@@ -60,7 +60,9 @@ class Window:
         """Blocks that `num_tokens` tokens take at once, when up to `num_ahead` of them are computed before the
         blocks that are not needed for the first of these are let go of."""
         whole = self._blocks(num_tokens)
-        return min(whole, self._blocks(self.tokens + num_ahead) + 1) if self.tokens else whole
+        # So many tokens in a row, of which the first may be the last of its block.
+        num_behind_first = self.tokens + num_ahead - 2
+        return min(whole, self._blocks(num_behind_first) + 1) if self.tokens else whole
 
     def least_held(self, num_tokens: int) -> int:
         """As `most_held`, of whoever goes on block by block: in a pool of fewer blocks it could not be finished."""

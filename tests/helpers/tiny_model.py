@@ -20,6 +20,8 @@ class TinySize:
     kv_heads: int = 2
     head_dim: int = 16
     context: int = 2048
+    window: int = 0
+    """Of every layer; 0: none."""
 
     @property
     def block_bytes(self) -> int:
@@ -49,9 +51,11 @@ def _write(path: Path, value: object) -> None:
 
 
 def _config(size: TinySize, vocabulary: int) -> dict[str, object]:
+    family = "mistral" if size.window else "llama"
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "model_type": family,
+        **({"sliding_window": size.window} if size.window else {}),
         "vocab_size": vocabulary,
         "hidden_size": size.hidden,
         "intermediate_size": size.hidden * 2,
