@@ -163,8 +163,11 @@ class PairDispatcher:
         decode = self._members.get(decodes[0].worker_id)
         layout = decode.info.layout
         seed = chain_seed(decode.fingerprint, "", request.cache_salt)
+        wanted = RouteRequest(
+            len(tokens), layout.block_size, request.num_choices, decode.fingerprint, window=layout.window
+        )
         route = self.router.route(
-            RouteRequest(len(tokens), layout.block_size, request.num_choices, decode.fingerprint),
+            wanted,
             self._chains.hash_blocks(tokens, layout.block_size, seed),
             prefills,
             decodes,
@@ -176,9 +179,10 @@ class PairDispatcher:
         if route is not None:
             return route
         # The router's own rule: the prompt, and a block to go on in.
-        largest = (max(view.total_blocks for view in decodes) - 1) * layout.block_size
-        if 0 <= largest < len(tokens):
-            raise InvalidRequestError(f"{len(tokens)} tokens; the largest worker holds {largest}", param="prompt")
+        largest = max(view.total_blocks for view in decodes) - 1
+        if 0 <= largest < wanted.num_prompt_blocks:
+            most = largest * layout.block_size
+            raise InvalidRequestError(f"{len(tokens)} tokens; the largest worker holds {most}", param="prompt")
         raise UnavailableError("no pair of workers can take requests now", retry_after_s=RETRY_AFTER_S)
 
     # -- submitting ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from tailrace.kv.events import Tier
+from tailrace.kv.window import Window
 from tailrace.types import Role
 
 
@@ -127,6 +128,8 @@ class RouteRequest:
     Empty: all workers are of one layout."""
     local_prefill: bool = True
     """Decode workers may prefill."""
+    window: int = 0
+    """KVLayout.window."""
 
     def __post_init__(self) -> None:
         for name in ("num_prompt_tokens", "block_size", "num_choices"):
@@ -135,7 +138,9 @@ class RouteRequest:
 
     @property
     def num_prompt_blocks(self) -> int:
-        return -(-self.num_prompt_tokens // self.block_size)
+        """Those that a worker needs at once, and that are handed over: with a window not all of them."""
+        first = Window(self.window, self.block_size).first_handed_over(self.num_prompt_tokens)
+        return -(-self.num_prompt_tokens // self.block_size) - first
 
     def cached_tokens(self, hit_blocks: int) -> int:
         """The last token is always computed: its logits give the first output token."""

@@ -84,7 +84,9 @@ class Server:
     def _run(self, plan: StepPlan) -> StepOutput:
         self.most_active = max(self.most_active, self.pool.ledger().active)
         blocks = range(self.pool.num_blocks)
-        self.engine.cache.tensor[[block for block in blocks if self.pool.state(block) is BlockState.FREE]] = self.rubbish
+        self.engine.cache.tensor[[block for block in blocks if self.pool.state(block) is BlockState.FREE]] = (
+            self.rubbish
+        )
         return self.engine.runner.run(plan)
 
 
