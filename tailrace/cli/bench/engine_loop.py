@@ -141,6 +141,7 @@ class EngineLoop:
             max_num_seqs=options.max_batch,
             max_num_batched_tokens=options.max_num_batched_tokens,
             stop=StopRule(frozenset(self.engine.config.eos_token_ids), self.engine.max_model_len),
+            window=self.engine.layout.window,
         )
         self._take_phases: Callable[[], dict[str, float]] = dict
         self._hash_seed = chain_seed(self.engine.layout.fingerprint)

@@ -285,7 +285,7 @@ class LendRequest(_message.Message):
     needer_id: _builtins.str
     needer_epoch: _builtins.int
     skip_blocks: _builtins.int
-    """Leading blocks of the request that the needer already has."""
+    """Leading blocks of the request that the needer has already, or does not need."""
     transport: _builtins.str
     """"nixl" while the owner must drive progress for this needer."""
     @_builtins.property

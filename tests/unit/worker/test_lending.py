@@ -33,8 +33,8 @@ class Books:
     def lend(self, **fields: object) -> AsyncGenerator[LentBlocks | LendDone, None]:
         return self.lender.lend(terms(**fields))
 
-    def ready(self, count: int, *, done: bool = False) -> None:
-        self.lender.deliver([LendProgress(1, blocks(0, count), DONE if done else None)])
+    def ready(self, count: int, *, first: int = 0, done: bool = False) -> None:
+        self.lender.deliver([LendProgress(1, blocks(first, count), DONE if done else None)])
 
 
 def terms(**fields: object) -> LendTerms:
@@ -99,6 +99,20 @@ async def test_blocks_that_the_needer_has_are_skipped() -> None:
     books.ready(2)
     books.ready(4)
     assert await told == blocks(2, 4)
+    await events.aclose()
+
+
+@pytest.mark.parametrize(("skip_blocks", "told"), [(0, blocks(3, 6)), (4, blocks(4, 6))])
+async def test_what_the_owner_no_longer_holds_is_never_told(skip_blocks: int, told: LentBlocks) -> None:
+    books = Books()
+    books.lender.admit("r", 0, 1)
+    events = books.lend(skip_blocks=skip_blocks)
+    first = asyncio.create_task(anext(events))
+    await until(lambda: books.asked)
+    books.ready(6, first=3)
+    assert await first == told
+    books.ready(7, first=5, done=True)
+    assert [await anext(events), await anext(events)] == [blocks(6, 7), DONE]
     await events.aclose()
 
 
