@@ -131,7 +131,7 @@ class SlotTable:
     def room_for(self, tenant: str, *, beside: Sequence[int | None] = ()) -> int:
         """Slots that `take` could still give to this tenant for the rest of a chain.
 
-        `beside`: those of its beginning that is nowhere else. A chain must not push that out: its end would be of no use.
+        `beside`: those of its beginning that is nowhere else. Pushed out by its end, it would leave that of no use.
         """
         num_kept = sum(1 for slot in beside if slot in self._order)
         room, quota = self.num_available, self.quotas.get(tenant)

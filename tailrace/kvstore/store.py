@@ -40,8 +40,7 @@ class KvStore:
         if block_bytes < 1:
             raise ValueError(f"block_bytes must be at least 1, not {block_bytes}")
         self.block_bytes = block_bytes
-        # First of all: what there is no room for must not cost the time that its books take.
-        self._slab: mmap.mmap = map_memory(num_slots * block_bytes)
+        self._slab: mmap.mmap = map_memory(num_slots * block_bytes)  # first: where it fails no books are made
         self.memory = SlotTable(num_slots, epoch=epoch)
         self.disk: DiskTier | None = None
         self.counters = StoreCounters()
