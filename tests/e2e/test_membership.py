@@ -38,7 +38,7 @@ def test_a_gateway_without_workers_says_so_at_once(small_model: Path) -> None:
             for stream in (False, True):
                 began = time.monotonic()
                 answer = cluster.post(f"/v1/{path}", stream=stream, **body)
-                assert time.monotonic() - began < 1.0
+                assert time.monotonic() - began < 5.0
                 assert answer.status_code == 503
                 assert int(answer.headers["Retry-After"]) >= 1
                 assert set(answer.json()["error"]) == {"message", "type", "param", "code"}

@@ -65,7 +65,7 @@ async def test_prompts_that_fill_the_pool(small_model: Path) -> None:
 
 
 async def test_a_deadline_ends_a_request_and_frees_what_it_held(small_model: Path) -> None:
-    with Cluster(small_model, gateway={"deadline_s": 1.0}, dtype="float32", num_blocks=1024) as cluster:
+    with Cluster(small_model, gateway={"deadline_s": 2.0}, dtype="float32", num_blocks=1024) as cluster:
         cluster.start_workers()
         body = {"model": MODEL, "prompt": prompt_of(100, 1), "max_tokens": 1900, "n": 16, "ignore_eos": True}
         async with httpx.AsyncClient(base_url=cluster.url, trust_env=False, timeout=60.0) as client:

@@ -2,7 +2,9 @@
 
 import asyncio
 import ctypes
+import itertools
 import os
+import random
 import re
 import secrets
 import signal
@@ -287,15 +289,18 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody uses now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in sockets]
-    finally:
-        for probe in sockets:
-            probe.close()
+    """Different ports that nobody uses now, and that no connection is given before they are listened on."""
+    below_ephemeral = random.SystemRandom().sample(range(10_000, 32_000), 1000)
+    return list(itertools.islice(filter(_is_free, below_ephemeral), count))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _die_with_parent() -> Callable[[], None]:

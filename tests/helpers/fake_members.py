@@ -31,6 +31,7 @@ from tailrace.policy.routing import Route
 from tailrace.types import FinishReason, Role, SamplingParams, TokenLogprob
 from tests.helpers.gateway_app import step_writer
 from tests.helpers.index import compact_index
+from tests.helpers.waiting import PATIENCE_S
 
 SECRET = b"a secret of the tests"
 DIGEST = "a model"
@@ -341,7 +342,7 @@ async def settle() -> None:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - nobody says when
             await asyncio.sleep(0)
 
@@ -414,7 +415,7 @@ async def collect(session: RequestSession) -> list[Event]:
 async def events_and_error(session: RequestSession) -> tuple[list[Event], Exception | None]:
     """When the request has ended, whoever ended it."""
     heard = Heard(session)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await heard.has_ended.wait()
     return heard.events, heard.error
 

@@ -37,7 +37,7 @@ from tailrace.worker.runner import Runner
 from tests.helpers.fake_runner import EOS, FakeRunner, generate
 from tests.helpers.prefix_holders import FakeHolder, FakeHolders
 from tests.helpers.values import SECRET, VOCAB_SIZE, make_info, make_layout, make_submission
-from tests.helpers.waiting import until
+from tests.helpers.waiting import PATIENCE_S, until
 
 MAX_MODEL_LEN = 64
 POOL_ADDRESS = 1 << 20
@@ -101,7 +101,7 @@ class Rig:
 
     async def until_ledger(self, *allowed: str) -> None:
         """Waits for a ledger without any state but these."""
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(PATIENCE_S):
             while not {part.partition("=")[0] for part in (await self.ledger()).split()} <= {*allowed}:  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
 

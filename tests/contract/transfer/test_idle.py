@@ -54,7 +54,7 @@ async def test_a_pull_in_flight_from_a_stopped_owner_waits_without_spinning() ->
         await needer.start_read("pull", peer, make_reads(peer, [1], [2]))
         before = await needer.call("cpu_s")
         assert await needer.call("wait", name="pull", timeout_s=2.0) is None
-        assert await needer.call("cpu_s") - before < 0.02 * 2
+        assert await needer.call("cpu_s") - before < 0.1 * 2
         owner.go_on()
         assert await needer.call("wait", name="pull", timeout_s=10.0) == ["good", ""]
 

@@ -14,13 +14,11 @@ from tailrace.index.redis_url import RedisUrl
 from tailrace.index.registry import Registry
 from tests.helpers.redis_servers import RedisServer, redis_cluster
 from tests.helpers.redis_workers import SECRET, PlayedGateway, PlayedWorker, running
-from tests.helpers.waiting import until
+from tests.helpers.waiting import PATIENCE_S, until
 from tests.unit.index.test_redis import hashes_of
 
 REPOSITORY = Path(__file__).parents[3]
 KEYS = KeySpace("tailrace")
-PATIENCE_S = 15.0
-"""Others may use the machine as well."""
 
 
 @pytest.fixture(scope="module")

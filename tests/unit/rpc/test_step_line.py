@@ -20,6 +20,7 @@ from tailrace.types import FinishReason
 from tailrace.worker.attach import Attachments, Leg
 from tailrace.worker.report import StepReport
 from tests.helpers.values import SECRET, make_info, make_submission
+from tests.helpers.waiting import until
 
 
 class Handler:
@@ -103,12 +104,6 @@ async def attached(address: str, **options: Any) -> AsyncIterator[Gateway]:
         yield gateway
     finally:
         await gateway.close()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - whatever makes it true tells nobody
-            await asyncio.sleep(0.005)
 
 
 async def submitted(worker: Worker, gateway: Gateway) -> None:

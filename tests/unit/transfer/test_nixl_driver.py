@@ -2,8 +2,6 @@
 
 import asyncio
 import dataclasses
-import time
-from collections.abc import Callable
 
 import pytest
 
@@ -13,6 +11,7 @@ from tailrace.transfer.nixl_driver import AgentError, NixlDriver
 from tailrace.transfer.nixl_link import NixlLink, open_nixl, prove_one_sided
 from tests.helpers.transfer_fakes import FakeAgent
 from tests.helpers.transfer_pools import make_pool, make_reads
+from tests.helpers.waiting import until
 
 
 class Pair:
@@ -32,13 +31,6 @@ class Pair:
     def lands(self, blocks: list[int]) -> None:
         """The stamps that were asked for arrive."""
         self.driver.scratch[blocks] = self.pool.stamps[blocks]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.001)
 
 
 async def test_a_read_is_good_after_its_data_and_then_its_stamps_have_landed() -> None:
@@ -105,17 +97,21 @@ async def test_no_progress_is_made_while_nothing_is_lent_or_read() -> None:
     assert pair.agent.num_progress == 0
     with pair.driver.progress():
         await until(lambda: pair.agent.num_progress > 10)
-    await asyncio.sleep(0.05)
-    seen = pair.agent.num_progress
-    await asyncio.sleep(0.05)
-    assert pair.agent.num_progress == seen
+    seen = await at_rest(pair.agent)
     pair.driver.make_progress_for(0.1)
     await until(lambda: pair.agent.num_progress > seen + 10)
-    await asyncio.sleep(0.15)
-    seen = pair.agent.num_progress
-    await asyncio.sleep(0.05)
-    assert pair.agent.num_progress == seen
+    await at_rest(pair.agent)
     pair.driver.close()
+
+
+async def at_rest(agent: FakeAgent) -> int:
+    """Its progress, once that has ended."""
+    async with asyncio.timeout(5):
+        while True:
+            seen = agent.num_progress
+            await asyncio.sleep(0.05)
+            if agent.num_progress == seen:
+                return seen
 
 
 async def test_memory_is_registered_once() -> None:

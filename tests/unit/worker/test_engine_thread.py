@@ -77,10 +77,13 @@ async def test_an_idle_thread_blocks() -> None:
     worker, listener = CountingWorker(), Listener()
     async with running(worker, listener) as engine:
         await until(lambda: listener.reports)
-        steps, cpu = engine.num_steps, time.process_time()
-        await asyncio.sleep(0.2)
+        steps, spans = engine.num_steps, []
+        for _ in range(3):  # what else this process does may spoil one
+            cpu = time.process_time()
+            await asyncio.sleep(0.1)
+            spans.append(time.process_time() - cpu)
         assert engine.num_steps == steps
-        assert time.process_time() - cpu < 0.05
+        assert min(spans) < 0.02
 
 
 async def test_commands_wait_for_the_end_of_a_step_and_come_before_the_next() -> None:

@@ -350,7 +350,7 @@ async def test_without_another_worker_the_client_hears_what_it_got_and_the_error
 async def test_the_deadline_ends_a_request_that_no_worker_ends(monkeypatch):
     monkeypatch.setattr(dispatcher_module, "DEADLINE_GRACE_S", 0.01)
     async with fake_cluster() as cluster:
-        session = await cluster.submit(deadline_s=0.02)
+        session = await cluster.submit(deadline_s=0.2)
         await cluster.decode.tokens([11])
         events, error = await events_and_error(session)
         assert prose(events) == ["0@5: 11"]
@@ -361,9 +361,9 @@ async def test_the_deadline_ends_a_request_that_no_worker_ends(monkeypatch):
 async def test_the_deadline_of_a_request_that_has_ended_disturbs_nobody(monkeypatch):
     monkeypatch.setattr(dispatcher_module, "DEADLINE_GRACE_S", 0.0)
     async with fake_cluster() as cluster:
-        session = await cluster.submit(deadline_s=0.02)
+        session = await cluster.submit(deadline_s=0.2)
         await cluster.decode.tokens([11], reason=STOP)
-        await asyncio.sleep(0.04)
+        await asyncio.sleep(0.3)
         assert prose(await collect(session)) == ["0@5: 11", "0 ends: STOP", "usage"]
         assert session.timer.cancelled()
 

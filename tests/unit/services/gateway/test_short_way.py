@@ -189,12 +189,17 @@ def outlets() -> Iterator[list[bool]]:
 
 
 async def ask(
-    dispatcher: FakeDispatcher, *, pause_s: float = 0.0, then: Callable[[], None] = lambda: None, **fields: Any
+    dispatcher: FakeDispatcher,
+    *,
+    read_when: Callable[[], object] = lambda: True,
+    then: Callable[[], None] | None = None,
+    **fields: Any,
 ) -> list[dict[str, Any]]:
-    """The events of one answer, whose client reads nothing for `pause_s`, and everything from then on.
+    """The events of one answer, whose client reads nothing before `read_when`, and everything from then on.
 
-    `then` is called after as long again: what lay in the buffers has been read.
+    `then` is called when what lay in the buffers has been read.
     """
+    data = bytearray()
     async with served(make_app(dispatcher), send_buffer=16384) as url:
         host, port = url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port), limit=4096)
@@ -203,14 +208,28 @@ async def ask(
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
         )
         writer.write(head.encode() + content)
-        await asyncio.sleep(pause_s)
-        reading = asyncio.create_task(reader.read())
-        await asyncio.sleep(pause_s)
-        then()
-        data = await reading
+        await until(read_when)
+        reading = asyncio.create_task(read_all(reader, data))
+        if then is not None:
+            await at_rest(data)
+            then()
+        await reading
         writer.close()
     assert dispatcher.all_closed()
-    return [json.loads(event) for event in events_of(data)]
+    return [json.loads(event) for event in events_of(bytes(data))]
+
+
+async def read_all(reader: asyncio.StreamReader, data: bytearray) -> None:
+    while piece := await reader.read(1 << 16):
+        data += piece
+
+
+async def at_rest(data: bytearray) -> None:
+    """Nothing more comes."""
+    size = -1
+    while len(data) > size:
+        size = len(data)
+        await asyncio.sleep(0.3)
 
 
 def events_of(data: bytes) -> list[str]:
@@ -250,10 +269,15 @@ async def test_what_needs_a_look_at_each_token_goes_the_whole_way(fields: dict[s
 
 async def test_a_slow_client_gets_its_pieces_joined_and_single_ones_again_when_it_keeps_pace() -> None:
     """Back-pressure closes the short way, and its end opens it again."""
-    text = " the cat sat on the mat" * 4000
+    text = " the cat sat on the mat" * 1500
     script = Script([[*ids(text), EOS]], hold_at=len(ids(text)) - 100)
+    dispatcher = FakeDispatcher(script)
     with outlets() as answers:
-        events = await ask(FakeDispatcher(script), pause_s=1.0, then=script.go_on.set)
+        events = await ask(
+            dispatcher,
+            read_when=lambda: [it.num_events for it in dispatcher.generations] == [script.hold_at],
+            then=script.go_on.set,
+        )
     assert text_of(events) == text
     first_taken = answers.index(True)
     first_refusal = answers.index(False, first_taken)

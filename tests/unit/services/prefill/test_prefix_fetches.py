@@ -104,7 +104,7 @@ async def test_whatever_becomes_of_a_fetch_the_answer_is_right(
 async def test_a_late_read_costs_no_more_than_its_patience_and_never_a_wrong_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    patience(monkeypatch, 0.1)
+    patience(monkeypatch, 0.3)
     async with prefill_rig(num_blocks=24) as rig:
         slow, good = (
             rig.add_holder("slow", PROMPT, range(2, 7), outcome=None),
