@@ -27,6 +27,7 @@ from tests.helpers.stores import PAGED, bytes_of
 from tests.helpers.values import SECRET, make_layout
 
 LAYOUT = make_layout(**PAGED)
+WRITTEN = 'tailrace_store_blocks_total{what="written"}'
 T = TypeVar("T")
 
 
@@ -219,6 +220,14 @@ async def worker(
 
 async def until(store: StoreProcess, name: str, value: float) -> None:
     """A metric has reached this value."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while await store.metric(name) < value:  # noqa: ASYNC110  # another process sets no event
             await asyncio.sleep(0.02)
+
+
+async def one_life(slab: Path, peer: Worker, chain: Sequence[bytes], end: int = signal.SIGTERM) -> int:
+    """Of a store that takes a chain and writes it to its disk; the status it ends with."""
+    async with store_process(slab) as store:
+        await peer.offer(store, chain)
+        await until(store, WRITTEN, len(chain))
+        return await store.end(end)

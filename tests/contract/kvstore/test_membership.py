@@ -12,11 +12,10 @@ from tailrace.kv.events import KVEventKind, Tier
 from tailrace.messages import StepEvents, Submission
 from tailrace.rpc.client import AttachCall, Peer
 from tailrace.types import Role, SamplingParams
-from tests.helpers.store_process import LAYOUT, StoreProcess, store_process, until, worker
+from tests.helpers.store_process import LAYOUT, WRITTEN, StoreProcess, one_life, store_process, until, worker
 from tests.helpers.stores import chain_of
 from tests.helpers.values import SECRET
 
-WRITTEN = 'tailrace_store_blocks_total{what="written"}'
 MEMORY_SLOTS = (1 << 20) // LAYOUT.block_bytes
 A = chain_of("a", 6)
 
@@ -136,10 +135,7 @@ async def test_what_it_tells_is_what_it_has_on_each_tier(tmp_path: Path) -> None
 async def test_after_a_restart_a_snapshot_says_what_the_file_has(tmp_path: Path) -> None:
     async with worker() as peer:
         peer.cache(A)
-        async with store_process(tmp_path / "slab") as store:
-            await peer.offer(store, A)
-            await until(store, WRITTEN, 6)
-            await store.end()
+        await one_life(tmp_path / "slab", peer, A)
         async with store_process(tmp_path / "slab") as again, attached(again) as gateway:
             assert await gateway.snapshot() == (dict.fromkeys(A, Tier.NVME), {0})
             gateway.told = dict.fromkeys(A, Tier.NVME)

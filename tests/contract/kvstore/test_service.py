@@ -13,13 +13,22 @@ from tailrace.kv.events import KVEvents, Tier
 from tailrace.kvstore.slab_header import peek
 from tailrace.messages import BlockOffer, KvSource, LendDone, LendTerms, LentBlocks
 from tailrace.rpc.client import Peer
-from tests.helpers.store_process import LAYOUT, StoreProcess, Worker, refused_start, store_process, until, worker
+from tests.helpers.store_process import (
+    LAYOUT,
+    WRITTEN,
+    StoreProcess,
+    Worker,
+    one_life,
+    refused_start,
+    store_process,
+    until,
+    worker,
+)
 from tests.helpers.stores import PAGED, chain_of
 from tests.helpers.values import SECRET, make_layout
 
 A, B = chain_of("a", 6), chain_of("b", 6)
 TAKEN = 'tailrace_store_blocks_total{what="taken"}'
-WRITTEN = 'tailrace_store_blocks_total{what="written"}'
 FAILED = 'tailrace_store_blocks_total{what="failed_pulls"}'
 SLOT_BYTES = LAYOUT.block_bytes
 
@@ -59,11 +68,8 @@ async def test_what_memory_has_no_room_for_is_lent_from_disk(tmp_path: Path) -> 
 async def test_contents_outlive_the_process(tmp_path: Path, end: int) -> None:
     async with worker() as peer:
         peer.cache(A)
-        async with store_process(tmp_path / "slab") as store:
-            await peer.offer(store, A)
-            await until(store, WRITTEN, 6)
-            status = await store.end(end)
-            assert status == (0 if end == signal.SIGTERM else -signal.SIGKILL)
+        status = await one_life(tmp_path / "slab", peer, A, end)
+        assert status == (0 if end == signal.SIGTERM else -signal.SIGKILL)
         async with store_process(tmp_path / "slab") as again:
             assert await peer.pull(again, A) == 6
             assert await again.metric('tailrace_store_blocks_total{what="restored"}') == 6
@@ -73,10 +79,7 @@ async def test_contents_outlive_the_process(tmp_path: Path, end: int) -> None:
 async def test_damage_between_two_lives_is_dropped_and_counted(tmp_path: Path) -> None:
     async with worker() as peer:
         peer.cache(A)
-        async with store_process(tmp_path / "slab") as store:
-            await peer.offer(store, A)
-            await until(store, WRITTEN, 6)
-            await store.end()
+        await one_life(tmp_path / "slab", peer, A)
         with (tmp_path / "slab").open("r+b") as file:
             header = peek(tmp_path / "slab")
             assert header is not None
