@@ -32,10 +32,10 @@ def two_cores() -> Iterator[None]:
 
 
 async def seconds_for(model: Path, **values: object) -> float:
-    """Of the faster of two turns at twelve prompts, four at once, so that both workers are busy."""
+    """Of the faster of two turns at eight prompts, four at once, so that both workers are busy."""
     config = UpConfig(port=0, prefill=1, decode=1, num_blocks=512, prefix_caching=False, **values)
     async with running_cluster(config, model, Silent()) as cluster, Asker(cluster.api_url) as asker:
-        bodies = [completion_body(config.model, prompt, 24) for prompt in token_prompts(12, 128, 32_000, seed=1)]
+        bodies = [completion_body(config.model, prompt, 16) for prompt in token_prompts(8, 128, 32_000, seed=1)]
         turns = []
         for _ in range(3):
             began = asker.now()
