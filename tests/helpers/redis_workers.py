@@ -14,6 +14,7 @@ from tailrace.index.redis_url import RedisUrl
 from tailrace.index.registry import Registration, Registry
 from tailrace.kv.events import KVEvents
 from tailrace.messages import KvEventBatch
+from tests.helpers.waiting import in_background
 
 SECRET = b"a secret of the tests"
 DIGEST = "a model"
@@ -81,12 +82,5 @@ class PlayedGateway:
 @contextlib.asynccontextmanager
 async def running(*parts: PlayedWorker | PlayedGateway) -> AsyncIterator[None]:
     runs = [(part.publisher if isinstance(part, PlayedWorker) else part.mirror).run() for part in parts]
-    tasks = [asyncio.create_task(run) for run in runs]
-    try:
+    async with in_background(*runs):
         yield
-        for task in tasks:
-            assert not task.done(), task.exception()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

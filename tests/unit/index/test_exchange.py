@@ -17,27 +17,14 @@ from tailrace.policy.other_routers import Given, InFlight, RouterNews
 from tailrace.policy.router import Router
 from tailrace.policy.routing import RouteRequest, WorkerView
 from tailrace.types import Role
-from tests.helpers.redis_servers import RedisServer, redis_cluster
 from tests.helpers.values import SECRET
-from tests.helpers.waiting import PATIENCE_S, until
+from tests.helpers.waiting import PATIENCE_S, in_background, until
 from tests.unit.index.test_redis import hashes_of
 
 KEYS = KeySpace("tailrace")
 TIMEOUT_S = 0.4
 PREFILLS = [WorkerView(f"p{n}", Role.PREFILL, b"", prefill_tokens_per_s=100.0) for n in range(8)]
 DECODES = [WorkerView("d0", Role.DECODE, b"", decode_step_s=0.01, max_num_seqs=1000)]
-
-
-@pytest.fixture
-def server():
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def nodes():
-    with redis_cluster() as nodes:
-        yield nodes
 
 
 class PlayedGateway:
@@ -75,16 +62,9 @@ class PlayedGateway:
 
 @contextlib.asynccontextmanager
 async def sharing(*gateways):
-    tasks = [asyncio.create_task(gateway.exchange.run()) for gateway in gateways]
-    try:
+    async with in_background(*(gateway.exchange.run() for gateway in gateways)):
         await until(lambda: all(gateway.exchange.is_following for gateway in gateways), PATIENCE_S)
         yield
-        for task in tasks:
-            assert not task.done(), task.exception()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def burst(one, other, *, told):
@@ -100,7 +80,7 @@ async def burst(one, other, *, told):
 
 @pytest.mark.parametrize("kind", ["single", "cluster"])
 async def test_a_burst_over_two_gateways_spreads_as_over_one(kind, request):
-    url = request.getfixturevalue("server").url if kind == "single" else request.getfixturevalue("nodes")[0].url
+    url = request.getfixturevalue("own_server").url if kind == "single" else request.getfixturevalue("nodes")[0].url
     one, other = PlayedGateway(url, "g0"), PlayedGateway(url, "g1")
     async with sharing(one, other):
         assert await burst(one, other, told=True) == 1
@@ -112,8 +92,8 @@ async def test_without_it_the_same_burst_herds():
     assert await burst(*alone, told=False) == 2
 
 
-async def test_a_gateway_that_dies_takes_what_it_told_along(server):
-    one, other = PlayedGateway(server.url, "g0"), PlayedGateway(server.url, "g1")
+async def test_a_gateway_that_dies_takes_what_it_told_along(own_server):
+    one, other = PlayedGateway(own_server.url, "g0"), PlayedGateway(own_server.url, "g1")
     async with sharing(other):
         async with sharing(one):
             one.send(1)
@@ -123,9 +103,9 @@ async def test_a_gateway_that_dies_takes_what_it_told_along(server):
         await until(lambda: other.num_others == 0, PATIENCE_S)
 
 
-async def test_what_is_computed_is_told(server, monkeypatch):
+async def test_what_is_computed_is_told(own_server, monkeypatch):
     monkeypatch.setattr("tailrace.index.exchange.TTL_S", 10.0)
-    one, other = PlayedGateway(server.url, "g0"), PlayedGateway(server.url, "g1")
+    one, other = PlayedGateway(own_server.url, "g0"), PlayedGateway(own_server.url, "g1")
     async with sharing(one, other):
         worker_id = one.send(1)
         await until(lambda: other.num_others == 1, PATIENCE_S)
@@ -133,46 +113,46 @@ async def test_what_is_computed_is_told(server, monkeypatch):
         await until(lambda: other.num_others == 0, 5.0)  # long before it runs out by itself
 
 
-async def test_nothing_is_told_where_nothing_happens(server):
-    one, other = PlayedGateway(server.url, "g0"), PlayedGateway(server.url, "g1")
+async def test_nothing_is_told_where_nothing_happens(own_server):
+    one, other = PlayedGateway(own_server.url, "g0"), PlayedGateway(own_server.url, "g1")
     async with sharing(one, other):
         await asyncio.sleep(0.5)
-        with contextlib.closing(server.client()) as client:
+        with contextlib.closing(own_server.client()) as client:
             assert client.exists(KEYS.reservations) == 0
 
 
-async def test_nobody_waits_while_redis_is_away_and_sharing_goes_on_when_it_is_back(server, monkeypatch):
+async def test_nobody_waits_while_redis_is_away_and_sharing_goes_on_when_it_is_back(own_server, monkeypatch):
     monkeypatch.setattr("tailrace.index.backoff.LONGEST_S", 0.3)
-    one, other = PlayedGateway(server.url, "g0"), PlayedGateway(server.url, "g1")
+    one, other = PlayedGateway(own_server.url, "g0"), PlayedGateway(own_server.url, "g1")
     async with sharing(one, other):
         one.send(1)
         await until(lambda: other.num_others == 1, PATIENCE_S)
-        server.kill()
+        own_server.kill()
         await until(lambda: one.exchange.trouble and other.exchange.trouble, PATIENCE_S)
         began = time.monotonic()
         for number in range(100, 120):
             other.send(number)
         assert time.monotonic() - began < 20 * TIMEOUT_S / 4
         await until(lambda: other.num_others == 0, PATIENCE_S)
-        server.start()
+        own_server.start()
         await until(lambda: one.num_others == other.num_others == 1, PATIENCE_S)
         assert not one.exchange.trouble
 
 
-async def test_a_stopped_redis_holds_nobody_up(server):
-    one, other = PlayedGateway(server.url, "g0"), PlayedGateway(server.url, "g1")
+async def test_a_stopped_redis_holds_nobody_up(own_server):
+    one, other = PlayedGateway(own_server.url, "g0"), PlayedGateway(own_server.url, "g1")
     async with sharing(one, other):
-        with server.stopped():
+        with own_server.stopped():
             one.send(1)
             await until(lambda: "no answer in time" in one.exchange.trouble, PATIENCE_S)
             assert one.send(2)
         await until(lambda: other.num_others == 1, PATIENCE_S)
 
 
-async def test_nothing_is_written_beside_another_versions_keys(server):
-    with contextlib.closing(server.client()) as client:
+async def test_nothing_is_written_beside_another_versions_keys(own_server):
+    with contextlib.closing(own_server.client()) as client:
         client.set(KEYS.version, "7")
-        gateway = PlayedGateway(server.url, "g0")
+        gateway = PlayedGateway(own_server.url, "g0")
         task = asyncio.create_task(gateway.exchange.run())
         gateway.send(1)
         await until(lambda: "tailrace:version says '7'" in gateway.exchange.trouble, PATIENCE_S)
@@ -255,10 +235,10 @@ def test_what_no_gateway_wrote_is_refused(changes):
         Message.read(signed({**as_read(Message("g0", 1.0, NEWS)), **changes}), SECRET)
 
 
-async def test_garbage_is_passed_over_and_logged_once(server, caplog):
-    one, other = PlayedGateway(server.url, "g0"), PlayedGateway(server.url, "g1")
+async def test_garbage_is_passed_over_and_logged_once(own_server, caplog):
+    one, other = PlayedGateway(own_server.url, "g0"), PlayedGateway(own_server.url, "g1")
     async with sharing(one, other):
-        with contextlib.closing(server.client()) as client:
+        with contextlib.closing(own_server.client()) as client:
             for garbage in ({"a": "b"}, {**as_read(Message("g7", 1.0, NEWS)), b"workers": b"[]"}):
                 client.xadd(KEYS.reservations, garbage)
         one.send(1)

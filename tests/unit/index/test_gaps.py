@@ -5,33 +5,21 @@ import contextlib
 import pytest
 
 from tailrace.index.keys import KeySpace
-from tests.helpers.redis_servers import RedisServer
 from tests.helpers.redis_workers import PlayedGateway, PlayedWorker, running
-from tests.helpers.waiting import until
-from tests.unit.index.test_mirror import PATIENCE_S, knows, says, well
+from tests.helpers.waiting import PATIENCE_S, until
+from tests.unit.index.test_mirror import knows, says, well
 from tests.unit.index.test_redis import hashes_of
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 KEYS = KeySpace("tailrace")
 USER, PASSWORD = "gateway", "a-password-of-gateways"
 
 
-@pytest.fixture
-def server():
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("tailrace.index.mirror.VISIT_S", 0.05)
-    monkeypatch.setattr("tailrace.index.publisher.BEAT_S", 0.1)
-    monkeypatch.setattr("tailrace.index.backoff.LONGEST_S", 0.3)
-
-
 @contextlib.asynccontextmanager
-async def gateway_cut_off(server, gateway):
+async def gateway_cut_off(own_server, gateway):
     """While workers go on telling Redis."""
-    with contextlib.closing(server.client()) as client:
+    with contextlib.closing(own_server.client()) as client:
         client.execute_command("ACL", "SETUSER", USER, "off")
         client.execute_command("CLIENT", "KILL", "USER", USER)
         await until(lambda: gateway.mirror.trouble, PATIENCE_S)
@@ -40,23 +28,23 @@ async def gateway_cut_off(server, gateway):
     await well(gateway.mirror)
 
 
-def pair(server):
-    with contextlib.closing(server.client()) as client:
+def pair(own_server):
+    with contextlib.closing(own_server.client()) as client:
         client.execute_command("ACL", "SETUSER", USER, "on", f">{PASSWORD}", "~*", "+@all")
-    worker = PlayedWorker(server.url)
-    return worker, PlayedGateway(f"redis://{USER}:{PASSWORD}@127.0.0.1:{server.port}", worker)
+    worker = PlayedWorker(own_server.url)
+    return worker, PlayedGateway(f"redis://{USER}:{PASSWORD}@127.0.0.1:{own_server.port}", worker)
 
 
 async def told(worker):
     await until(lambda: worker.publisher.registration.sequence == worker.sequence, PATIENCE_S)
 
 
-async def test_what_was_told_while_a_gateway_was_cut_off_is_read_from_redis(server):
-    worker, gateway = pair(server)
+async def test_what_was_told_while_a_gateway_was_cut_off_is_read_from_redis(own_server):
+    worker, gateway = pair(own_server)
     async with running(worker, gateway):
         worker.publish(hashes_of(50))
         await knows(gateway, worker)
-        async with gateway_cut_off(server, gateway):
+        async with gateway_cut_off(own_server, gateway):
             worker.publish(hashes_of(2000, seed=1))
             worker.retract(hashes_of(50)[20:])
             await told(worker)
@@ -64,12 +52,12 @@ async def test_what_was_told_while_a_gateway_was_cut_off_is_read_from_redis(serv
         assert worker.num_snapshots == 1, "the one on being found"
 
 
-async def test_what_redis_no_longer_has_is_asked_of_the_worker(server):
-    worker, gateway = pair(server)
+async def test_what_redis_no_longer_has_is_asked_of_the_worker(own_server):
+    worker, gateway = pair(own_server)
     async with running(worker, gateway):
         worker.publish(hashes_of(50))
         await knows(gateway, worker)
-        async with gateway_cut_off(server, gateway) as client:
+        async with gateway_cut_off(own_server, gateway) as client:
             worker.publish(hashes_of(20, seed=1))
             await told(worker)
             client.xtrim(KEYS.stream_of("w0"), maxlen=0, approximate=False)
@@ -77,14 +65,14 @@ async def test_what_redis_no_longer_has_is_asked_of_the_worker(server):
         assert worker.num_snapshots == 2
 
 
-async def test_a_stream_in_the_place_of_another_is_read_from_its_beginning(server):
+async def test_a_stream_in_the_place_of_another_is_read_from_its_beginning(own_server):
     """As after a failover to a replica whose clock is behind, with messages that nobody here has seen."""
-    worker, gateway = pair(server)
+    worker, gateway = pair(own_server)
     async with running(worker, gateway):
         worker.publish(hashes_of(50))
         await knows(gateway, worker)
         stream = KEYS.stream_of("w0")
-        async with gateway_cut_off(server, gateway) as client:
+        async with gateway_cut_off(own_server, gateway) as client:
             worker.publish(hashes_of(20, seed=1))
             await told(worker)
             kept = client.xrange(stream)
@@ -97,8 +85,8 @@ async def test_a_stream_in_the_place_of_another_is_read_from_its_beginning(serve
         assert worker.num_snapshots == 1
 
 
-async def test_a_message_that_got_lost_here_is_read_again(server, monkeypatch):
-    worker, gateway = pair(server)
+async def test_a_message_that_got_lost_here_is_read_again(own_server, monkeypatch):
+    worker, gateway = pair(own_server)
     async with running(worker, gateway):
         worker.publish(hashes_of(50))
         await knows(gateway, worker)
@@ -116,27 +104,27 @@ def unreachable():
     raise ConnectionError("no way there")
 
 
-async def test_a_worker_that_cannot_be_reached_is_followed_by_redis_alone(server):
-    worker, gateway = pair(server)
+async def test_a_worker_that_cannot_be_reached_is_followed_by_redis_alone(own_server):
+    worker, gateway = pair(own_server)
     async with running(worker, gateway):
         worker.publish(hashes_of(50))
         await knows(gateway, worker)
         gateway.feeds.get("w0")._snapshot = unreachable
-        async with gateway_cut_off(server, gateway):
+        async with gateway_cut_off(own_server, gateway):
             worker.publish(hashes_of(20, seed=1))
             await told(worker)
         await knows(gateway, worker)
 
 
-async def test_a_restarted_empty_redis_costs_no_snapshot_where_nothing_was_missed(server):
-    worker = PlayedWorker(server.url)
-    gateway = PlayedGateway(server.url, worker)
+async def test_a_restarted_empty_redis_costs_no_snapshot_where_nothing_was_missed(own_server):
+    worker = PlayedWorker(own_server.url)
+    gateway = PlayedGateway(own_server.url, worker)
     async with running(worker, gateway):
         worker.publish(hashes_of(50))
         await knows(gateway, worker)
-        server.kill()
+        own_server.kill()
         await says(gateway.mirror, "Redis at")
         worker.publish(hashes_of(20, seed=1))
-        server.start()
+        own_server.start()
         await knows(gateway, worker)
         assert worker.num_snapshots == 1

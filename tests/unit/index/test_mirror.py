@@ -12,19 +12,14 @@ from tailrace.index.redis import RedisIndex
 from tailrace.index.redis_client import RedisClient
 from tailrace.index.redis_url import RedisUrl
 from tailrace.index.registry import Registry
-from tests.helpers.redis_servers import RedisServer, redis_cluster
 from tests.helpers.redis_workers import SECRET, PlayedGateway, PlayedWorker, running
 from tests.helpers.waiting import PATIENCE_S, until
 from tests.unit.index.test_redis import hashes_of
 
 REPOSITORY = Path(__file__).parents[3]
+pytestmark = pytest.mark.usefixtures("quick")
+
 KEYS = KeySpace("tailrace")
-
-
-@pytest.fixture(scope="module")
-def shared():
-    with RedisServer() as server:
-        yield server
 
 
 @pytest.fixture
@@ -33,19 +28,6 @@ def server(shared):
     with contextlib.closing(shared.client()) as client:
         client.flushall()
     return shared
-
-
-@pytest.fixture
-def own_server():
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("tailrace.index.mirror.VISIT_S", 0.05)
-    monkeypatch.setattr("tailrace.index.publisher.BEAT_S", 0.1)
-    monkeypatch.setattr("tailrace.index.backoff.LONGEST_S", 0.3)
 
 
 async def knows(gateway, *workers):
@@ -85,12 +67,6 @@ async def settled_in_redis(url, worker):
 
 
 # -- all is well ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def nodes():
-    with redis_cluster() as nodes:
-        yield nodes
 
 
 @pytest.mark.parametrize("kind", ["single", "cluster"])

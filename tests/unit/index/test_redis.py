@@ -22,7 +22,6 @@ from tailrace.index.redis_url import RedisUrl
 from tailrace.index.registry import Registration, Registry, Standing, check_version
 from tailrace.index.trouble import RedisTroubleError
 from tailrace.kv.events import Tier
-from tests.helpers.redis_servers import RedisServer, redis_cluster
 
 SECRET = b"a secret of the tests"
 KEYS = KeySpace("tailrace")
@@ -52,25 +51,13 @@ class World:
         await self.registry.read()
 
 
-@pytest.fixture(scope="module")
-def server():
-    with RedisServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def nodes():
-    with redis_cluster() as nodes:
-        yield nodes
-
-
 @pytest.fixture(params=["single", "cluster"])
 def url(request):
     if request.param == "single":
-        server = request.getfixturevalue("server")
-        with contextlib.closing(server.client()) as client:
+        shared = request.getfixturevalue("shared")
+        with contextlib.closing(shared.client()) as client:
             client.flushall()
-        return server.url
+        return shared.url
     nodes = request.getfixturevalue("nodes")
     for node in nodes:
         with contextlib.closing(node.client()) as client:
@@ -162,11 +149,11 @@ def assert_ends_of_what_is_held(found, exact, holders):
 
 @given(st.lists(st.integers(0, 70), max_size=9), st.integers(1, 70))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_search_finds_where_each_prefix_ends(server, depths_held, length):
+def test_a_search_finds_where_each_prefix_ends(shared, depths_held, length):
     """Prefixes of any lengths, alone and several of one length, in one script call."""
 
     async def look():
-        async with world(server.url) as it:
+        async with world(shared.url) as it:
             hashes = hashes_of(70, seed=secrets.randbits(64))
             workers = [f"w{number}" for number in range(len(depths_held))]
             await it.register(*(registration(worker) for worker in workers))
@@ -228,26 +215,26 @@ async def test_a_script_that_redis_has_forgotten_is_sent_again(url):
         assert await it.index.longest_prefix(hashes) == {"w0": 300}
 
 
-def num_commands(server):
+def num_commands(shared):
     """By name, of those that came over a connection or were carried out in a script."""
-    with contextlib.closing(server.client()) as client:
+    with contextlib.closing(shared.client()) as client:
         return Counter({name: told["calls"] for name, told in client.info("commandstats").items()})
 
 
-async def test_a_lookup_is_one_command_on_a_single_redis(server):
-    async with world(server.url) as it:
+async def test_a_lookup_is_one_command_on_a_single_redis(shared):
+    async with world(shared.url) as it:
         hashes = hashes_of(256, seed=10)
         await it.register(registration("w0"))
         await it.index.publish(Life("w0", 1), hashes)
         await it.index.longest_prefix(hashes)
-        before = num_commands(server)
+        before = num_commands(shared)
         assert await it.index.longest_prefix(hashes) == {"w0": 256}
-        spent = num_commands(server) - before
+        spent = num_commands(shared) - before
         assert [spent[f"cmdstat_{name}"] for name in ("evalsha", "get", "eval", "mget")] == [1, 2, 0, 0]
         await it.index.retract(Life("w0", 1), hashes[100:])
-        before = num_commands(server)
+        before = num_commands(shared)
         assert await it.index.longest_prefix(hashes) == {"w0": 100}
-        assert (num_commands(server) - before)["cmdstat_get"] <= 2 + 8
+        assert (num_commands(shared) - before)["cmdstat_get"] <= 2 + 8
 
 
 async def test_one_prompt_lies_on_all_nodes_alike(nodes):
