@@ -79,6 +79,7 @@ def test_workers_join_leave_die_and_are_replaced(small_model: Path) -> None:
         cluster.wait_until_idle(2.0)
 
 
+@pytest.mark.chaos
 def test_a_stopped_worker_is_dropped_and_comes_back(small_model: Path) -> None:
     with start(small_model) as cluster:
         cluster.start_workers()
@@ -120,7 +121,9 @@ def texts_of(events: list[dict[str, Any]]) -> list[str]:
     return ["".join(choice["text"] for choice in choices if choice["index"] == index) for index in range(2)]
 
 
-async def test_a_decoder_dies_in_the_middle_and_another_goes_on_with_the_same_tokens(small_model: Path) -> None:
+async def test_a_decoder_dies_in_the_middle_and_another_goes_on_with_the_same_tokens_until_there_is_none(
+    small_model: Path,
+) -> None:
     with start(small_model) as cluster:
         cluster.start_workers(decode=2)
         answer = cluster.post("/v1/completions", **STREAMED).json()
@@ -129,15 +132,10 @@ async def test_a_decoder_dies_in_the_middle_and_another_goes_on_with_the_same_to
         assert events[-1] == {"done": True}
         assert texts_of(events) == [choice["text"] for choice in answer["choices"]]
         assert cluster.metric("tailrace_replays_total") >= 1
-        cluster.wait_until(lambda: len(cluster.workers()) == 2, "one is gone").wait_until_idle(2.0)
-
-
-async def test_a_decoder_dies_in_the_middle_and_there_is_no_other(small_model: Path) -> None:
-    with start(small_model) as cluster:
-        cluster.start_workers()
+        cluster.wait_until(lambda: len(cluster.workers()) == 2, "one is gone").wait_until_idle(5.0)
         async with streaming(cluster) as stream:
             events = await kill_its_decoder(cluster, stream)
         assert {"done": True} not in events
         assert set(events[-1]["error"]) == {"message", "type", "param", "code"}
         assert not any("error" in event for event in events[:-1])
-        cluster.wait_for("prefill-0").wait_until_idle(2.0)
+        cluster.wait_for("prefill-0").wait_until_idle(5.0)

@@ -2,12 +2,14 @@
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tailrace.cores import available_cores
 from tests.helpers.cluster import Role, run_to_end
 from tests.helpers.tiny_model import make_tiny_model
 
@@ -56,15 +58,28 @@ DAMAGES: list[tuple[Role, str, Callable[[Path], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("role", "file", "damage", "word"), DAMAGES, ids=[f"{d[0]}-{d[1]}-{d[2].__name__}" for d in DAMAGES]
-)
-def test_a_damaged_model_directory(
-    tmp_path: Path, role: Role, file: str, damage: Callable[[Path], Any], word: str
-) -> None:
-    model = make_tiny_model(tmp_path)
-    damage(model / file)
-    code, said = run_to_end(role, model=model, secret=SECRET, port=0)
+@pytest.fixture(scope="module")
+def starting() -> Iterator[Executor]:
+    """They share nothing: as many at once as there are cores."""
+    with ThreadPoolExecutor(len(available_cores())) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def starts(starting: Executor, tmp_path_factory: pytest.TempPathFactory) -> list[Future[tuple[int, str]]]:
+    """Of each of DAMAGES, how it ended."""
+    begun = []
+    for role, file, damage, _ in DAMAGES:
+        model = make_tiny_model(tmp_path_factory.mktemp("damaged"))
+        damage(model / file)
+        begun.append(starting.submit(run_to_end, role, model=model, secret=SECRET, port=0))
+    return begun
+
+
+@pytest.mark.parametrize("number", range(len(DAMAGES)), ids=[f"{d[0]}-{d[1]}-{d[2].__name__}" for d in DAMAGES])
+def test_a_damaged_model_directory(starts: list[Future[tuple[int, str]]], number: int) -> None:
+    role, _, _, word = DAMAGES[number]
+    code, said = starts[number].result()
     assert_clear(role, code, said, word)
 
 
@@ -73,23 +88,29 @@ def test_a_model_directory_that_is_not_there(tmp_path: Path) -> None:
     assert_clear("decode", code, said, "nothing")
 
 
-@pytest.mark.parametrize(
-    ("role", "option"), [("gateway", "port"), ("gateway", "grpc_port"), ("prefill", "port"), ("decode", "port")]
-)
-def test_a_port_in_use(small_model: Path, role: Role, option: str) -> None:
+PORTS: list[tuple[Role, str]] = [("gateway", "port"), ("gateway", "grpc_port"), ("prefill", "port"), ("decode", "port")]
+
+
+def test_a_port_in_use(small_model: Path, starting: Executor) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        options = {"model": small_model, "secret": SECRET, "port": 0, option: port}
-        code, said = run_to_end(role, **options)
-    assert_clear(role, code, said, str(port), "in use")
+
+        def start(role: Role, option: str) -> tuple[int, str]:
+            options = {"model": small_model, "secret": SECRET, "port": 0, option: port}
+            return run_to_end(role, **options)
+
+        ended = list(starting.map(lambda each: start(*each), PORTS))
+    for (role, _), (code, said) in zip(PORTS, ended, strict=True):
+        assert_clear(role, code, said, str(port), "in use")
 
 
-@pytest.mark.parametrize("role", ["gateway", "prefill", "decode"])
-def test_no_secret(small_model: Path, role: Role) -> None:
-    code, said = run_to_end(role, model=small_model, port=0)
-    assert_clear(role, code, said, "TAILRACE_SECRET")
+def test_no_secret(small_model: Path, starting: Executor) -> None:
+    roles: list[Role] = ["gateway", "prefill", "decode"]
+    ended = list(starting.map(lambda role: run_to_end(role, model=small_model, port=0), roles))
+    for role, (code, said) in zip(roles, ended, strict=True):
+        assert_clear(role, code, said, "TAILRACE_SECRET")
 
 
 def test_an_unknown_setting(small_model: Path) -> None:

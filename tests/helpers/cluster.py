@@ -329,7 +329,6 @@ def run_to_end(role: Role, **options: Any) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         timeout=START_S,
-        preexec_fn=_die_with_parent(),
         check=False,
     )
     return ended.returncode, ended.stdout.decode(errors="replace")
