@@ -46,18 +46,19 @@ async def test_an_answer_is_in_the_store_once_it_is_over(small_model: Path) -> N
         assert "Traceback" not in cluster.logs()
 
 
-@pytest.mark.parametrize("num_tail", [1, BLOCK + 3])
-async def test_the_next_turn_finds_the_answer_on_the_decode_worker_itself(small_model: Path, num_tail: int) -> None:
+async def test_the_next_turn_finds_the_answer_on_the_decode_worker_itself(small_model: Path) -> None:
     """Prompts are prefilled by the decode worker: there is no other."""
     with Cluster(small_model, dtype="float32", max_model_len=512, num_blocks=128) as cluster:
         cluster.start_workers(prefill=0)
-        first = usage_of(cluster, PROMPT)
-        assert first["prompt_tokens_details"]["cached_tokens"] == 0
-        answer = await answer_of(cluster, PROMPT)
-        turn = [*PROMPT, *answer, *prompt_of(num_tail, 2)]
-        usage = usage_of(cluster, turn)
-        assert usage["prompt_tokens_details"]["cached_tokens"] == NUM_FULL * BLOCK
-        assert usage["tailrace"]["cached_tokens_by_tier"] == {"worker": NUM_FULL * BLOCK}
+        for num_tail in (1, BLOCK + 3):
+            prompt = prompt_of(len(PROMPT), 100 + num_tail)
+            first = usage_of(cluster, prompt)
+            assert first["prompt_tokens_details"]["cached_tokens"] == 0
+            answer = await answer_of(cluster, prompt)
+            turn = [*prompt, *answer, *prompt_of(num_tail, 2)]
+            usage = usage_of(cluster, turn)
+            assert usage["prompt_tokens_details"]["cached_tokens"] == NUM_FULL * BLOCK
+            assert usage["tailrace"]["cached_tokens_by_tier"] == {"worker": NUM_FULL * BLOCK}
         cluster.wait_until_idle(5.0)
 
 

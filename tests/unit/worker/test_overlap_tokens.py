@@ -1,7 +1,9 @@
 """The overlapped loop draws the tokens of the plain one, with a real model and everything that looks at tokens on."""
 
+import functools
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -124,10 +126,20 @@ def serve(engine: Engine, traffic: Traffic, *, overlap: bool) -> Answers:
     return answers
 
 
+@pytest.fixture(scope="module")
+def served(engine: Engine) -> Callable[[int, bool], Answers]:
+    """By the seed of the traffic, and whether steps overlap; each is served once."""
+
+    @functools.cache
+    def serve_once(seed: int, overlap: bool) -> Answers:
+        return serve(engine, make_traffic(seed), overlap=overlap)
+
+    return serve_once
+
+
 @pytest.mark.parametrize("seed", range(12))
-def test_tokens_and_ends_are_those_of_the_plain_loop(engine: Engine, seed: int) -> None:
-    plain = serve(engine, make_traffic(seed), overlap=False)
-    overlapped = serve(engine, make_traffic(seed), overlap=True)
+def test_tokens_and_ends_are_those_of_the_plain_loop(served: Callable[[int, bool], Answers], seed: int) -> None:
+    plain, overlapped = served(seed, False), served(seed, True)
     cancelled = make_traffic(seed).cancelled
     for key in plain.tokens.keys() | overlapped.tokens.keys():
         mine, theirs = overlapped.tokens.get(key, []), plain.tokens.get(key, [])
@@ -142,10 +154,10 @@ def test_tokens_and_ends_are_those_of_the_plain_loop(engine: Engine, seed: int) 
     assert len(plain.reasons) > 5, "nobody was answered"
 
 
-def test_the_traffic_preempts_and_stops_early(engine: Engine) -> None:
+def test_the_traffic_preempts_and_stops_early(served: Callable[[int, bool], Answers]) -> None:
     """Else the tests above would show nothing."""
-    plain = [serve(engine, make_traffic(seed), overlap=False) for seed in range(12)]
-    overlapped = [serve(engine, make_traffic(seed), overlap=True) for seed in range(12)]
+    plain = [served(seed, False) for seed in range(12)]
+    overlapped = [served(seed, True) for seed in range(12)]
     assert min(sum(run.num_preempted for run in runs) for runs in (plain, overlapped)) > 10
     assert {reason.name for run in plain for reason in run.reasons.values()} == {"STOP", "LENGTH"}  # type: ignore[attr-defined]
     assert sum(run.num_rows for run in overlapped) > sum(run.num_rows for run in plain), "no row was ever dropped"
