@@ -24,7 +24,7 @@ NUM_TOKENS = 64
 GREEDY = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
 SEEDED = {**GREEDY, "temperature": 0.8, "seed": 20_240_607, "max_tokens": 32}
 BATCH = 16
-TRANSPORTS = {"nixl": "nixl", "stream": "stream", "colocated": "", "overlapped": "stream"}
+TRANSPORTS = {"nixl": "nixl", "stream-overlapped": "stream", "colocated": ""}
 
 
 class Arm(NamedTuple):
@@ -59,7 +59,7 @@ def seeded(one_process: OneProcess, prompts: list[list[int]]) -> list[list[int]]
 
 def start(model: Path, name: str, dtype: str, **options: Any) -> Cluster:
     transport = TRANSPORTS[name] or "auto"
-    overlap = "on" if name == "overlapped" else "off"
+    overlap = "on" if name == "stream-overlapped" else "off"
     sizes = {"num_blocks": 512, "max_model_len": 2048, "max_num_batched_tokens": 512, "overlap_scheduling": overlap}
     return Cluster(model, dtype=dtype, transport=transport, **sizes, **options)
 
@@ -129,17 +129,17 @@ def test_greedy_tokens_are_those_of_transformers(
 
 
 @pytest.mark.parity
-async def test_bfloat16_differs_in_near_ties_only(smollm2: Path, prompts: list[list[int]]) -> None:
+async def test_bfloat16_differs_from_one_process_in_near_ties_only(smollm2: Path, prompts: list[list[int]]) -> None:
     """One after the other, because the shape of a batch flips near-ties, and requests meet in batches by chance."""
     alone = OneProcess(smollm2, dtype="bfloat16")
-    expected = [alone.generate([prompt], SamplingParams(**GREEDY))[0] for prompt in prompts]
     reference = Reference(smollm2, torch.float32)
-    compared = [reference.compare(*each) for each in zip(PROMPTS, prompts, expected, strict=True)]
-    assert_equal_but_for_near_ties(compared, min_equal=10)
-    for transport in ("nixl", "stream"):
-        with start(smollm2, transport, "bfloat16") as cluster:
-            arm = Arm(cluster.start_workers(), transport)
-            texts = [(await generate(arm, [prompt], GREEDY, ""))[0] for prompt in prompts]
-        judged = [reference.judge(*each) for each in zip(PROMPTS, prompts, texts, expected, strict=True)]
+    for name, part in (("nixl", slice(0, 10)), ("stream-overlapped", slice(10, 20))):
+        expected = [alone.generate([prompt], SamplingParams(**GREEDY))[0] for prompt in prompts[part]]
+        with start(smollm2, name, "bfloat16") as cluster:
+            arm = Arm(cluster.start_workers(), TRANSPORTS[name])
+            texts = [(await generate(arm, [prompt], GREEDY, ""))[0] for prompt in prompts[part]]
+        judged = [
+            reference.judge(*each) for each in zip(list(PROMPTS)[part], prompts[part], texts, expected, strict=True)
+        ]
         # Alone it is the same computation.
-        assert_equal_but_for_near_ties(judged, min_equal=18)
+        assert_equal_but_for_near_ties(judged, min_equal=9)

@@ -90,9 +90,13 @@ def _comparison(model: torch.nn.Module, name: str, tokens: list[int], text: list
     return Comparison(name[:30], text, expected, top)
 
 
-def test_float32_is_equal_token_by_token(directory: Path, prompts: list[list[int]]) -> None:
-    texts = generate(directory, prompts, "float32")
-    for comparison in compare(directory, prompts, texts, torch.float32):
+@pytest.fixture(scope="module")
+def greedy(directory: Path, prompts: list[list[int]]) -> list[list[int]]:
+    return generate(directory, prompts, "float32")
+
+
+def test_float32_is_equal_token_by_token(directory: Path, prompts: list[list[int]], greedy: list[list[int]]) -> None:
+    for comparison in compare(directory, prompts, greedy, torch.float32):
         assert list(comparison.actual) == list(comparison.expected), comparison.label
         assert len(comparison.actual) == NUM_TOKENS
 
@@ -108,11 +112,13 @@ def test_float32_equals_transformers_own_generation(directory: Path, prompts: li
         assert out[0, len(tokens) :].tolist() == text
 
 
-def test_one_seed_is_one_text_alone_and_in_a_batch(directory: Path, prompts: list[list[int]]) -> None:
+def test_one_seed_is_one_text_alone_and_in_a_batch(
+    directory: Path, prompts: list[list[int]], greedy: list[list[int]]
+) -> None:
     """In float32; each row also draws with the others' seed, which must not matter."""
     sampling = SamplingParams(temperature=0.8, seed=1234, ignore_eos=True)
     together = generate(directory, prompts[:16], "float32", sampling)
-    assert together != generate(directory, prompts[:16], "float32")
+    assert together != greedy[:16]
     for index in (0, 9):
         assert generate(directory, [prompts[index]], "float32", sampling) == [together[index]]
 
