@@ -99,6 +99,8 @@ class Pricing:
     """Those that are on some worker's own node."""
     # Of the request, at hand: they are asked for once a worker.
     prompt_blocks: int
+    whole_blocks: int
+    """Of the prompt, also those before its window."""
     block_bytes: int
 
     @classmethod
@@ -118,8 +120,8 @@ class Pricing:
         holders = deepest(live.held) if live.ways is not None else ()
         near = {held.holder_id: held for held in live.held} if live.beside and holders else {}
         block_bytes = request.block_size * bytes_per_token
-        blocks = request.num_prompt_blocks
-        return cls(request, hits, pair_bytes_per_s, live, neutral, holders, near, blocks, block_bytes)
+        blocks, whole = request.num_prompt_blocks, -(-request.num_prompt_tokens // request.block_size)
+        return cls(request, hits, pair_bytes_per_s, live, neutral, holders, near, blocks, whole, block_bytes)
 
     # -- where it is prefilled ----------------------------------------------------------------------------------------
 
@@ -258,8 +260,7 @@ class Pricing:
     def decode(self, view: WorkerView) -> DecodePrice:
         num_choices, neutral = self.request.num_choices, self.neutral
         num_sequences = view.num_sequences
-        missing_blocks = self.prompt_blocks - self.hits.get(view.worker_id, 0)
-        missing_blocks = missing_blocks if missing_blocks > 0 else 0
+        missing_blocks = self.missing_blocks(view.worker_id)
         missing_bytes = missing_blocks * self.block_bytes
         batch = num_sequences + num_choices
         step_s = step_seconds(view, batch, neutral)
@@ -271,6 +272,13 @@ class Pricing:
         return DecodePrice(
             view.worker_id, view.fingerprint, num_sequences, load_s, step_s, missing_bytes, missing_bytes / rate
         )
+
+    def missing_blocks(self, worker_id: str) -> int:
+        """Of those that are handed over, which are the prompt's last ones."""
+        missing = self.whole_blocks - self.hits.get(worker_id, 0)
+        if missing > self.prompt_blocks:
+            return self.prompt_blocks
+        return missing if missing > 0 else 0
 
     def transfer_s(self, prefill_id: str, target: DecodePrice) -> float:
         rate = self.pair_bytes_per_s.get((prefill_id, target.worker_id), 0.0)

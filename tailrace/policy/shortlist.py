@@ -198,11 +198,10 @@ def _rest(prices: Pricing, hit_blocks: int) -> tuple[int, int]:
 
 
 def _decode_bounds_s(prices: Pricing, rows: Sequence[_Traits]) -> list[float]:
-    hits, blocks, block_bytes = prices.hits, prices.prompt_blocks, prices.block_bytes
     bounds_s = []
     for row in rows:
-        missing = blocks - hits.get(row.worker_id, 0)
-        bounds_s.append(row.load_s + (missing * block_bytes / row.pair_rate if missing > 0 and row.pair_rate else 0.0))
+        missing_bytes = prices.missing_blocks(row.worker_id) * prices.block_bytes
+        bounds_s.append(row.load_s + (missing_bytes / row.pair_rate if row.pair_rate else 0.0))
     return bounds_s
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tailrace.policy import pricing
 from tailrace.policy.choosing import choose
-from tailrace.policy.routing import CostTerms, Route, RouteRequest, WorkerView
+from tailrace.policy.routing import CostTerms, Live, Route, RouteRequest, WorkerView
 from tests.helpers.routing import BLOCK, BYTES_PER_TOKEN, VIEWS, make_decode, make_prefill, named
 
 
@@ -353,3 +353,10 @@ def test_the_choice_is_eligible_cheapest_and_independent_of_order(
 def test_a_rate_that_is_next_to_nothing_divides_by_nothing() -> None:
     workers = [make_prefill(prefill_tokens_per_s=5e-324)], [make_decode(prefill_tokens_per_s=0.0)]
     assert route(*workers) is not None
+
+
+def test_with_a_window_the_last_blocks_of_a_prompt_are_moved_whoever_has_its_first() -> None:
+    request = RouteRequest(16_000, 16, window=4096)
+    views = [make_decode("d0"), make_decode("d1"), make_decode("d2")]
+    prices = pricing.Pricing.of(request, [], views, {"d0": 500, "d1": 900}, {}, BYTES_PER_TOKEN, Live())
+    assert [prices.decode(view).missing_bytes // (16 * BYTES_PER_TOKEN) for view in views] == [256, 100, 256]
