@@ -57,7 +57,10 @@ class Source:
             return _load(kind, path)
         except NativeUnavailableError:
             # A file that was cut short by a full disk, say. A directory that forbids execution fails again.
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise NativeUnavailableError(f"{path} cannot be replaced: {error}") from None
             return _load(kind, self.build(cache_dir))
 
     def _fingerprint(self, compiler: str) -> str:

@@ -57,12 +57,13 @@ def check_memory(num_bytes: int) -> None:
     """Raises ConfigError where the machine has no such memory. Takes none of it."""
     try:
         map_memory(num_bytes)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise _no_memory(num_bytes, error) from None
 
 
-def _no_memory(num_bytes: int, error: OSError) -> ConfigError:
-    return ConfigError(f"cpu_memory: {num_bytes} bytes cannot be had: {error.strerror}", param="cpu_memory")
+def _no_memory(num_bytes: int, error: Exception) -> ConfigError:
+    why = getattr(error, "strerror", None) or error
+    return ConfigError(f"cpu_memory: {num_bytes} bytes cannot be had: {why}", param="cpu_memory")
 
 
 async def open_storage(

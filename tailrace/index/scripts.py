@@ -57,12 +57,13 @@ return #KEYS
 # KEYS, which would each cost as much as the reads that are saved. Answers mark, depth, mark, depth...
 # A binary search, in which marks go together as long as they agree; the last block first, as it often is the answer.
 SEARCH = Script(f"""
-local values = {{}}
+local values, refused = {{}}, nil
 local function value(depth)
     local held = values[depth]
     if not held then
         local hash = string.sub(ARGV[2], {HASH_BYTES} * (depth - 1) + 1, {HASH_BYTES} * depth)
         held = redis.pcall('GET', ARGV[1] .. string.format('{{%02x}}', string.byte(hash)) .. hash)
+        if type(held) == 'table' and not string.find(held.err, 'WRONGTYPE', 1, true) then refused = held end
         if type(held) ~= 'string' then held = '' end
         values[depth] = held
     end
@@ -100,7 +101,7 @@ local function search(alive, low, high, middle)
 end
 local count = #ARGV[2] / {HASH_BYTES}
 search(marks(value(1)), 1, count + 1, count)
-return answer
+return refused or answer
 """)
 
 REGISTERED, WAS_MISSING, FENCED, IS_FULL = 1, 2, 3, 4
