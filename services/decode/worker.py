@@ -200,12 +200,15 @@ class DecodeWorker:
         prompt_of = self._scheduler.swaps.prompt_of(swap_id)
         if self._swap_cost is not None and prompt_of is None:
             self._swap_cost.note(len(pulled.tiers), sum(fetch.seconds for fetch in pulled.fetches))
-        request_id = self._scheduler.swaps.request_of(swap_id)
+        swaps = self._scheduler.swaps
+        request_id, num_found = swaps.request_of(swap_id), swaps.num_found(swap_id)
+        is_in_line = self._scheduler.end_swap(swap_id, in_flight)
         if (life := self._lives.get(request_id)) is not None:
             life.fetches += pulled.fetches
             if prompt_of is not None:
-                life.pulled, life.num_found = pulled, self._scheduler.swaps.num_found(swap_id)
-        self._scheduler.end_swap(swap_id, in_flight)
+                life.pulled = pulled
+                # Whoever is in line again starts with blocks that are here, and with none that others made needless.
+                life.num_found = min(pulled.tiers, default=0) if is_in_line else num_found
         if in_flight:
             self.quarantine(in_flight)
 

@@ -23,7 +23,7 @@ from tailrace.plan import StepOutput, StepPlan
 from tailrace.policy.estimates import PrefillFit
 from tailrace.policy.offers import OfferPolicy
 from tailrace.policy.prefill_scheduler import PrefillJob, PrefillScheduler
-from tailrace.policy.request import Request
+from tailrace.policy.request import Request, blocks_for
 from tailrace.worker.holdings import pending_reads
 from tailrace.worker.limits import MAX_WAITING, line_is_full, no_logits
 from tailrace.worker.prefix_fetch import PulledPrefix, prefix_destination, tokens_by_tier
@@ -42,6 +42,10 @@ class _Life:
     accepted: float
     started: float = 0.0
     computed: float = 0.0
+    cached_tokens: int = 0
+    """When it started: whoever gives way finds what it computed itself."""
+    num_found: int = 0
+    """Leading blocks that were here then; what else was cached was fetched."""
     pulled: PulledPrefix = field(default_factory=PulledPrefix)
 
     @property
@@ -171,7 +175,8 @@ class PrefillWorker:
             now = time.monotonic()
             for job in self._scheduler.jobs():
                 life = self._lives[job.request.id]
-                life.started = life.started or now
+                if not life.started:
+                    life.started, life.cached_tokens, life.num_found = now, job.num_cached_tokens, job.num_found
 
     def _book(self, plan: StepPlan, out: StepOutput, report: StepReport) -> None:
         step = self._scheduler.finish(plan, out)
@@ -201,21 +206,23 @@ class PrefillWorker:
                 transfer_s=life.pulled.seconds,
                 transfer_bytes=life.pulled.num_bytes,
                 transport=life.pulled.transport,
-                cached_tokens=job.num_cached_tokens,
-                cached_by_tier=self._by_tier(job, life.pulled),
+                cached_tokens=life.cached_tokens,
+                cached_by_tier=self._by_tier(life),
                 fetches=life.pulled.fetches,
             )
         )
 
-    def _by_tier(self, job: PrefillJob, pulled: PulledPrefix) -> dict[str, int]:
-        num_blocks = job.num_cached_tokens // self._block_size
-        return tokens_by_tier(num_blocks, self._block_size, pulled.tiers, job.num_found)
+    def _by_tier(self, life: _Life) -> dict[str, int]:
+        num_blocks = life.cached_tokens // self._block_size
+        return tokens_by_tier(num_blocks, self._block_size, life.pulled.tiers, life.num_found)
 
     def _progress(self, job: PrefillJob) -> LendProgress:
         if job.is_computed:
             life = self._lives[job.request.id]
             life.computed = life.computed or time.monotonic()
-        blocks = job.blocks[job.num_gone : job.num_ready]
+        # Nothing of a table that is not whole: its prompt may give way, and who is told must not wait for that.
+        is_whole = len(job.blocks) == blocks_for(len(job.request.tokens), self._block_size)
+        blocks = job.blocks[job.num_gone : job.num_ready if is_whole else job.num_gone]
         addresses = [self._pool_address + block * self._block_bytes for block in blocks]
         lent = LentBlocks(job.num_gone, blocks, addresses, [self._pool.generation(b) for b in blocks])
         return LendProgress(job.request.id, lent, self._done(job) if job.is_computed and job.first_tokens else None)
@@ -225,7 +232,7 @@ class PrefillWorker:
         return LendDone(
             first_tokens=tuple(FirstToken(t.choice, t.token_id, t.logprob, t.finish_reason) for t in job.first_tokens),
             last_block_tokens=len(job.request.tokens) - (len(job.blocks) - 1) * self._block_size,
-            cached_tokens=job.num_cached_tokens,
+            cached_tokens=life.cached_tokens,
             queue_s=life.queue_s,
             prefill_s=life.prefill_s,
         )

@@ -166,9 +166,12 @@ class DecodeScheduler:
         """Who fetches before it computes: to be asked for what is granted, and told what has landed."""
         return self._local.swaps
 
-    def end_swap(self, swap_id: int, in_flight: Seq[int]) -> None:
-        """Nothing more is read for it. Blocks `in_flight` may still be written, and stay landing until `settle`."""
-        self._local.end_swap(swap_id, in_flight)
+    def end_swap(self, swap_id: int, in_flight: Seq[int]) -> bool:
+        """Nothing more is read for it. Blocks `in_flight` may still be written, and stay landing until `settle`.
+
+        True: it is in line again, to be computed from what is here then.
+        """
+        return self._local.end_swap(swap_id, in_flight)
 
     # -- local work ---------------------------------------------------------------------------------------------------
 

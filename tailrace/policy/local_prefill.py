@@ -72,10 +72,14 @@ class LocalPrefill:
         """Those without a slot."""
         return [*self.line.all(), *self.swaps.sequences()]
 
-    def end_swap(self, swap_id: int, in_flight: Seq[int]) -> None:
-        """Nothing more is read for it. Blocks `in_flight` may still be written, and stay landing."""
+    def end_swap(self, swap_id: int, in_flight: Seq[int]) -> bool:
+        """Nothing more is read for it. Blocks `in_flight` may still be written, and stay landing.
+
+        True: it is in line again.
+        """
         if (late := self.swaps.end(swap_id, in_flight)) is not None:
             self.line.add(late)
+        return late is not None
 
     def discard(self, sequence: Sequence) -> None:
         """Also somebody who is not here."""

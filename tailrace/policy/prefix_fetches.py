@@ -109,8 +109,15 @@ class PrefixFetches:
     def will_find(self, hashes: Sequence[bytes], num_found: int) -> bool:
         """Does a fetch bring the block that a prompt with these hashes lacks first?"""
         return num_found < len(hashes) and any(
-            hashes[num_found] in fetch.promised for fetch in self._open.values() if not fetch.is_over
+            hashes[num_found] in fetch.promised
+            for fetch in self._open.values()
+            # With a window only what is needed behind its end lands.
+            if not fetch.is_over and (not fetch.num_gone or fetch.end <= len(hashes))
         )
+
+    def num_read(self, num_found: int, end: int) -> int:
+        """Blocks that a fetch up to `end` brings: with a window not all that are not here."""
+        return end - max(num_found, self._tables.window.first_needed(end * self._block_size))
 
     def num_found(self, request_id: int) -> int:
         """Leading blocks that were here when its fetch began; 0: it does not fetch."""
@@ -145,11 +152,11 @@ class PrefixFetches:
         num_gone = self._tables.window.first_needed(end * self._block_size)
         local, num_local = found.blocks[num_gone:], max(num_gone, len(found))
         self._pool.acquire(local)
-        num_blocks = self._tables.end(len(request.tokens), num_gone)
-        landing = None
-        if self._pool.num_available >= num_blocks - num_local + spare:
-            landing = self._pool.allocate_landing(end - num_local)
-        fresh = self._pool.allocate(num_blocks - end) if landing is not None else None
+        ends = self._tables.ends(len(request.tokens), num_gone)
+        available = self._pool.num_available
+        num_blocks = next((each for each in ends if available >= each - num_local + spare), None)
+        landing = self._pool.allocate_landing(end - num_local) if num_blocks is not None else None
+        fresh = self._pool.allocate(num_blocks - end) if num_blocks is not None and landing is not None else None
         if landing is None or fresh is None:
             self._pool.release(local)
             return False

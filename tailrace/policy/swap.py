@@ -46,15 +46,19 @@ class SwapCost:
         self._num_refused = 0
         """In a row, for the price."""
 
-    def is_cheaper(self, num_blocks: int, *, num_found: int = 0) -> bool:
-        """`num_blocks` behind `num_found` that are here. Asked once a sequence: False counts as a skipped one."""
+    def is_cheaper(self, num_blocks: int, *, num_found: int = 0, num_read: int | None = None) -> bool:
+        """`num_blocks` behind `num_found` that are here. Asked once a sequence: False counts as a skipped one.
+
+        `num_read`: so many of them are read in place of all.
+        """
         if self._num_to_skip > 0:
             self._num_to_skip -= 1
             return False
         compute_s = self.prefill_s(num_found * self.block_tokens, (num_found + num_blocks) * self.block_tokens)
         if compute_s <= 0 or self.fetch_bytes_per_s <= 0:
             return True
-        fetch_s = num_blocks * self._block_bytes / self.fetch_bytes_per_s + OVERHEAD_S
+        num_read = num_blocks if num_read is None else num_read
+        fetch_s = num_read * self._block_bytes / self.fetch_bytes_per_s + OVERHEAD_S
         if fetch_s < compute_s or self._num_refused >= MAX_SKIPPED:
             self._num_refused = 0
             return True
@@ -127,14 +131,17 @@ class SwapIns:
         # What is late is kept from everybody else: of a pool that is not tiny, no more than may be quarantined.
         most = max(MIN_BLOCKS, self._fetches.num_quarantinable)
         named = reach_of(sequence.elsewhere, num_found)
-        end = min(max(named, sequence.num_offered), limit, num_found + most)
+        end = min(max(named, sequence.num_offered), limit)
+        if self._fetches.num_read(num_found, end) > most:
+            end = num_found + most
         if end <= num_found or not self._fetches.may_fetch:
             return num_found
         if sequence.elsewhere:
             return end
         if self._cost is None:
             return num_found
-        if self._cost.is_cheaper(end - num_found, num_found=num_found):
+        num_read = self._fetches.num_read(num_found, end)
+        if self._cost.is_cheaper(end - num_found, num_found=num_found, num_read=num_read):
             return end
         sequence.num_offered = 0
         return num_found

@@ -35,7 +35,7 @@ MAX_EMPTY_LOANS = 3
 
 def prefix_destination(fetch: PrefixFetch, fit: PrefillFit, block_tokens: int) -> PrefixDestination:
     """Where a granted fetch reads into, and how long it may take by what `fit` has measured."""
-    patience = patience_s(fit.seconds(fetch.num_local * block_tokens, fetch.end * block_tokens))
+    patience = patience_s(fit.seconds(fetch.num_found * block_tokens, fetch.end * block_tokens))
     blocks = tuple(fetch.blocks[: fetch.end])
     return PrefixDestination(fetch.request.id, fetch.request.hashes, blocks, fetch.num_local, patience)
 

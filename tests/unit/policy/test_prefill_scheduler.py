@@ -187,3 +187,13 @@ def test_fits_is_the_whole_pool() -> None:
     world = PrefillWorld(num_blocks=4)
     assert world.scheduler.fits(16)
     assert not world.scheduler.fits(17)
+
+
+def test_with_a_window_a_late_read_does_not_keep_a_long_prompt_waiting() -> None:
+    world = PrefillWorld(num_blocks=8, block_size=4, window=10, budget=16, max_model_len=500)
+    world.pool.quarantine(world.pool.allocate_landing(1) or [])
+    world.submit([7] * 300)
+    world.submit([9] * 5)
+    for _ in range(100):
+        world.step()
+    assert len(world.done) == 2

@@ -328,3 +328,15 @@ def test_who_gives_way_after_its_prefix_came_asks_the_store_and_nobody_else() ->
     world.run_to_end()
     world.check_answers()
     world.check_empty()
+
+
+def test_with_a_window_the_end_of_a_long_prefix_is_read_and_counts_as_what_it_is() -> None:
+    world = DecodeWorld(num_blocks=40, block_size=4, window=10, budget=16, max_model_len=500)
+    world.submit_local(world.request([number % 97 for number in range(241)], sampling=sampling(4)), [range(60)])
+    while not world.swaps:
+        world.step()
+    [fetch] = world.swaps.values()
+    assert (fetch.num_local, len(fetch.table)) == (57, 60)
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
