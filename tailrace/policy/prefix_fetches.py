@@ -152,9 +152,7 @@ class PrefixFetches:
         num_gone = self._tables.window.first_needed(end * self._block_size)
         local, num_local = found.blocks[num_gone:], max(num_gone, len(found))
         self._pool.acquire(local)
-        ends = self._tables.ends(len(request.tokens), num_gone)
-        available = self._pool.num_available
-        num_blocks = next((each for each in ends if available >= each - num_local + spare), None)
+        num_blocks = self._tables.end_now(len(request.tokens), num_gone, num_local, spare=spare)
         landing = self._pool.allocate_landing(end - num_local) if num_blocks is not None else None
         fresh = self._pool.allocate(num_blocks - end) if num_blocks is not None and landing is not None else None
         if landing is None or fresh is None:

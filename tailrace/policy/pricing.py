@@ -120,7 +120,7 @@ class Pricing:
         holders = deepest(live.held) if live.ways is not None else ()
         near = {held.holder_id: held for held in live.held} if live.beside and holders else {}
         block_bytes = request.block_size * bytes_per_token
-        blocks, whole = request.num_prompt_blocks, -(-request.num_prompt_tokens // request.block_size)
+        blocks, whole = request.num_prompt_blocks, request.whole_blocks
         return cls(request, hits, pair_bytes_per_s, live, neutral, holders, near, blocks, whole, block_bytes)
 
     # -- where it is prefilled ----------------------------------------------------------------------------------------
@@ -132,33 +132,8 @@ class Pricing:
         worker_id = view.worker_id
         queue_s = self._queue_s(view, rate)
         own = self.hits.get(worker_id, 0)
-        prefill_s = self._compute_s(view, rate, own)
-        depth, fetch_s, source = own, 0.0, None
-        for held in self.sources_for(worker_id) if self.holders and self.is_named(view) else ():
-            if held.depth <= own or held.holder_id == worker_id:
-                continue
-            exposed_s = self.fetch_s(held, worker_id, own) - queue_s
-            if exposed_s < 0.0:
-                exposed_s = 0.0
-            if exposed_s + (compute_s := self._compute_s(view, rate, held.depth)) < fetch_s + prefill_s:
-                depth, fetch_s, prefill_s, source = held.depth, exposed_s, compute_s, held
-        waiting = self.live.waiting.get(worker_id, 0.0)
-        # A rate that is next to nothing makes a prefill infinite, and infinity times 0 would win every comparison.
-        crowding_s = prefill_s * waiting if waiting else 0.0
-        return PrefillPrice(
-            worker_id,
-            view.fingerprint,
-            view.num_sequences,
-            microseconds(queue_s + fetch_s + prefill_s + crowding_s),
-            queue_s,
-            prefill_s,
-            fetch_s,
-            crowding_s,
-            own,
-            depth - own,
-            source.holder_id if source is not None else "",
-            source.on_disk_of(own, depth) if source is not None else 0,
-        )
+        way = self._cheapest_way(view, rate, own, hidden_s=queue_s)
+        return _priced(view, view.num_sequences, queue_s, way, own, self.live.waiting.get(worker_id, 0.0))
 
     def is_named(self, view: WorkerView) -> bool:
         """The hashes of the prompt name blocks of this worker's layout."""
@@ -177,31 +152,24 @@ class Pricing:
         deepest_held = max(own, self.holders[0].depth) if may_fetch else own
         if self._is_too_much(self._compute_s(view, rate, deepest_held), deepest_held, longest_s):
             return None
-        depth, fetch_s, prefill_s, source = own, 0.0, self._compute_s(view, rate, own), None
-        for held in self.sources_for(worker_id) if may_fetch else ():
-            if held.depth <= own or held.holder_id == worker_id:
-                continue
-            read_s, compute_s = self.fetch_s(held, worker_id, own), self._compute_s(view, rate, held.depth)
-            if read_s + compute_s < fetch_s + prefill_s:
-                depth, fetch_s, prefill_s, source = held.depth, read_s, compute_s, held
-        if self._is_too_much(prefill_s, depth, longest_s):
+        way = self._cheapest_way(view, rate, own, hidden_s=0.0)
+        if self._is_too_much(way.prefill_s, way.depth, longest_s):
             return None
-        queue_s = self._queue_s(view, rate)
-        crowding_s = prefill_s * view.num_sequences if view.num_sequences else 0.0
-        return PrefillPrice(
-            worker_id,
-            view.fingerprint,
-            0,
-            microseconds(queue_s + fetch_s + prefill_s + crowding_s),
-            queue_s,
-            prefill_s,
-            fetch_s,
-            crowding_s,
-            own,
-            depth - own,
-            source.holder_id if source is not None else "",
-            source.on_disk_of(own, depth) if source is not None else 0,
-        )
+        return _priced(view, 0, self._queue_s(view, rate), way, own, view.num_sequences)
+
+    def _cheapest_way(self, view: WorkerView, rate: float, own: int, *, hidden_s: float) -> "_Way":
+        """From whom it fetches what it lacks of the prefix, if from anybody. `hidden_s`: of a fetch, by its queue."""
+        best = _Way(own, 0.0, self._compute_s(view, rate, own), None)
+        for held in self.sources_for(view.worker_id) if self.holders and self.is_named(view) else ():
+            if held.depth <= own or held.holder_id == view.worker_id:
+                continue
+            exposed_s = self.fetch_s(held, view.worker_id, own) - hidden_s
+            if exposed_s < 0.0:
+                exposed_s = 0.0
+            compute_s = self._compute_s(view, rate, held.depth)
+            if exposed_s + compute_s < best.fetch_s + best.prefill_s:
+                best = _Way(held.depth, exposed_s, compute_s, held)
+        return best
 
     def _is_too_much(self, prefill_s: float, depth: int, longest_s: float) -> bool:
         return prefill_s > longest_s and self.request.uncached_tokens(depth) > self.request.block_size
@@ -287,6 +255,40 @@ class Pricing:
     def least_transfer_s(self, target: DecodePrice) -> float:
         """No pair is faster."""
         return target.missing_bytes / self.neutral.pair_bytes_per_s
+
+
+class _Way(NamedTuple):
+    """How the prompt comes to be computed at one worker."""
+
+    depth: int
+    """Leading blocks that are there before anything is computed."""
+    fetch_s: float
+    """What shows of the fetch."""
+    prefill_s: float
+    source: Held | None
+
+
+def _priced(
+    view: WorkerView, num_sequences: int, queue_s: float, way: _Way, own: int, num_waiting: float
+) -> PrefillPrice:
+    """`own`: blocks that it holds; `num_waiting`: those who wait while it computes."""
+    depth, fetch_s, prefill_s, source = way
+    # A rate that is next to nothing makes a prefill infinite, and infinity times 0 would win every comparison.
+    crowding_s = prefill_s * num_waiting if num_waiting else 0.0
+    return PrefillPrice(
+        view.worker_id,
+        view.fingerprint,
+        num_sequences,
+        microseconds(queue_s + fetch_s + prefill_s + crowding_s),
+        queue_s,
+        prefill_s,
+        fetch_s,
+        crowding_s,
+        own,
+        depth - own,
+        source.holder_id if source is not None else "",
+        source.on_disk_of(own, depth) if source is not None else 0,
+    )
 
 
 def terms_of(source: PrefillPrice, target: DecodePrice, transfer_s: float) -> CostTerms:

@@ -27,23 +27,25 @@ class PromptTables:
         """Entries of its table when it needs those from `num_gone` on."""
         return min(blocks_for(num_tokens, self.window.block_size), num_gone + self.most_held(num_tokens))
 
-    def ends(self, num_tokens: int, num_gone: int) -> tuple[int, ...]:
-        """As `end`, and behind it with how few it can begin: a pool that lacks some blocks may never have the most."""
+    def end_now(self, num_tokens: int, num_gone: int, num_here: int, *, spare: int) -> int | None:
+        """As `end`, or with how few it can begin: a pool that lacks some blocks may never have the most.
+
+        None: the pool cannot give what is missing behind the first `num_here` now and keep `spare` blocks.
+        """
         most = self.end(num_tokens, num_gone)
         least = min(most, num_gone + self.window.least_held(num_tokens)) if self.window.tokens else most
-        return (most, least) if least < most else (most,)
+        room = self.pool.num_available - spare + num_here
+        return most if most <= room else least if least <= room else None
 
     def claim(self, num_tokens: int, found: LeadingBlocks, *, spare: int = 0) -> LeadingBlocks | None:
         """A table that begins with what was found. None: the pool cannot give it now and keep `spare` blocks."""
         self.pool.acquire(found.needed)
-        for end in self.ends(num_tokens, found.num_gone):
-            missing = end - len(found)
-            if self.pool.num_available < missing + spare:
-                continue
-            if (fresh := self.pool.allocate(missing)) is not None:
-                return LeadingBlocks([*found.blocks, *fresh], found.num_gone)
-        self.pool.release(found.needed)
-        return None
+        end = self.end_now(num_tokens, found.num_gone, len(found), spare=spare)
+        fresh = self.pool.allocate(end - len(found)) if end is not None else None
+        if fresh is None:
+            self.pool.release(found.needed)
+            return None
+        return LeadingBlocks([*found.blocks, *fresh], found.num_gone)
 
     def grow(self, table: BlockTable, num_tokens: int) -> list[int]:
         """What is added to the table of a prompt that has let go of blocks, as far as there are some."""

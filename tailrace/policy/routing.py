@@ -140,7 +140,12 @@ class RouteRequest:
     def num_prompt_blocks(self) -> int:
         """Those that a worker needs at once, and that are handed over: with a window not all of them."""
         first = Window(self.window, self.block_size).first_handed_over(self.num_prompt_tokens)
-        return -(-self.num_prompt_tokens // self.block_size) - first
+        return self.whole_blocks - first
+
+    @property
+    def whole_blocks(self) -> int:
+        """Of the prompt, also those before its window."""
+        return -(-self.num_prompt_tokens // self.block_size)
 
     def cached_tokens(self, hit_blocks: int) -> int:
         """The last token is always computed: its logits give the first output token."""
