@@ -1,20 +1,15 @@
 """A real Redis and a real Sentinel that speak TLS and nothing else."""
 
-import contextlib
-
 import pytest
 
 from tailrace.index.redis_client import RedisClient
 from tailrace.index.redis_url import RedisUrl
 from tailrace.index.trouble import RedisTroubleError
-from tests.helpers.redis_servers import Certificate, RedisServer, Sentinel
+from tests.helpers.redis_servers import Certificate, RedisServer
 from tests.helpers.redis_workers import PlayedGateway, PlayedWorker, running
-from tests.helpers.waiting import until
-from tests.unit.index.test_mirror import knows, says, settled_in_redis
+from tests.unit.index.test_mirror import knows, says
 from tests.unit.index.test_redis import hashes_of
-
-PATIENCE_S = 40.0
-DATA, WATCH = "a-password-for-data", "a-password-for-sentinels"
+from tests.unit.index.test_sentinel import DATA, WATCH, follow_a_failover, watched_master
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +20,8 @@ def certificate(tmp_path_factory):
 @pytest.fixture
 def watched(certificate):
     """A master, its replica, and the Sentinel that watches both."""
-    with contextlib.ExitStack() as stack:
-        secrets = {"requirepass": DATA, "masterauth": DATA}
-        master = stack.enter_context(RedisServer(tls=certificate, **secrets))
-        replica = {"replicaof": f"127.0.0.1 {master.port}", "repl_diskless_sync_delay": "0"}
-        stack.enter_context(RedisServer(tls=certificate, **secrets, **replica))
-        yield master, stack.enter_context(Sentinel("main", master, password=WATCH, master_password=DATA))
+    with watched_master(tls=certificate) as (master, _, sentinel):
+        yield master, sentinel
 
 
 def url_of(sentinel, certificate, scheme="rediss"):
@@ -44,19 +35,7 @@ async def test_sentinels_and_their_masters_are_spoken_to_over_tls_and_a_failover
     monkeypatch.setattr("tailrace.index.publisher.BEAT_S", 0.1)
     monkeypatch.setattr("tailrace.index.backoff.LONGEST_S", 0.3)
     master, sentinel = watched
-    await until(sentinel.knows_a_replica, PATIENCE_S)
-    url = url_of(sentinel, certificate)
-    worker = PlayedWorker(url)
-    gateway = PlayedGateway(url, worker)
-    async with running(worker, gateway):
-        worker.publish(hashes_of(50))
-        await knows(gateway, worker)
-        master.kill()
-        await until(lambda: gateway.mirror.trouble and worker.publisher.trouble, PATIENCE_S)
-        worker.publish(hashes_of(50, seed=1))
-        await until(lambda: not gateway.mirror.trouble and not worker.publisher.trouble, PATIENCE_S)
-        await knows(gateway, worker)
-        await settled_in_redis(url, worker)
+    await follow_a_failover(master, sentinel, url_of(sentinel, certificate))
 
 
 async def test_who_does_not_trust_the_sentinel_or_speaks_no_tls_is_told(watched, certificate, tmp_path):

@@ -18,16 +18,41 @@ PATIENCE_S = 40.0
 DATA, WATCH = "a-password-for-data", "a-password-for-sentinels"
 
 
-@pytest.fixture
-def watched():
+@contextlib.contextmanager
+def watched_master(tls=None):
     """A master, its replica, and the Sentinel that watches both."""
     with contextlib.ExitStack() as stack:
         secrets = {"requirepass": DATA, "masterauth": DATA}
-        master = stack.enter_context(RedisServer(**secrets))
+        master = stack.enter_context(RedisServer(tls=tls, **secrets))
         replica = stack.enter_context(
-            RedisServer(**secrets, replicaof=f"127.0.0.1 {master.port}", repl_diskless_sync_delay="0")
+            RedisServer(tls=tls, **secrets, replicaof=f"127.0.0.1 {master.port}", repl_diskless_sync_delay="0")
         )
         yield master, replica, stack.enter_context(Sentinel("main", master, password=WATCH, master_password=DATA))
+
+
+async def follow_a_failover(master, sentinel, url):
+    """A worker and a gateway go on, from the mirror first, and then with the replica."""
+    await until(sentinel.knows_a_replica, PATIENCE_S)
+    worker = PlayedWorker(url)
+    gateway = PlayedGateway(url, worker)
+    async with running(worker, gateway):
+        worker.publish(hashes_of(50))
+        await knows(gateway, worker)
+        master.kill()
+        await until(lambda: gateway.mirror.trouble and worker.publisher.trouble, PATIENCE_S)
+        assert gateway.knows(worker), "routing goes on from the mirror"
+        worker.publish(hashes_of(50, seed=1))
+        await until(lambda: not gateway.mirror.trouble and not worker.publisher.trouble, PATIENCE_S)
+        await knows(gateway, worker)
+        await settled_in_redis(url, worker)
+        await well(gateway.mirror, worker.publisher)
+
+
+@pytest.fixture
+def watched():
+    """A master, its replica, and the Sentinel that watches both."""
+    with watched_master() as found:
+        yield found
 
 
 def url_of(sentinel, service="main", password=WATCH):
@@ -42,21 +67,7 @@ async def test_a_failover_is_followed(watched, monkeypatch, caplog):
     monkeypatch.setattr("tailrace.index.publisher.BEAT_S", 0.1)
     monkeypatch.setattr("tailrace.index.backoff.LONGEST_S", 0.3)
     master, _, sentinel = watched
-    await until(sentinel.knows_a_replica, PATIENCE_S)
-    url = url_of(sentinel)
-    worker = PlayedWorker(url)
-    gateway = PlayedGateway(url, worker)
-    async with running(worker, gateway):
-        worker.publish(hashes_of(50))
-        await knows(gateway, worker)
-        master.kill()
-        await until(lambda: gateway.mirror.trouble and worker.publisher.trouble, PATIENCE_S)
-        assert gateway.knows(worker), "routing goes on from the mirror"
-        worker.publish(hashes_of(50, seed=1))
-        await until(lambda: not gateway.mirror.trouble and not worker.publisher.trouble, PATIENCE_S)
-        await knows(gateway, worker)
-        await settled_in_redis(url, worker)
-        await well(gateway.mirror, worker.publisher)
+    await follow_a_failover(master, sentinel, url_of(sentinel))
     assert f"127.0.0.1:{sentinel.port}/main" in caplog.text
     assert DATA not in caplog.text
     assert WATCH not in caplog.text
