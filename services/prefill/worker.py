@@ -111,7 +111,8 @@ class PrefillWorker:
         """Cancelled, or pulled. Idempotent. Blocks `in_flight` may still be written; `settle` follows for them."""
         if self._lives.pop(request_id, None) is not None:
             if self._offers is not None and (job := self._scheduler.job(request_id)) is not None and job.is_computed:
-                self._offers.note_over(job.request.hashes, job.request.tenant)
+                num_found = job.num_cached_tokens // self._block_size
+                self._offers.note_over(job.request.hashes, job.request.tenant, num_found)
             self._scheduler.drop(request_id, in_flight)
             if in_flight:
                 self._quarantine(in_flight)
@@ -182,6 +183,8 @@ class PrefillWorker:
         step = self._scheduler.finish(plan, out)
         self._fit.add_step(((chunk.start, chunk.end) for chunk in plan.chunks), out.elapsed_s)
         report.computed = not plan.is_empty
+        if self._offers is not None:
+            self._offers.pass_over(step.let_go)
         for job in step.progressed:
             if any(token.is_bad for token in job.first_tokens):
                 report.failed.append(LegFailed(job.request.id, no_logits()))

@@ -153,10 +153,10 @@ class BlockPool:
         """The first `count` cached blocks in the order in which they would be evicted now."""
         return list(islice(self._evictable, max(0, count)))
 
-    def chain_of(self, block: int) -> list[bytes]:
+    def chain_of(self, block: int, *, whole: bool = True) -> list[bytes]:
         """Hashes from the first block of its chain to this one; empty when it or one before it is not findable.
 
-        O(its depth).
+        Not `whole`: then from the one behind that. O(its depth).
         """
         chain: list[bytes] = []
         at: int | None = self._known(block)
@@ -165,7 +165,11 @@ class BlockPool:
             if not self._parents[at]:
                 return chain[::-1]
             at = self._by_hash.get(self._parents[at])
-        return []
+        return [] if whole else chain[::-1]
+
+    def parent_of(self, block: int) -> bytes:
+        """Of a registered block, the hash of the one before it in its chain; empty where it is the first."""
+        return self._parents[self._known(block)]
 
     def tenant_of(self, block: int) -> str:
         """Whom the block was registered for; of one that is not registered, empty."""

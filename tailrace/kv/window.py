@@ -45,6 +45,11 @@ class Window:
         """The first block that the token at `position`, or any behind it, attends to."""
         return max(0, position - self.tokens + 1) // self.block_size if self.tokens else 0
 
+    @property
+    def span(self) -> int:
+        """Blocks before the end of a block that are needed to go on from there, at most; 0: all of them."""
+        return max(1, -(-(self.tokens - 1) // self.block_size)) if self.tokens else 0
+
     def first_handed_over(self, num_tokens: int) -> int:
         """The first block of a prompt that who decodes it needs; never behind the prompt's last one."""
         return self.first_needed(num_tokens - 1)

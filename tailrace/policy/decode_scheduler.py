@@ -397,12 +397,14 @@ class DecodeScheduler:
         """Of what is before the window of the token at `position`, which is computed next or in flight."""
         if leaving := self._window.let_go(sequence, position):
             self._flights.release(leaving)
+            if self._offers is not None:
+                self._offers.pass_over(leaving)
 
     def _offer(self, sequence: Sequence) -> None:
         """It lets its blocks go: the store may want those that are computed."""
         if self._offers is not None:
             chain = sequence.hashes[: sequence.num_computed // self._block_size]
-            self._offers.note_over(chain, sequence.request.tenant)
+            self._offers.note_over(chain, sequence.request.tenant, sequence.num_found)
 
     def _settle_prompt(self, sequence: Sequence, first: list[DrawnToken], step: DecodeStep) -> None:
         """The last chunk drew for every choice. The slot stays with its own choice, if that goes on."""

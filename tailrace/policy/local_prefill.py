@@ -132,6 +132,7 @@ class LocalPrefill:
     def _enter(self, sequence: Sequence, table: LeadingBlocks, num_ready: int) -> Sequence:
         sequence.enter(self._slots.take())
         sequence.blocks, sequence.num_gone, sequence.elsewhere = table.blocks, table.num_gone, ()
+        sequence.num_found = num_ready
         sequence.num_computed = sequence.num_planned = num_ready * self._block_size
         self.computing.append(sequence)
         return sequence

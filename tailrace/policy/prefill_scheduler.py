@@ -63,6 +63,8 @@ class PrefillStep:
     progressed: list[PrefillJob] = field(default_factory=list)
     """More blocks are ready, or all is computed."""
     computed_tokens: int = 0
+    let_go: list[int] = field(default_factory=list)
+    """Blocks that are before the window of those that go on."""
 
 
 @dataclass(slots=True)
@@ -396,6 +398,7 @@ class PrefillScheduler:
             # Of a whole prompt that is kept which its last token needs: so much is handed over.
             if leaving := self._window.let_go(job, chunk.end - 1 if job.is_computed else chunk.end):
                 self._flights.release(leaving)
+                step.let_go += leaving
             if chunk.choices:
                 self._complete(job, out, first)
             step.progressed.append(job)

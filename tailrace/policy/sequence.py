@@ -33,6 +33,8 @@ class Sequence:
     # Filled in by the scheduler.
     num_gone: int = 0
     """Leading entries of `blocks` that lie before the window of its next token, and are no longer its own."""
+    num_found: int = 0
+    """Leading blocks that were here, or fetched, when it began to be computed here."""
     num_offered: int = 0
     """Leading blocks that a store was offered when it gave way, and may bring back."""
     num_planned: int = 0

@@ -16,6 +16,7 @@ from tailrace.errors import ConfigError
 from tailrace.kv.block_pool import BlockPool
 from tailrace.kv.events import KVEvents
 from tailrace.kv.layout import KVLayout
+from tailrace.kv.window import Window
 from tailrace.messages import (
     Holding,
     KvEventBatch,
@@ -83,7 +84,10 @@ class Parts:
 
     def offer_policy(self) -> OfferPolicy | None:
         """None where no store is configured."""
-        return OfferPolicy(self.pool, low_water=self.config.offer_low_water) if self.config.store else None
+        if not self.config.store:
+            return None
+        span = Window(self.layout.window, self.layout.block_size).span
+        return OfferPolicy(self.pool, low_water=self.config.offer_low_water, span=span)
 
     def swap_cost(self) -> SwapCost | None:
         """None where no store is configured."""

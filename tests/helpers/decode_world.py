@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from tailrace.kv.block_pool import BlockPool, BlockState
 from tailrace.kv.hashing import chain_seed, hash_blocks
+from tailrace.kv.window import Window
 from tailrace.plan import StepPlan
 from tailrace.policy.decode_scheduler import DecodeScheduler
 from tailrace.policy.offers import OfferPolicy
@@ -126,7 +127,7 @@ class DecodeWorld:
         self.max_model_len = max_model_len or num_blocks * block_size
         self.pool = BlockPool(num_blocks, epoch=1, prefix_caching=prefix_caching)
         self.runner = FakeRunner(self.pool, block_size=block_size, max_num_seqs=max_num_seqs, window=window)
-        self.offers = OfferPolicy(self.pool, low_water=low_water)
+        self.offers = OfferPolicy(self.pool, low_water=low_water, span=Window(window, block_size).span)
         self.offered: list[list[bytes]] = []
         self.stored: set[bytes] = set()
         """What others can lend: what the store has taken, and prefixes of prompts. Nothing unless a test says so."""

@@ -19,9 +19,9 @@ def cache_chain(pool: BlockPool, hashes: list[bytes], tenant: str = "") -> list[
     return blocks
 
 
-def make(num_blocks: int = 10, low_water: float = 0.5) -> tuple[BlockPool, OfferPolicy]:
+def make(num_blocks: int = 10, low_water: float = 0.5, span: int = 0) -> tuple[BlockPool, OfferPolicy]:
     pool = BlockPool(num_blocks, epoch=7)
-    return pool, OfferPolicy(pool, low_water=low_water)
+    return pool, OfferPolicy(pool, low_water=low_water, span=span)
 
 
 def due(policy: OfferPolicy) -> list[list[bytes]]:
@@ -151,3 +151,66 @@ def test_in_steady_use_nothing_is_evicted_that_was_not_offered() -> None:
             offered.update(chain)
     assert evicted > 500
     assert missed == 0
+
+
+# -- with a window ----------------------------------------------------------------------------------------------------
+
+
+def test_with_a_window_what_is_over_is_offered_from_its_end_and_where_it_began() -> None:
+    pool, policy = make(40, span=3)
+    chain = hashes_of("a", 20)
+    cache_chain(pool, chain)
+    policy.note_over(chain, "")
+    # And a block more: the same tokens once more would be gone on from one block before their end.
+    assert due(policy) == [chain[16:]]
+    policy.note_over(chain, "", 12)
+    assert due(policy) == [chain[9:12], chain[16:]]
+    for num_found, first in ((16, 13), (17, 14), (18, 15), (20, 16)):
+        policy.note_over(chain, "", num_found)
+        assert due(policy) == [chain[first:]]
+    policy.note_over(chain[:2], "", 1)
+    policy.note_over(chain[:1], "")
+    assert due(policy) == [chain[:2], chain[:1]]
+
+
+def test_with_a_window_a_hole_in_it_leaves_what_is_behind() -> None:
+    pool, policy = make(40, span=3)
+    chain = hashes_of("a", 10)
+    blocks = cache_chain(pool, chain[:7])
+    pool.acquire(blocks[1:])
+    pool.release(allocated(pool, 34))
+    pool.release(blocks[1:])
+    cache_chain(pool, chain[1:])
+    assert pool.find_each(chain)[0] is None
+    policy.note_over(chain[:3], "")
+    policy.note_over([*chain, b"not there"], "")
+    assert due(policy) == [chain[1:3]]
+
+
+def test_with_a_window_the_end_of_what_was_never_over_is_offered_for_low_water() -> None:
+    pool, policy = make(20, span=3)
+    # Its head is let go of while it runs, and never offered; it is cancelled.
+    chain = hashes_of("a", 10)
+    blocks = allocated(pool, 10)
+    for index, block in enumerate(blocks):
+        pool.register(block, chain[index], chain[index - 1] if index else b"")
+    pool.release(blocks[:6])
+    policy.pass_over(blocks[:6])
+    held = allocated(pool, 10)
+    assert due(policy) == []
+    pool.release(blocks[6:])
+    taken = allocated(pool, 5)
+    assert due(policy) == [chain[7:]]
+    taken += allocated(pool, 5)
+    assert due(policy) == []
+    pool.release([*held, *taken])
+
+
+def test_with_a_window_the_ends_of_branches_are_each_offered_once() -> None:
+    pool, policy = make(12, span=2)
+    trunk = hashes_of("t", 4)
+    cache_chain(pool, [*trunk, b"x"])
+    cache_chain(pool, [*trunk, b"y"])
+    cache_chain(pool, hashes_of("z", 3))
+    assert sorted(due(policy)) == sorted([[trunk[3], b"x"], [trunk[3], b"y"]])
+    assert due(policy) == []
