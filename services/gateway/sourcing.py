@@ -40,7 +40,8 @@ class Sourcing:
         return {worker.info.worker_id: by_host[_host(worker)] for worker in workers if _host(worker) in by_host}
 
     def sources(self, route: Route) -> tuple[PrefixSource, ...]:
-        """In the route's order. Each is said to hold all from the prompt's first block on, which it is.
+        """In the route's order. Each is said to hold all from the prompt's first block on, which it is, or with
+        a window what is needed of it.
 
         A block that two claim is asked of the first and, where that fails, of the other; a needer that has dropped
         blocks of its own meanwhile finds them there too.

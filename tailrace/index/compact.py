@@ -76,6 +76,8 @@ class Functions:
         self.walk = library.tailrace_index_walk
         for lookup in (self.search, self.walk):
             lookup.argtypes, lookup.restype = (c_void_p, c_char_p, c_int64, c_void_p), c_uint32
+        self.runs = library.tailrace_index_runs
+        self.runs.argtypes, self.runs.restype = (*self.walk.argtypes, c_uint32), c_uint32
         self.num_blocks = library.tailrace_index_num_blocks
         self.num_blocks.argtypes, self.num_blocks.restype = (c_void_p, c_uint32), c_uint32
         self.stats = library.tailrace_index_stats
@@ -148,19 +150,25 @@ class CompactIndex(LocalIndex):
 
     def longest_prefix_by_tier(self, hashes: Sequence[bytes]) -> dict[str, PrefixHit]:
         """Reads every block, up to the first missing one. Raises ValueError for hashes of another length."""
-        rows, ids = self._look_up(self._functions.walk, hashes), self._ids
+        return self._hits(self._look_up(self._functions.walk, hashes))
+
+    def deepest_runs(self, hashes: Sequence[bytes], span: int) -> dict[str, PrefixHit]:
+        """Reads every block. Raises ValueError for hashes of another length."""
+        return self._hits(self._look_up(self._functions.runs, hashes, span))
+
+    def _hits(self, rows: "array[int]") -> dict[str, PrefixHit]:
         return {
-            ids[rows[at]]: PrefixHit(rows[at + 1], tuple(rows[at + 2 : at + _FOUND_WORDS]))
+            self._ids[rows[at]]: PrefixHit(rows[at + 1], tuple(rows[at + 2 : at + _FOUND_WORDS]))
             for at in range(0, len(rows), _FOUND_WORDS)
         }
 
-    def _look_up(self, lookup: Callable[..., int], hashes: Sequence[bytes]) -> "array[int]":
+    def _look_up(self, lookup: Callable[..., int], hashes: Sequence[bytes], *options: int) -> "array[int]":
         self.num_lookups += 1
         packed = b"".join(hashes)
         if len(packed) != HASH_BYTES * len(hashes):
             raise ValueError(f"{len(hashes)} hashes have {len(packed)} bytes; a block hash has {HASH_BYTES}")
         found = self._found
-        num_found = lookup(self._table, packed, len(hashes), found.buffer_info()[0])
+        num_found = lookup(self._table, packed, len(hashes), found.buffer_info()[0], *options)
         return found[: num_found * _FOUND_WORDS]
 
     # -- the table ----------------------------------------------------------------------------------------------------

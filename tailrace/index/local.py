@@ -45,6 +45,9 @@ class LocalIndex(ABC):
     @abstractmethod
     def longest_prefix_by_tier(self, hashes: Sequence[bytes]) -> dict[str, PrefixHit]: ...
 
+    @abstractmethod
+    def deepest_runs(self, hashes: Sequence[bytes], span: int) -> dict[str, PrefixHit]: ...
+
     # -- what workers tell: as PrefixIndex says -----------------------------------------------------------------------
 
     def apply(self, worker_id: str, epoch: int, first_sequence: int, events: Sequence[KVEvent]) -> bool:

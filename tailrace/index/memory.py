@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from tailrace.index.local import LocalIndex
-from tailrace.index.prefix_index import IndexStats, PrefixHit
+from tailrace.index.prefix_index import IndexStats, PrefixHit, deepest_runs
 from tailrace.kv.events import KVEvent, KVEventKind, Tier
 
 _DEFAULT_MAX_BLOCKS = 1 << 20
@@ -73,6 +73,11 @@ class MemoryIndex(LocalIndex):
         for block_hash in islice(hashes, depth):
             by_tier[blocks[block_hash]] += 1
         return PrefixHit(depth, tuple(by_tier))
+
+    def deepest_runs(self, hashes: Sequence[bytes], span: int) -> dict[str, PrefixHit]:
+        self.num_lookups += 1
+        held = [(self._ids[bit], holder.blocks) for bit, holder in self._holders.items()]
+        return deepest_runs([{name: blocks[each] for name, blocks in held if each in blocks} for each in hashes], span)
 
     # -- the table ----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """What every prefix index does: changes of what workers hold go in, leading blocks of a prompt come out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,7 +15,7 @@ class PrefixHit(NamedTuple):
 
     num_blocks: int
     by_tier: tuple[int, ...]
-    """How many of them lie on each tier, by Tier."""
+    """How many of them lie on each tier, by Tier; of a run, how many of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,18 @@ class IndexStats:
     """0: not known."""
     num_lookups: int = 0
     """Since the start."""
+
+
+def deepest_runs(holders: Sequence[Mapping[str, Tier]], span: int) -> dict[str, PrefixHit]:
+    """As PrefixIndex.deepest_runs, from who holds each block."""
+    hits: dict[str, PrefixHit] = {}
+    runs: dict[str, list[Tier]] = {}
+    for place, here in enumerate(holders):
+        runs = {worker_id: [*runs.get(worker_id, []), tier][-span:] for worker_id, tier in here.items()}
+        for worker_id, tiers in runs.items():
+            if len(tiers) == min(span, place + 1):
+                hits[worker_id] = PrefixHit(place + 1, tuple(tiers.count(tier) for tier in Tier))
+    return hits
 
 
 class PrefixIndex(Protocol):
@@ -57,6 +69,12 @@ class PrefixIndex(Protocol):
 
     def longest_prefix_by_tier(self, hashes: Sequence[bytes]) -> dict[str, PrefixHit]:
         """As `longest_prefix`, and how many of the blocks lie on which tier. A hit ends at the first hole."""
+        ...
+
+    def deepest_runs(self, hashes: Sequence[bytes], span: int) -> dict[str, PrefixHit]:
+        """The deepest place before which each worker holds `span` blocks in a row, or all: where a model whose layers
+        see no further can go on. At least the last `min(span, num_blocks)` of a hit are there, with their tiers.
+        """
         ...
 
     def apply(self, worker_id: str, epoch: int, first_sequence: int, events: Sequence[KVEvent]) -> bool:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 
 from tailrace.index.keys import ENTRY_BYTES, MARK_BYTES, KeySpace, Life, entries
-from tailrace.index.prefix_index import PrefixHit
+from tailrace.index.prefix_index import PrefixHit, deepest_runs
 from tailrace.index.redis_client import Command, RedisClient, ScriptCall
 from tailrace.index.registry import Registry
 from tailrace.index.scripts import PUBLISH, RETRACT, SEARCH, Script
@@ -87,6 +87,10 @@ class RedisIndex:
                 if sum(by_tier) == depth and by_tier:
                     by_tier[tier] += 1
         return {worker_id: PrefixHit(sum(by_tier), tuple(by_tier)) for worker_id, by_tier in counts.items()}
+
+    async def deepest_runs(self, hashes: Sequence[bytes], span: int) -> dict[str, PrefixHit]:
+        """As PrefixIndex.deepest_runs; reads every block."""
+        return deepest_runs(await self.holders(hashes), span)
 
     async def holders(self, hashes: Sequence[bytes]) -> list[dict[str, Tier]]:
         """Who holds each block, and where."""

@@ -159,11 +159,14 @@ def split_ranges(prices: Pricing, chosen: CostTerms) -> tuple[PrefixRange, ...]:
     """
     if not chosen.fetch_blocks:
         return ()
-    needer_id, first = chosen.prefill_id or chosen.decode_id, chosen.hit_blocks
-    end = first + chosen.fetch_blocks
+    needer_id = chosen.prefill_id or chosen.decode_id
     sources = {held.holder_id: held for held in prices.sources_for(needer_id)}
     deep = sources[chosen.holder_id]
+    first, end = deep.depth - chosen.fetch_blocks, deep.depth
     best: tuple[PrefixRange, ...] = (_range(deep, first, end),)
+    if prices.span:
+        # Others hold what is needed at their own depth.
+        return best
     best_s = SPLIT_GAIN * prices.fetch_s(deep, needer_id, first)
     for other in sources.values():
         if other.holder_id in (deep.holder_id, needer_id) or other.depth <= first:

@@ -102,6 +102,8 @@ class Pricing:
     whole_blocks: int
     """Of the prompt, also those before its window."""
     block_bytes: int
+    span: int
+    """See Window."""
 
     @classmethod
     def of(
@@ -121,7 +123,8 @@ class Pricing:
         near = {held.holder_id: held for held in live.held} if live.beside and holders else {}
         block_bytes = request.block_size * bytes_per_token
         blocks, whole = request.num_prompt_blocks, request.whole_blocks
-        return cls(request, hits, pair_bytes_per_s, live, neutral, holders, near, blocks, whole, block_bytes)
+        span = request.span
+        return cls(request, hits, pair_bytes_per_s, live, neutral, holders, near, blocks, whole, block_bytes, span)
 
     # -- where it is prefilled ----------------------------------------------------------------------------------------
 
@@ -159,7 +162,7 @@ class Pricing:
 
     def _cheapest_way(self, view: WorkerView, rate: float, own: int, *, hidden_s: float) -> "_Way":
         """From whom it fetches what it lacks of the prefix, if from anybody. `hidden_s`: of a fetch, by its queue."""
-        best = _Way(own, 0.0, self._compute_s(view, rate, own), None)
+        best = _Way(own, own, 0.0, self._compute_s(view, rate, own), None)
         for held in self.sources_for(view.worker_id) if self.holders and self.is_named(view) else ():
             if held.depth <= own or held.holder_id == view.worker_id:
                 continue
@@ -168,7 +171,7 @@ class Pricing:
                 exposed_s = 0.0
             compute_s = self._compute_s(view, rate, held.depth)
             if exposed_s + compute_s < best.fetch_s + best.prefill_s:
-                best = _Way(held.depth, exposed_s, compute_s, held)
+                best = _Way(held.depth, self.first_fetched(own, held.depth), exposed_s, compute_s, held)
         return best
 
     def _is_too_much(self, prefill_s: float, depth: int, longest_s: float) -> bool:
@@ -195,6 +198,10 @@ class Pricing:
 
     # -- what is fetched ----------------------------------------------------------------------------------------------
 
+    def first_fetched(self, own: int, end: int) -> int:
+        """Of leading blocks that reach to `end`, where `own` are there: with a window not all others are needed."""
+        return max(own, end - self.span) if self.span else own
+
     def sources_for(self, worker_id: str) -> Iterable[Held]:
         beside = self.live.beside.get(worker_id)
         if not beside:
@@ -202,12 +209,16 @@ class Pricing:
         return [*self.holders, *(self.near[holder] for holder in beside if holder in self.near)]
 
     def fetch_s(self, held: Held, needer_id: str, first_block: int, end_block: int | None = None) -> float:
-        """Of blocks `first_block` to `end_block` - 1, by default all that are held; infinite where there is no way."""
+        """Of what is needed of blocks `first_block` to `end_block` - 1, by default of all that are held; infinite where
+        there is no way."""
         ways = self.live.ways
         if ways is None:
             return math.inf
         holder_id, depth, is_store, on_disk = held
-        num_blocks = (depth if end_block is None else end_block) - first_block
+        end = depth if end_block is None else end_block
+        if self.span:
+            first_block = self.first_fetched(first_block, end)
+        num_blocks = end - first_block
         if on_disk:
             on_disk = held.on_disk_of(first_block, first_block + num_blocks)
         seconds = 0.0
@@ -262,6 +273,7 @@ class _Way(NamedTuple):
 
     depth: int
     """Leading blocks that are there before anything is computed."""
+    first_fetched: int
     fetch_s: float
     """What shows of the fetch."""
     prefill_s: float
@@ -272,7 +284,7 @@ def _priced(
     view: WorkerView, num_sequences: int, queue_s: float, way: _Way, own: int, num_waiting: float
 ) -> PrefillPrice:
     """`own`: blocks that it holds; `num_waiting`: those who wait while it computes."""
-    depth, fetch_s, prefill_s, source = way
+    depth, first, fetch_s, prefill_s, source = way
     # A rate that is next to nothing makes a prefill infinite, and infinity times 0 would win every comparison.
     crowding_s = prefill_s * num_waiting if num_waiting else 0.0
     return PrefillPrice(
@@ -285,9 +297,9 @@ def _priced(
         fetch_s,
         crowding_s,
         own,
-        depth - own,
+        depth - first,
         source.holder_id if source is not None else "",
-        source.on_disk_of(own, depth) if source is not None else 0,
+        source.on_disk_of(first, depth) if source is not None else 0,
     )
 
 

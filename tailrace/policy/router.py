@@ -47,6 +47,8 @@ class PrefixLookup(Protocol):
 
     def longest_prefix_by_tier(self, hashes: Sequence[bytes]) -> Mapping[str, TierHit]: ...
 
+    def deepest_runs(self, hashes: Sequence[bytes], span: int) -> Mapping[str, TierHit]: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Lenders:
@@ -103,13 +105,14 @@ class Router:
 
         `pair_bytes_per_s`: see `choose`. `session`: names the conversation that the request belongs to, if any does.
         """
-        found = self._index.longest_prefix(hashes)
+        runs = self._index.deepest_runs(hashes, request.span) if request.window else None
+        found = self._index.longest_prefix(hashes) if runs is None else _depths(runs)
         others = self._others.in_flight(now_s)
         live = Live(
             backlog_s=self._backlogs_s(prefills, others, now_s),
             waiting=self._crowding.waiting(),
             ways=lenders.ways if lenders is not None else None,
-            held=self._held(found, hashes, lenders) if lenders is not None else (),
+            held=self._held(found, runs, hashes, lenders) if lenders is not None else (),
             beside=lenders.beside if lenders is not None else _NONE,
             turn=self._turn,
             preferred=self._sessions.preferred(session) if session else None,
@@ -135,8 +138,13 @@ class Router:
             return route
         return replace(route, hashes=tuple(hashes), known_blocks=max(hits.values(), default=0))
 
-    def _held(self, found: Mapping[str, int], hashes: Sequence[bytes], lenders: Lenders) -> list[Held]:
-        """Of those that lend: the stores' tiers are asked for only where a store holds something."""
+    def _held(
+        self, found: Mapping[str, int], runs: Mapping[str, TierHit] | None, hashes: Sequence[bytes], lenders: Lenders
+    ) -> list[Held]:
+        """Of those that lend: the stores' tiers are asked for only where a store holds something.
+
+        `runs`: `found` with tiers, where that is known already.
+        """
         allowed, stores = lenders.holder_ids, lenders.store_ids
         held = [
             Held(holder, depth)
@@ -144,7 +152,7 @@ class Router:
             if (allowed is None or holder in allowed) and holder not in stores
         ]
         if not stores.isdisjoint(found):
-            tiers = self._index.longest_prefix_by_tier(hashes)
+            tiers = self._index.longest_prefix_by_tier(hashes) if runs is None else runs
             held += [
                 Held(holder, hit.num_blocks, is_store=True, on_disk=hit.by_tier[Tier.NVME])
                 for holder, hit in tiers.items()
@@ -223,6 +231,10 @@ class Router:
             marks.setdefault(worker_id, []).extend(told)
             num_marks += len(told)
         return marks
+
+
+def _depths(hits: Mapping[str, TierHit]) -> dict[str, int]:
+    return {holder: hit.num_blocks for holder, hit in hits.items()}
 
 
 def _view(views: Sequence[WorkerView], worker_id: str) -> WorkerView:

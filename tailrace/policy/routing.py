@@ -66,7 +66,7 @@ class FetchWays(Protocol):
 
 
 class Held(NamedTuple):
-    """Leading blocks of a prompt that somebody can lend now."""
+    """Leading blocks of a prompt that somebody can lend now; with a window, as far as they are needed at their end."""
 
     holder_id: str
     depth: int
@@ -143,6 +143,11 @@ class RouteRequest:
         return self.whole_blocks - first
 
     @property
+    def span(self) -> int:
+        """See Window."""
+        return Window(self.window, self.block_size).span if self.window else 0
+
+    @property
     def whole_blocks(self) -> int:
         """Of the prompt, also those before its window."""
         return -(-self.num_prompt_tokens // self.block_size)
@@ -172,7 +177,7 @@ class CostTerms(NamedTuple):
     hit_blocks: int = 0
     """Leading blocks that the worker who prefills has itself."""
     fetch_blocks: int = 0
-    """Blocks after those that it is to fetch from `holder_id`."""
+    """Blocks after those that it is to fetch from `holder_id`; with a window, not all of them."""
     holder_id: str = ""
     fetch_disk_blocks: int = 0
     """Of the blocks to fetch, those on a store's disk."""

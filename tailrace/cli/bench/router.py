@@ -85,6 +85,9 @@ class _TimedIndex:
         self.seconds += time.perf_counter() - began
         return found
 
+    def deepest_runs(self, hashes: Sequence[bytes], span: int) -> Any:
+        return self._index.deepest_runs(hashes, span)
+
 
 class Cluster:
     """Workers with loads of their own, and the state that a gateway keeps of them."""

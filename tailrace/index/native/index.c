@@ -249,6 +249,49 @@ uint32_t tailrace_index_walk(struct index *index, const uint8_t *hashes, int64_t
     return num_found;
 }
 
+static uint32_t run_of(const struct found *found) {
+    uint32_t num_blocks = 0;
+    for (int tier = 0; tier < NUM_TIERS; tier++) num_blocks += found->by_tier[tier];
+    return num_blocks;
+}
+
+/* A block of `at`'s place has this holder: its run goes on, or begins anew where there was a hole behind it. */
+static void extend_run(struct index *index, ref_t ref, uint32_t at, uint32_t span, struct found *found, uint32_t *num) {
+    struct holder *holder = holder_of(index, ref);
+    if (holder->depth == DEAD) return;
+    if (!holder->depth) {
+        found[*num] = (struct found){.holder = ref >> 3, .depth = at + 1};
+        holder->depth = ++*num; /* where it stands in `found`, from 1 on */
+    }
+    struct found *own = &found[holder->depth - 1];
+    uint32_t run = run_of(own);
+    if (run >= span) return;
+    if (own->depth - run != at + 1) *own = (struct found){.holder = own->holder, .depth = at + 1};
+    own->by_tier[ref >> 1 & 3]++;
+}
+
+/* The deepest place of each holder before which it has `span` blocks, or all. From the end on, every block: a run is as
+   deep as its first block that is met. As `tailrace_index_walk`; tiers are counted within the run. */
+uint32_t tailrace_index_runs(
+    struct index *index, const uint8_t *hashes, int64_t num_blocks, struct found *found, uint32_t span
+) {
+    uint32_t num_found = 0, num_kept = 0;
+    for (int64_t at = num_blocks - 1; at >= 0 && at >= num_blocks - AHEAD; at--) prefetch(index, hashes + at * HASH_BYTES);
+    for (int64_t at = num_blocks - 1; at >= 0; at--) {
+        if (at >= AHEAD) prefetch(index, hashes + (at - AHEAD) * HASH_BYTES);
+        ref_t ref = find_ref(index, print_of(index, hashes + at * HASH_BYTES));
+        const ref_t *refs;
+        uint32_t num_refs = ref ? refs_of(index, &ref, &refs) : 0;
+        for (uint32_t each = 0; each < num_refs; each++) extend_run(index, refs[each], at, span, found, &num_found);
+    }
+    for (uint32_t at = 0; at < num_found; at++) {
+        index->holders[found[at].holder].depth = 0;
+        uint32_t run = run_of(&found[at]);
+        if (run >= span || run == found[at].depth) found[num_kept++] = found[at];
+    }
+    return num_kept;
+}
+
 /* Marks the holders of a block with a number that no other has. */
 static void mark_holders(struct index *index, ref_t ref) {
     if (!++index->last_probe) {

@@ -32,7 +32,7 @@ struct partition {
 struct holder {
     uint32_t num_blocks;
     uint32_t max_blocks; /* of a free one: the next free one */
-    uint32_t depth; /* in a walk: leading blocks so far; else 0 */
+    uint32_t depth; /* in a walk: leading blocks so far, or its place among those found; else 0 */
     uint32_t mark; /* the last probe that found it */
     uint32_t by_tier[NUM_TIERS];
 };

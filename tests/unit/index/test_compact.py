@@ -108,6 +108,18 @@ class NaiveIndex:
         return hits
 
 
+    def runs(self, chain: list[bytes], span: int) -> dict[str, PrefixHit]:
+        hits = {}
+        for worker, held in self.held.items():
+            tiers = [held.get(self.print(block_hash)) for block_hash in chain]
+            for depth in range(len(chain), 0, -1):
+                needed = tiers[max(0, depth - span) : depth]
+                if None not in needed:
+                    hits[worker] = PrefixHit(depth, tuple(needed.count(tier) for tier in Tier))
+                    break
+        return hits
+
+
 def random_event(rng: random.Random, chains: list[list[bytes]]) -> KVEvent:
     block_hash = rng.choice(rng.choice(chains))
     if rng.random() < 0.35:
@@ -172,6 +184,8 @@ def test_random_histories_agree_with_the_naive_index(partition_bits: int, finger
         for chain in rng.sample(chains, 3):
             assert index.longest_prefix_by_tier(chain) == naive.hits(chain)
             assert index.longest_prefix(chain) == naive.searched(chain)
+            span = rng.choice([1, 2, 3, 7, 30])
+            assert index.deepest_runs(chain, span) == naive.runs(chain, span)
         for worker in ("w0", "w1"):
             assert index.num_blocks(worker) == len(naive.held.get(worker, ()))
     index.check_integrity()

@@ -183,6 +183,18 @@ def test_an_impossible_limit_is_refused() -> None:
         MemoryIndex(0)
 
 
+def test_a_run_is_found_whatever_became_of_its_head_and_tiers_are_those_of_the_run() -> None:
+    index = MemoryIndex()
+    index.publish("store", 1, [B, C], Tier.CPU)
+    index.publish("store", 1, [D], Tier.NVME)
+    index.publish("p0", 1, [A, C])
+    assert index.longest_prefix(CHAIN) == {"p0": 1}
+    assert index.deepest_runs(CHAIN, 1) == {"store": PrefixHit(4, (0, 0, 1)), "p0": PrefixHit(3, (1, 0, 0))}
+    assert index.deepest_runs(CHAIN, 2) == {"store": PrefixHit(4, (0, 1, 1)), "p0": PrefixHit(1, (1, 0, 0))}
+    assert index.deepest_runs(CHAIN, 4) == {"p0": PrefixHit(1, (1, 0, 0))}
+    assert index.deepest_runs([], 2) == {}
+
+
 # -- against sets -----------------------------------------------------------------------------------------------------
 
 CHANGES = st.lists(
@@ -195,6 +207,11 @@ CHANGES = st.lists(
 
 def leading(held: set[bytes]) -> int:
     return next((depth for depth, block_hash in enumerate(CHAIN) if block_hash not in held), len(CHAIN))
+
+
+def deepest(held: set[bytes], span: int) -> int:
+    ends = range(len(CHAIN), 0, -1)
+    return next((end for end in ends if held.issuperset(CHAIN[max(0, end - span) : end])), 0)
 
 
 @given(CHANGES)
@@ -212,3 +229,7 @@ def test_agrees_with_a_set_for_each_worker(changes: list[tuple[str, str, bytes]]
             held.pop(worker_id, None)
     expected = {worker_id: leading(hashes) for worker_id, hashes in held.items()}
     assert index.longest_prefix(CHAIN) == {worker_id: depth for worker_id, depth in expected.items() if depth}
+    for span in (1, 2, 3):
+        expected = {worker_id: deepest(hashes, span) for worker_id, hashes in held.items()}
+        found = {worker_id: hit.num_blocks for worker_id, hit in index.deepest_runs(CHAIN, span).items()}
+        assert found == {worker_id: depth for worker_id, depth in expected.items() if depth}

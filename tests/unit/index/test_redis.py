@@ -130,6 +130,8 @@ async def test_it_agrees_with_the_index_in_memory(url):
                 memory.retract(worker, 1, some)
                 await it.index.retract(Life(worker, 1), some)
         for chain in chains:
+            for span in (1, 3, 50):
+                assert await it.index.deepest_runs(chain, span) == memory.deepest_runs(chain, span)
             found = await it.index.longest_prefix(chain)
             exact = memory.longest_prefix(chain)
             if it.client.is_cluster:

@@ -83,6 +83,24 @@ def test_a_decode_worker_computes_what_would_take_longer_to_fetch() -> None:
         assert found.chosen.crowding_s == pytest.approx(9 * (0.32 if fetched else 0.64))
 
 
+def test_with_a_window_the_last_blocks_of_what_is_found_are_fetched_and_priced() -> None:
+    """A fetch of a block takes half as long as computing it."""
+    request = RouteRequest(1600, BLOCK, window=50)
+    held = [Held("s", 90, is_store=True, on_disk=3), Held("p1", 80)]
+    live = Live(ways=Rates({("s", "p0"): 2e6, ("p1", "p0"): 2e6}), held=held)
+    for own, fetched, computed_s in ((0, 4, 0.16), (88, 2, 0.16), (95, 0, 0.08)):
+        found = choose(request, [make_prefill()], [make_decode()], {"p0": own}, {}, BYTES_PER_TOKEN, live=live)
+        assert found is not None
+        chosen = found.chosen
+        assert (chosen.hit_blocks, chosen.fetch_blocks) == (own, fetched)
+        assert chosen.fetch_s == pytest.approx(fetched * BLOCK * BYTES_PER_TOKEN / 2e6)
+        assert chosen.prefill_s == pytest.approx(computed_s)
+        on_disk = min(3, fetched)
+        assert chosen.fetch_disk_blocks == on_disk
+        wanted = (PrefixRange("s", 90 - fetched, fetched, is_store=True, on_disk=on_disk),)
+        assert found.sources == (wanted if fetched else ())
+
+
 @pytest.mark.parametrize("curve_s", [float("nan"), float("inf"), float("-inf"), -1e-6, -1e308, 1e308])
 def test_an_impossible_curve_counts_for_nothing(curve_s: float) -> None:
     found = live_route(Live(waiting={"p0": 2.0}), make_prefill(prefill_curve_s=curve_s))

@@ -77,6 +77,33 @@ def test_what_is_only_expected_is_no_source_of_a_fetch() -> None:
     assert {terms.fetch_blocks for terms in route.terms} == {0}
 
 
+def test_with_a_window_a_hit_whose_head_is_gone_is_seen_and_one_without_its_end_is_not() -> None:
+    """A token sees 17, so that two blocks are needed to go on behind one."""
+    index = MemoryIndex()
+    index.publish("p1", 1, CHAIN[1:3])
+    index.publish("p2", 1, [CHAIN[0], CHAIN[3]])
+    index.publish("store", 1, CHAIN[2:3], Tier.CPU)
+    index.publish("store", 1, CHAIN[3:], Tier.NVME)
+    request = RouteRequest(65, 16, window=17)
+    assert request.span == 1
+    request = RouteRequest(65, 16, window=18)
+    assert request.span == 2
+    route = Router(index).route(
+        request,
+        CHAIN,
+        PREFILLS,
+        DECODES,
+        bytes_per_token=1,
+        now_s=0.0,
+        lenders=Lenders(Instant(), store_ids=frozenset({"store"})),
+    )
+    assert route is not None
+    by_worker = {terms.prefill_id: (terms.hit_blocks, terms.fetch_blocks, terms.fetch_disk_blocks) for terms in route.terms}
+    # p1 goes on from its third block, and lacks one of the two that end at the fourth.
+    assert {name: by_worker[name] for name in ("p0", "p1", "p2")} == {"p0": (0, 2, 1), "p1": (3, 1, 1), "p2": (1, 2, 1)}
+    assert [(piece.holder_id, piece.first_block + piece.num_blocks) for piece in route.sources] == [("store", 4)]
+
+
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(ValueError, match="policy: must be one of cost, round-robin, least-loaded, prefix, got 'best'"):
         Router(MemoryIndex(), "best")
