@@ -245,7 +245,7 @@ class LendTerms:
 
 @dataclass(frozen=True, slots=True)
 class BlockOffer:
-    """A chain of cached blocks, from its first one on, that a worker would lend to a store."""
+    """A chain of cached blocks that a worker would lend to a store: from its first on; with a window, a part of it."""
 
     source: KvSource
     layout: KVLayout

@@ -161,8 +161,25 @@ def load_parts(config: WorkerConfig, role: Role) -> tuple[Identity, Engine, Bloc
         ),
         progress=progress,
     )
+    _say_what_is_kept(engine)
     pool = BlockPool(engine.cache.num_blocks, epoch=identity.epoch, prefix_caching=config.prefix_caching)
     return identity, engine, pool
+
+
+def _say_what_is_kept(engine: Engine) -> None:
+    """Of a model in which some layers have a window: as much as if none had one (docs/adr/0026-windows.md)."""
+    layout, longest = engine.layout, engine.max_model_len
+    windowed = [group for group in layout.groups if group.window]
+    if windowed and not layout.window:
+        log.info(
+            "%d of %d layers see %d tokens at most, the others all: the cache keeps all tokens for every layer; "
+            "a sequence of %d tokens takes %.1f MiB",
+            sum(len(group.layers) for group in windowed),
+            layout.num_layers,
+            max(group.window for group in windowed),
+            longest,
+            -(-longest // layout.block_size) * layout.block_bytes / (1 << 20),
+        )
 
 
 async def open_plane(config: WorkerConfig, identity: Identity, engine: Engine, pool: BlockPool) -> TransferPlane:

@@ -22,6 +22,8 @@ class TinySize:
     context: int = 2048
     window: int = 0
     """Of every layer; 0: none."""
+    num_full: int = 0
+    """With a window, so many of the first layers have none: a Qwen2."""
 
     @property
     def block_bytes(self) -> int:
@@ -51,11 +53,13 @@ def _write(path: Path, value: object) -> None:
 
 
 def _config(size: TinySize, vocabulary: int) -> dict[str, object]:
-    family = "mistral" if size.window else "llama"
+    family = "qwen2" if size.num_full else "mistral" if size.window else "llama"
+    mixed = {"use_sliding_window": True, "max_window_layers": size.num_full} if size.num_full else {}
     return {
         "architectures": [f"{family.capitalize()}ForCausalLM"],
         "model_type": family,
         **({"sliding_window": size.window} if size.window else {}),
+        **mixed,
         "vocab_size": vocabulary,
         "hidden_size": size.hidden,
         "intermediate_size": size.hidden * 2,
@@ -102,6 +106,9 @@ def _weights(size: TinySize, vocabulary: int, seed: int) -> dict[str, np.ndarray
         for name in ("q_proj", "k_proj"):
             # Sharp attention: a wrong block far back in a long prompt changes the next token.
             weights[f"{prefix}.self_attn.{name}.weight"] *= 2
+        if size.num_full:
+            for name, rows in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+                weights[f"{prefix}.self_attn.{name}.bias"] = draw.standard_normal(rows).astype(np.float32) / 4
         weights[f"{prefix}.input_layernorm.weight"] = np.ones(hidden, np.float32)
         weights[f"{prefix}.post_attention_layernorm.weight"] = np.ones(hidden, np.float32)
     return weights

@@ -107,7 +107,6 @@ class NaiveIndex:
                 hits[worker] = PrefixHit(sum(by_tier), tuple(by_tier))
         return hits
 
-
     def runs(self, chain: list[bytes], span: int) -> dict[str, PrefixHit]:
         hits = {}
         for worker, held in self.held.items():

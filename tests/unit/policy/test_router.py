@@ -98,7 +98,9 @@ def test_with_a_window_a_hit_whose_head_is_gone_is_seen_and_one_without_its_end_
         lenders=Lenders(Instant(), store_ids=frozenset({"store"})),
     )
     assert route is not None
-    by_worker = {terms.prefill_id: (terms.hit_blocks, terms.fetch_blocks, terms.fetch_disk_blocks) for terms in route.terms}
+    by_worker = {
+        terms.prefill_id: (terms.hit_blocks, terms.fetch_blocks, terms.fetch_disk_blocks) for terms in route.terms
+    }
     # p1 goes on from its third block, and lacks one of the two that end at the fourth.
     assert {name: by_worker[name] for name in ("p0", "p1", "p2")} == {"p0": (0, 2, 1), "p1": (3, 1, 1), "p2": (1, 2, 1)}
     assert [(piece.holder_id, piece.first_block + piece.num_blocks) for piece in route.sources] == [("store", 4)]
