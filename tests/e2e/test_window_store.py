@@ -129,7 +129,7 @@ async def test_of_a_prompt_its_windows_are_kept_and_fetched(tmp_path: Path) -> N
 
 
 async def test_with_windows_in_some_layers_all_blocks_are_kept_and_fetched(tmp_path: Path) -> None:
-    async with world(tmp_path, MIXED, num_blocks=64) as it:
+    async with world(tmp_path, MIXED, num_blocks=120) as it:
         for name in WORKERS:
             said = it.cluster.process(name).said()
             assert "1 of 2 layers see 48 tokens at most, the others all: the cache keeps all tokens" in said
@@ -157,11 +157,19 @@ async def next_turn(it: World, stored: set[int]) -> list[int]:
 
 
 async def is_fetched(it: World, turn: list[int], tier: str, num_blocks: int) -> None:
-    """The last so many blocks of what was computed, from this tier of the store."""
-    await it.forget()
-    [source] = it.sources(turn)
-    assert (source["first_block"], source["blocks_by_tier"]) == (COMPUTED - num_blocks, {tier: num_blocks})
-    answer = await it.ask(turn)
+    """The last so many blocks of what was computed, from this tier of the store.
+
+    On a busy machine the first meeting of two processes may outlast a fetch's patience: then all is computed, and
+    their pair is left alone for a second.
+    """
+    for _ in range(3):
+        await it.forget()
+        it.cluster.wait_until(lambda: bool(it.sources(turn)), "somebody is to be asked", 30.0)
+        [source] = it.sources(turn)
+        assert (source["first_block"], source["blocks_by_tier"]) == (COMPUTED - num_blocks, {tier: num_blocks})
+        answer = await it.ask(turn)
+        if answer.usage.cached_tokens:
+            break
     assert answer.usage.cached_tokens == COMPUTED * BLOCK
     assert answer.usage.cached_by_tier == {tier: COMPUTED * BLOCK}
 
@@ -198,5 +206,6 @@ async def what_is_cancelled(it: World) -> None:
     await it.forget()
     stored = await it.stored(whole_answer)
     depth = max(end for end in range(30) if stored.issuperset(range(end - SPAN, end)))
-    assert depth >= (len(prompt) + num_seen) // BLOCK
+    # The KV of the last one that was seen may not have been computed.
+    assert depth >= (len(prompt) + num_seen - 1) // BLOCK
     assert (await it.ask([*whole_answer, 7], 4)).usage.cached_by_tier == {"cpu": depth * BLOCK}
