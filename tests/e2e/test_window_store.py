@@ -54,8 +54,8 @@ class World:
         return answer
 
     async def forget(self) -> None:
-        """Workers hand out all of their blocks for requests that nobody will make again: some 40 for each."""
-        for _ in range(-(-self.num_blocks // 40)):
+        """Workers hand out all of their blocks for requests that nobody will make again: some 40 blocks each."""
+        for _ in range(2 + self.num_blocks // 60):
             self.seed += 1
             await self.ask(prompt_of(600, self.seed), 340)
         self.cluster.wait_until_idle(12.0)
