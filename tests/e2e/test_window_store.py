@@ -45,19 +45,22 @@ class World:
 
     async def ask(self, prompt: list[int], count: int = ANSWER, **options: Any) -> Completion:
         """With transformers' tokens."""
-        answer = await self.client.complete(
-            prompt, model=MODEL, temperature=0.0, max_tokens=count, ignore_eos=True, **options
-        )
+        answer = await self._answer(prompt, count, **options)
         comparison = self.reference.compare("", prompt, answer.token_ids)
         assert len(answer.token_ids) == count
         assert list(comparison.actual) == list(comparison.expected)
         return answer
 
+    async def _answer(self, prompt: list[int], count: int, **options: Any) -> Completion:
+        return await self.client.complete(
+            prompt, model=MODEL, temperature=0.0, max_tokens=count, ignore_eos=True, **options
+        )
+
     async def forget(self) -> None:
         """Workers hand out all of their blocks for requests that nobody will make again: some 40 blocks each."""
-        for _ in range(2 + self.num_blocks // 60):
-            self.seed += 1
-            await self.ask(prompt_of(600, self.seed), 340)
+        self.seed += 100
+        seeds = range(self.seed, self.seed + 2 + self.num_blocks // 60)
+        await asyncio.gather(*(self._answer(prompt_of(600, seed), 340) for seed in seeds))
         self.cluster.wait_until_idle(12.0)
 
     async def stored(self, prompt: list[int]) -> set[int]:
