@@ -15,7 +15,8 @@ from tailrace.transfer.stream_server import StreamServer
 class Owner:
     """Offers one pool for reading over every transport that the options and this machine allow.
 
-    Owner and Needer of one process share `nixl`, which is started and closed outside (see `TransferPlane`).
+    `nixl` only lends: the needer of this process has an agent of its own. It is started and closed outside
+    (see `TransferPlane`).
     """
 
     def __init__(self, memory: PoolMemory, options: TransferOptions, nixl: NixlDriver | None = None) -> None:

@@ -7,7 +7,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from tailrace.errors import TransferError
 from tailrace.transfer.memory import PoolMemory
@@ -15,6 +15,7 @@ from tailrace.transfer.nixl_driver import AgentError, Descriptor, NixlDriver
 from tailrace.transfer.options import TransferOptions
 from tailrace.transfer.proof import rdma_devices
 
+Side = Literal["lends", "reads"]
 _MODULES = ("nixl_cu12", "nixl_cu13", "nixl")
 _HOST_TLS = "tcp,cma"
 """Cross-memory attach moves the data; tcp only wires peers up, without it UCX finds no handler of peer failures."""
@@ -56,12 +57,17 @@ def can_attach(ucx_tls: str) -> bool:
     return not listed if ucx_tls.startswith("^") else listed
 
 
-def start_nixl(memory: PoolMemory, options: TransferOptions) -> NixlDriver:
-    """Make the process's agent on a thread of its own, and wait for it. Raises TransferError when it cannot be made."""
+def start_nixl(memory: PoolMemory, options: TransferOptions, side: Side) -> NixlDriver:
+    """Make an agent on a thread of its own, and wait for it. Raises TransferError when it cannot be made.
+
+    A process has an agent for each side. UCX joins the connections that two agents open to each other, and reads over
+    the joined one wait for the owner, emulated over TCP. No two cross where one agent only reads and one only lends.
+    """
     gpu = memory.memory == "vram"
     load_nixl(options.net_device, gpu=gpu)
     devices = rdma_devices(os.environ["UCX_NET_DEVICES"])
-    driver = NixlDriver(lambda: UcxAgent(options, gpu=gpu), memory, devices, can_attach(os.environ["UCX_TLS"]))
+    attach = can_attach(os.environ["UCX_TLS"])
+    driver = NixlDriver(lambda: UcxAgent(options, side, gpu=gpu), memory, devices, attach)
     driver.endpoint()
     return driver
 
@@ -69,7 +75,7 @@ def start_nixl(memory: PoolMemory, options: TransferOptions) -> NixlDriver:
 class UcxAgent:
     """One NIXL agent with the UCX backend. Made, used and dropped by one thread."""
 
-    def __init__(self, options: TransferOptions, *, gpu: bool = False) -> None:
+    def __init__(self, options: TransferOptions, side: Side, *, gpu: bool = False) -> None:
         library = load_nixl(options.net_device, gpu=gpu)
         bindings = sys.modules[f"{library.nixl_agent.__module__.rpartition('.')[0]}._bindings"]
         errors: list[type[Exception]] = [
@@ -77,7 +83,7 @@ class UcxAgent:
         ]
         # The last three are how the bindings refuse numbers that are no addresses.
         self._errors: tuple[type[Exception], ...] = (*errors, TypeError, ValueError, OverflowError)
-        self.name = f"{options.role}-{socket.gethostname()}-{os.getpid()}-{options.epoch}"
+        self.name = f"{options.role}-{socket.gethostname()}-{os.getpid()}-{options.epoch}-{side}"
         config = library.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
         try:
             self._agent = self._call(library.nixl_agent, self.name, config)

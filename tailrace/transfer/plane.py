@@ -1,6 +1,7 @@
-"""A worker's whole transfer side: owner and needer, and the one NIXL agent that they share."""
+"""A worker's whole transfer side: owner and needer, and a NIXL agent for each."""
 
 import asyncio
+from collections.abc import Sequence
 
 from tailrace.errors import TransferError
 from tailrace.transfer.lend import Owner
@@ -14,16 +15,16 @@ from tailrace.transfer.pull import Needer
 class TransferPlane:
     """`owner` lends this pool, `needer` reads others into it. Made by `open_transfer` on the loop that uses it."""
 
-    def __init__(self, owner: Owner, needer: Needer, nixl: NixlDriver | None) -> None:
+    def __init__(self, owner: Owner, needer: Needer, drivers: Sequence[NixlDriver]) -> None:
         self.owner = owner
         self.needer = needer
-        self._nixl = nixl
+        self._drivers = drivers
 
     async def close(self) -> bool:
         """Whether nothing is in flight any more, so that the pool may be unmapped. Idempotent."""
         await self.needer.close()
         await self.owner.close()
-        return await asyncio.to_thread(self._nixl.close) if self._nixl else True
+        return all([await asyncio.to_thread(driver.close) for driver in self._drivers])
 
 
 async def open_transfer(memory: PoolMemory, options: TransferOptions) -> TransferPlane:
@@ -31,23 +32,30 @@ async def open_transfer(memory: PoolMemory, options: TransferOptions) -> Transfe
 
     Raises TransferError when nixl is demanded and cannot start, ConfigError for a port or a file that cannot be used.
     """
-    nixl, why_not = await _start_nixl(memory, options)
-    owner = Owner(memory, options, nixl)
+    drivers, why_not = await _start_nixl(memory, options)
+    lends, reads = drivers or (None, None)
+    owner = Owner(memory, options, lends)
     try:
         await owner.start()
     except BaseException:
-        if nixl:
-            nixl.close()
+        for driver in drivers:
+            driver.close()
         raise
-    return TransferPlane(owner, Needer(memory, options, nixl, why_not), nixl)
+    return TransferPlane(owner, Needer(memory, options, reads, why_not), drivers)
 
 
-async def _start_nixl(memory: PoolMemory, options: TransferOptions) -> tuple[NixlDriver | None, str]:
+async def _start_nixl(memory: PoolMemory, options: TransferOptions) -> tuple[list[NixlDriver], str]:
+    """The driver that lends and the one that reads; none, and why."""
+    drivers: list[NixlDriver] = []
     if options.preference == "stream":
-        return None, "the options ask for a stream"
+        return drivers, "the options ask for a stream"
     try:
-        return await asyncio.to_thread(start_nixl, memory, options), ""
+        for side in ("lends", "reads"):
+            drivers.append(await asyncio.to_thread(start_nixl, memory, options, side))
     except TransferError as error:
+        for driver in drivers:
+            driver.close()
         if options.preference == "nixl":
             raise
-        return None, error.message
+        return [], error.message
+    return drivers, ""

@@ -115,7 +115,7 @@ async def test_a_caller_that_is_cancelled_leaves_its_read_unsettled() -> None:
 async def test_a_nixl_read_of_a_stopped_owner_stays_unsettled_until_it_goes_on() -> None:
     """Without a first contact, so that the read has to wait for the owner: once connected, it would not."""
     pool = make_pool()
-    driver = start_nixl(pool, make_options())
+    driver = start_nixl(pool, make_options(), "reads")
     async with worker("owner", seed=3) as owner:
         peer = await owner.meet()
         owner.stop()

@@ -104,7 +104,7 @@ from tests.helpers.transfer_pools import make_options, make_pool, peer_from_json
 
 async def main():
     pool, options = make_pool(), make_options(preference="nixl")
-    driver = start_nixl(pool, options)
+    driver = start_nixl(pool, options, "reads")
     driver.can_attach |= "--pretend" in sys.argv
     try:
         await Needer(pool, options, driver).connect(peer_from_json(json.loads(sys.argv[1])))
@@ -128,6 +128,21 @@ async def test_nixl_never_reads_over_tcp_whatever_it_is_told(
         needer = await asyncio.create_subprocess_exec(sys.executable, *command, stdout=subprocess.PIPE)
         output, _ = await asyncio.wait_for(needer.communicate(), 30)
         assert reason in output.decode()
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["in turn", "at once"])
+async def test_two_workers_that_read_each_other_do_so_without_each_others_help(at_once: bool) -> None:
+    async with worker("a", seed=3) as a, worker("b", seed=4) as b:
+        ends = [(a, b, await b.meet()), (b, a, await a.meet())]
+        contacts = [needer.call("connect", peer=peer_to_json(peer)) for needer, _, peer in ends]
+        transports = await asyncio.gather(*contacts) if at_once else [await contact for contact in contacts]
+        assert transports == ["nixl", "nixl"]
+        for needer, owner, peer in ends:
+            owner.stop()
+            await needer.start_read("x", peer, make_reads(peer, [0, 3], [8, 9]))
+            result = await needer.call("wait", name="x", timeout_s=5)
+            owner.go_on()
+            assert result == ["good", ""], "a read that waits for its owner is emulated over TCP"
 
 
 async def test_two_ends_with_certificates_read_under_tls(tmp_path: Path) -> None:
