@@ -4,34 +4,34 @@ Every prompt has 30 tokens in blocks of 4; the fake runner fails at the step tha
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from tailrace.errors import WorkerLostError
-from tailrace.kv.events import Tier
 from tailrace.messages import HoldingState, LegReport, PrefixSource, Submission
 from tailrace.transfer import ReadOutcome
 from tailrace.types import SamplingParams
-from tailrace.worker import prefix_fetch, reading
 from tests.helpers import worker_rigs
 from tests.helpers.fake_runner import generate
+from tests.helpers.prefix_holders import (
+    ALL,
+    PROMPT,
+    each_fault,
+    fetch_from_a_faulty_one,
+    fetch_from_a_slow_one,
+    fetch_from_three,
+    patience,
+)
 from tests.helpers.values import make_submission
 from tests.helpers.waiting import until
 from tests.helpers.worker_rigs import DecodeRig, decode_rig
 
-PROMPT = list(range(100, 130))
-ALL = range(7)
 FOUR = SamplingParams(max_tokens=4, ignore_eos=True, seed=3)
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["plain", "overlapped"])
 def _both_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_rigs, "OVERLAP", request.param)
-
-
-def patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    monkeypatch.setattr(prefix_fetch, "patience_s", lambda compute_s: seconds)
-    monkeypatch.setattr(reading, "MIN_STALL_S", seconds)
 
 
 def asking(handle: int, *sources: PrefixSource, **fields: object) -> Submission:
@@ -52,55 +52,17 @@ async def answer(rig: DecodeRig, submission: Submission) -> LegReport:
 async def test_a_prefix_comes_from_several_holders_and_is_told_by_tier() -> None:
     async with decode_rig() as rig:
         first = make_submission(1, tokens=PROMPT[:5], num_prompt_tokens=5, sampling=replace(FOUR, max_tokens=1))
-        rig.submit(first)
-        await answer(rig, first)
-        peer = rig.add_holder("p", PROMPT, range(2))
-        store = rig.add_holder("s", PROMPT, range(2, 5), tier=Tier.CPU)
-        disk = rig.add_holder("t", PROMPT, range(5, 7), tier=Tier.NVME)
-        submission = asking(2, peer.source(), store.source(), disk.source())
-        rig.submit(submission)
-        report = await answer(rig, submission)
-        assert report.cached_tokens == 28
-        assert report.cached_by_tier == {"worker": 4, "peer": 4, "cpu": 12, "nvme": 8}
-        assert [(f.holder_id, f.num_asked, f.num_blocks, f.num_bytes) for f in report.fetches] == [
-            ("p", 1, 1, 256),
-            ("s", 3, 3, 768),
-            ("t", 2, 2, 512),
-        ]
-        assert (report.transfer_bytes, report.transport) == (6 * 256, "stream")
-        assert min(report.queue_s, report.prefill_s, report.transfer_s, report.decode_s) >= 0
-        await rig.until_idle()
+        report = await fetch_from_three(rig, answer, first, asking)
+        assert report.decode_s >= 0
 
 
-@pytest.mark.parametrize(
-    ("options", "cached"),
-    [
-        ({"unreachable": WorkerLostError("gone")}, 0),
-        ({"refusal": WorkerLostError("no")}, 0),
-        ({"outcome": ReadOutcome.STALE}, 0),
-        ({"outcome": ReadOutcome.FAILED}, 0),
-        ({"told": []}, 0),
-        ({"held": range(3)}, 12),
-        ({"held": range(1, 7)}, 0),
-        ({"is_silent": True}, 0),
-        ({"most": 2}, 28),
-    ],
-    ids=["dead", "refused", "stale", "failed", "hangs-up", "short", "lying", "silent", "little"],
-)
+@each_fault
 async def test_whatever_becomes_of_a_fetch_the_answer_is_right(
     options: dict[str, object], cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patience(monkeypatch, 0.2)
     async with decode_rig() as rig:
-        holder = rig.add_holder("p", PROMPT, **{"held": ALL, **options})  # type: ignore[arg-type]
-        submission = asking(1, holder.source(0, 7), choices=(0, 1))
-        rig.submit(submission)
-        report = await answer(rig, submission)
-        assert report.cached_tokens == cached
-        assert report.cached_by_tier == ({"peer": cached} if cached else {})
-        [fetch] = report.fetches
-        assert (fetch.holder_id, fetch.num_asked, fetch.num_blocks) == ("p", 7, cached // 4)
-        await rig.until_idle()
+        await fetch_from_a_faulty_one(rig, answer, partial(asking, choices=(0, 1)), (options, cached))
 
 
 async def test_others_decode_while_a_prefix_is_on_its_way() -> None:
@@ -124,14 +86,7 @@ async def test_a_late_read_costs_no_more_than_its_patience_and_never_a_wrong_tok
 ) -> None:
     patience(monkeypatch, 0.1)
     async with decode_rig(num_blocks=24) as rig:
-        slow = rig.add_holder("slow", PROMPT, range(2, 7), outcome=None)
-        good = rig.add_holder("p", PROMPT, range(2), tier=Tier.CPU)
-        submission = asking(1, good.source(), slow.source())
-        rig.submit(submission)
-        report = await answer(rig, submission)
-        assert report.cached_by_tier == {"cpu": 8}, "found here when it was admitted again, and fetched all the same"
-        assert [(f.num_asked, f.num_blocks) for f in report.fetches] == [(2, 2), (5, 0)]
-        await rig.until_ledger("free", "cached", "quarantined")
+        slow = await fetch_from_a_slow_one(rig, answer, asking)
         slow.finish(ReadOutcome.GOOD)
         await rig.until_idle()
 

@@ -8,30 +8,29 @@ from collections.abc import Callable
 
 import pytest
 
-from tailrace.errors import ErrorCode, WorkerLostError
-from tailrace.kv.events import Tier
+from tailrace.errors import ErrorCode
 from tailrace.messages import HoldingState, LegReport, PrefixSource, Submission
 from tailrace.transfer import ReadOutcome
-from tailrace.worker import prefix_fetch, reading
 from tests.helpers import worker_rigs
 from tests.helpers.fake_runner import generate
-from tests.helpers.prefix_holders import FakeHolder
+from tests.helpers.prefix_holders import (
+    ALL,
+    PROMPT,
+    FakeHolder,
+    each_fault,
+    fetch_from_a_faulty_one,
+    fetch_from_a_slow_one,
+    fetch_from_three,
+    patience,
+)
 from tests.helpers.values import make_submission
 from tests.helpers.waiting import until
 from tests.helpers.worker_rigs import PrefillRig, prefill_rig
-
-PROMPT = list(range(100, 130))
-ALL = range(7)
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["plain", "overlapped"])
 def _both_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_rigs, "OVERLAP", request.param)
-
-
-def patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    monkeypatch.setattr(prefix_fetch, "patience_s", lambda compute_s: seconds)
-    monkeypatch.setattr(reading, "MIN_STALL_S", seconds)
 
 
 def asking(handle: int, *sources: PrefixSource, **fields: object) -> Submission:
@@ -49,56 +48,17 @@ async def answer(rig: PrefillRig, submission: Submission) -> LegReport:
 
 async def test_a_prefix_comes_from_several_holders_and_is_told_by_tier() -> None:
     async with prefill_rig() as rig:
-        rig.submit(make_submission(1, tokens=PROMPT[:5], num_prompt_tokens=5))
-        await until(lambda: rig.gateway.reports)
-        rig.cancel(1)
-        peer = rig.add_holder("p", PROMPT, range(2))
-        store = rig.add_holder("s", PROMPT, range(2, 5), tier=Tier.CPU)
-        disk = rig.add_holder("t", PROMPT, range(5, 7), tier=Tier.NVME)
-        submission = asking(2, peer.source(), store.source(), disk.source())
-        rig.submit(submission)
-        report = await answer(rig, submission)
-        assert report.cached_tokens == 28
-        assert report.cached_by_tier == {"worker": 4, "peer": 4, "cpu": 12, "nvme": 8}
-        assert [(f.holder_id, f.num_asked, f.num_blocks, f.num_bytes) for f in report.fetches] == [
-            ("p", 1, 1, 256),
-            ("s", 3, 3, 768),
-            ("t", 2, 2, 512),
-        ]
-        assert (report.transfer_bytes, report.transport) == (6 * 256, "stream")
-        assert min(report.queue_s, report.prefill_s, report.transfer_s) >= 0
-        await rig.until_idle()
+        await fetch_from_three(rig, answer, make_submission(1, tokens=PROMPT[:5], num_prompt_tokens=5), asking)
         assert str(rig.pool.ledger()) == "free=9 cached=7", "what was fetched can be lent on"
 
 
-@pytest.mark.parametrize(
-    ("options", "cached"),
-    [
-        ({"unreachable": WorkerLostError("gone")}, 0),
-        ({"outcome": ReadOutcome.STALE}, 0),
-        ({"outcome": ReadOutcome.FAILED}, 0),
-        ({"told": []}, 0),
-        ({"held": range(3)}, 12),
-        ({"held": range(1, 7)}, 0),
-        ({"is_silent": True}, 0),
-        ({"most": 2}, 28),
-    ],
-    ids=["dead", "stale", "failed", "hangs-up", "short", "lying", "silent", "little"],
-)
+@each_fault
 async def test_whatever_becomes_of_a_fetch_the_answer_is_right(
     options: dict[str, object], cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patience(monkeypatch, 0.2)
     async with prefill_rig() as rig:
-        holder = rig.add_holder("p", PROMPT, **{"held": ALL, **options})  # type: ignore[arg-type]
-        submission = asking(1, holder.source(0, 7))
-        rig.submit(submission)
-        report = await answer(rig, submission)
-        assert report.cached_tokens == cached
-        assert report.cached_by_tier == ({"peer": cached} if cached else {})
-        [fetch] = report.fetches
-        assert (fetch.holder_id, fetch.num_asked, fetch.num_blocks) == ("p", 7, cached // 4)
-        await rig.until_idle()
+        await fetch_from_a_faulty_one(rig, answer, asking, (options, cached))
 
 
 async def test_a_late_read_costs_no_more_than_its_patience_and_never_a_wrong_token(
@@ -106,16 +66,7 @@ async def test_a_late_read_costs_no_more_than_its_patience_and_never_a_wrong_tok
 ) -> None:
     patience(monkeypatch, 0.3)
     async with prefill_rig(num_blocks=24) as rig:
-        slow, good = (
-            rig.add_holder("slow", PROMPT, range(2, 7), outcome=None),
-            rig.add_holder("p", PROMPT, range(2), tier=Tier.CPU),
-        )
-        submission = asking(1, good.source(), slow.source())
-        rig.submit(submission)
-        report = await answer(rig, submission)
-        assert report.cached_by_tier == {"cpu": 8}, "found here when it was admitted again, and fetched all the same"
-        assert [(f.num_asked, f.num_blocks) for f in report.fetches] == [(2, 2), (5, 0)]
-        await rig.until_ledger("free", "cached", "quarantined")
+        slow = await fetch_from_a_slow_one(rig, answer, asking)
         holdings = await rig.engine.call(rig.worker.holdings)
         assert [(h.holder, h.state, len(h.blocks)) for h in holdings] == [
             ("a pending read", HoldingState.QUARANTINED, 5)
