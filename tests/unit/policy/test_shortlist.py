@@ -168,6 +168,14 @@ def test_who_holds_the_prompt_and_may_prefill_it_alone_is_left() -> None:
     assert ids(left.decodes) == ["d00", "d07"]
 
 
+def test_who_may_prefill_a_short_prompt_alone_is_left_only_where_that_may_be_cheaper() -> None:
+    """All of them may: for d00 it costs no more than the best pair, for the others more the busier they are."""
+    left = left_of(RouteRequest(BLOCK, BLOCK), PREFILLS, DECODES, {}, Live())
+    assert (ids(left.prefills), ids(left.decodes)) == (["p00"], ["d00"])
+    left = left_of(RouteRequest(BLOCK, BLOCK), PREFILLS, DECODES, {}, Live(backlog_s={"p00": 1.0}))
+    assert ids(left.decodes) == ["d00", "d01", "d02", "d03"], "p01 would be a tenth of a second later than p00 was"
+
+
 @pytest.mark.parametrize(
     "change",
     [
