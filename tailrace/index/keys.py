@@ -16,6 +16,7 @@ What stands in braces decides the slot on a Redis Cluster. `xx` are the first tw
 blocks of one prompt lie on all nodes, and one node's share of a lookup is a few MGETs.
 """
 
+from binascii import crc_hqx
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -24,6 +25,7 @@ from tailrace.kv.events import KVEvents, Tier
 from tailrace.messages import KvEventBatch
 
 VERSION = b"1"
+NUM_SLOTS = 16384
 NUM_STREAMS = 8
 MARK_BYTES = 7
 ENTRY_BYTES = MARK_BYTES + 1
@@ -78,6 +80,8 @@ class KeySpace:
         self.before_braces = base.encode()
         """Of a block's key."""
         self._blocks = tuple(f"{base}{{{first:02x}}}".encode() for first in range(256))
+        self.slots = tuple(crc_hqx(b"%02x" % first, 0) % NUM_SLOTS for first in range(256))
+        """Of a Cluster, where a block lies, by the first byte of its hash: CRC16 of what stands in braces."""
 
     def worker(self, worker_id: str) -> bytes:
         return f"{self._worker}{worker_id}".encode()

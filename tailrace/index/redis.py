@@ -5,14 +5,17 @@ all its entries along at once; what they occupy, Redis gets back when their time
 (docs/adr/0018-redis-index.md).
 """
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 from tailrace.index.keys import ENTRY_BYTES, MARK_BYTES, KeySpace, Life, entries
 from tailrace.index.prefix_index import PrefixHit, deepest_runs
-from tailrace.index.redis_client import Command, RedisClient, ScriptCall
+from tailrace.index.redis_client import Command, Node, RedisClient, ScriptCall
 from tailrace.index.registry import Registry
 from tailrace.index.scripts import PUBLISH, RETRACT, SEARCH, Script
+from tailrace.index.trouble import RedisTroubleError
 from tailrace.kv.events import Tier
 
 ENTRY_TTL_S = 3600.0
@@ -64,19 +67,39 @@ class RedisIndex:
     async def longest_prefix(self, hashes: Sequence[bytes]) -> dict[str, int]:
         """Leading blocks of `hashes` that each registered worker holds; workers that hold none are not named.
 
-        One round trip to each node that has a part of the answer; one more when a worker has come in the last second.
-        A single Redis searches as a CompactIndex does: where a hint is missing in the middle, more may be counted.
+        One command to each node that has a part of the blocks, all at once. Where a hint is missing in the middle, more
+        may be counted, on a single Redis as a CompactIndex does: see `_combined`.
         """
-        if self._client.is_cluster or not hashes:
+        if not hashes:
+            return {}
+        try:
+            reached = await self._search(hashes)
+        except RedisTroubleError:
+            if not self._client.is_cluster:
+                raise
+            # A slot has moved, or a node is gone: the library follows, and knows better the next time.
             return depths(await self._values(hashes), self._registry.by_mark)
-        search = ScriptCall(SEARCH, (), (self._keys.before_braces, b"".join(hashes)))
-        if self._is_fresh:
-            answer = await self._client.direct_script(search)
-        else:
-            answer, *registry = await self._client.all([search, *self._registry.read_commands()])
-            await self._take_registry(registry)
         by_mark = self._registry.by_mark
-        return {by_mark[mark]: depth for mark, depth in zip(answer[::2], answer[1::2], strict=True) if mark in by_mark}
+        return {by_mark[mark]: depth for mark, depth in reached.items() if mark in by_mark}
+
+    async def _search(self, hashes: Sequence[bytes]) -> dict[bytes, int]:
+        """By mark."""
+        parts = self._parts(hashes)
+        calls = [ScriptCall(SEARCH, (), (self._keys.before_braces, b"".join(part.hashes))) for part in parts.values()]
+        search = self._client.all(calls, list(parts))
+        # A task would take as long as half the search of a single Redis.
+        answers = await search if self._is_fresh else (await asyncio.gather(search, self._read_registry()))[0]
+        return _combined(zip(parts.values(), answers, strict=True), len(hashes))
+
+    def _parts(self, hashes: Sequence[bytes]) -> Mapping[Node, "_Part"]:
+        """By the node that has them; the first block's comes first."""
+        if not self._client.is_cluster:
+            return {None: _Part(range(len(hashes)), hashes)}
+        owners = self._client.owners(self._keys.slots)
+        places: dict[Node, list[int]] = {}
+        for place, block_hash in enumerate(hashes):
+            places.setdefault(owners[block_hash[0]], []).append(place)
+        return {node: _Part(here, [hashes[place] for place in here]) for node, here in places.items()}
 
     async def longest_prefix_by_tier(self, hashes: Sequence[bytes]) -> dict[str, PrefixHit]:
         """As `longest_prefix`, and how many of the blocks lie on which tier."""
@@ -105,6 +128,9 @@ class RedisIndex:
         """What is known of the registry."""
         return time.monotonic() - self._registry_read_at < REGISTRY_AGE_S
 
+    async def _read_registry(self) -> None:
+        await self._take_registry(await self._client.all(self._registry.read_commands()))
+
     async def _take_registry(self, answers: list[object]) -> None:
         await self._registry.take(answers)
         self._registry_read_at = time.monotonic()
@@ -114,8 +140,7 @@ class RedisIndex:
             return []
         keys = self._keys.blocks(hashes)
         if self._is_fresh and not self._client.is_cluster:
-            values: list[bytes | None] = await self._client.direct(("MGET", *keys))
-            return values
+            return cast(list[bytes | None], (await self._client.all([("MGET", *keys)], [None]))[0])
         groups = self._keys.by_slot(hashes, keys) if self._client.is_cluster else [keys]
         lookups: list[Command | ScriptCall] = [("MGET", *group) for group in groups]
         registry = [] if self._is_fresh else self._registry.read_commands()
@@ -126,6 +151,30 @@ class RedisIndex:
         for group, values in zip(groups, answers, strict=False):
             found.update(zip(group, values, strict=True))
         return [found[key] for key in keys]
+
+
+class _Part(NamedTuple):
+    """Blocks of a prompt that one node has."""
+
+    places: Sequence[int]
+    hashes: Sequence[bytes]
+
+
+def _combined(parts: Iterable[tuple[_Part, Sequence[Any]]], num_blocks: int) -> dict[bytes, int]:
+    """Leading blocks by mark, of the parts of a prompt and what SEARCH answers to each.
+
+    A prefix ends at the first block of which a node says that it is missing. A node passes over some holes: no prefix
+    ends before its first one, nor at a block that is held.
+    """
+    reached: dict[bytes, int] = {}
+    for (places, _), answer in parts:
+        ends = [*places, num_blocks]
+        here = {mark: ends[depth] for mark, depth in zip(answer[::2], answer[1::2], strict=True)}
+        if places[0] == 0:
+            reached = here
+        else:
+            reached = {mark: min(end, here.get(mark, places[0])) for mark, end in reached.items()}
+    return reached
 
 
 def depths(values: Sequence[bytes | None], by_mark: dict[bytes, str]) -> dict[str, int]:

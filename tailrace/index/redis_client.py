@@ -6,7 +6,7 @@ Nothing here tries again: whoever calls knows whether that is worth it, and has 
 import asyncio
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from tailrace.index.redis_url import RedisUrl
 from tailrace.index.scripts import Script
@@ -14,6 +14,7 @@ from tailrace.index.trouble import RedisTroubleError, explain
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis, RedisCluster
+    from redis.asyncio.cluster import ClusterNode
 
 TIMEOUT_S = 1.5
 """For a connection, and for an answer: slower is as good as away."""
@@ -23,6 +24,8 @@ MAX_CONNECTIONS = 32
 """To one node."""
 
 Command = Sequence[bytes | str | int]
+Node: TypeAlias = "ClusterNode | None"
+"""None: a single Redis."""
 
 
 class ScriptCall:
@@ -187,63 +190,82 @@ class RedisClient:
         with self._explained(self.url.address):
             return await self._opened().execute_command(*command)
 
-    async def all(self, commands: Sequence[Command | ScriptCall]) -> list[Any]:
+    async def all(self, commands: Sequence[Command | ScriptCall], nodes: Sequence[Node] = ()) -> list[Any]:
         """The answers to all commands, in one round trip to each node that has a part of them.
 
         A script that a node does not know (it has just started) is sent to it once more, as text. Raises for the first
-        command that failed; the others have been carried out.
+        command that failed; the others have been carried out. `nodes`: whom to ask each command, in less time.
         """
         from redis.exceptions import NoScriptError
 
-        answers = await self._pipeline(
-            [command.by_hash if isinstance(command, ScriptCall) else command for command in commands]
+        answers = await self._ask(
+            [command.by_hash if isinstance(command, ScriptCall) else command for command in commands], nodes
         )
         unknown = [place for place, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
         if unknown:
             calls = [cast(ScriptCall, commands[place]).by_text for place in unknown]
-            for place, answer in zip(unknown, await self._pipeline(calls), strict=True):
+            again = await self._ask(calls, [nodes[place] for place in unknown] if nodes else ())
+            for place, answer in zip(unknown, again, strict=True):
                 answers[place] = answer
         for answer in answers:
             if isinstance(answer, Exception):
                 raise explain(answer, self.url.address) from answer
         return answers
 
-    async def _pipeline(self, commands: Sequence[Command]) -> list[Any]:
+    async def _ask(self, commands: Sequence[Command], nodes: Sequence[Node]) -> list[Any]:
         with self._explained(self.url.address):
-            redis: Any = self._opened()
-            pipeline = redis.pipeline(transaction=None if self.is_cluster else False)
-            for command in commands:
-                pipeline.execute_command(*command)
-            answers: list[Any] = await pipeline.execute(raise_on_error=False)
-            return answers
+            return await (self._direct(commands, nodes) if nodes else self._pipeline(commands))
 
-    async def direct(self, command: Command) -> Any:
-        """The answer of a single Redis to one command, as `one`.
+    async def _pipeline(self, commands: Sequence[Command]) -> list[Any]:
+        redis: Any = self._opened()
+        pipeline = redis.pipeline(transaction=None if self.is_cluster else False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        answers: list[Any] = await pipeline.execute(raise_on_error=False)
+        return answers
 
-        Straight over a connection of the library's pool, packed by hiredis: the library's own packing costs as much as
-        all the rest.
+    async def _direct(self, commands: Sequence[Command], nodes: Sequence[Node]) -> list[Any]:
+        """Straight over a connection each of the library's pools, all sent before any is waited for.
+
+        Packed by hiredis: the library's own packing costs as much as all the rest.
         """
         import hiredis
 
-        with self._explained(self.url.address):
-            pool: Any = cast("Redis", self._opened()).connection_pool
-            connection = await pool.get_connection()
-            try:
-                await connection.send_packed_command(hiredis.pack_command(cast(Any, tuple(command))))
-                return await connection.read_response()
-            finally:
-                await pool.release(connection)
-
-    async def direct_script(self, call: ScriptCall) -> Any:
-        """As `direct`; sent once more, as text, where Redis does not know it."""
-        from redis.exceptions import NoScriptError
-
+        pool: Any = None if self.is_cluster else cast("Redis", self._opened()).connection_pool
+        connections: list[Any] = []
         try:
-            return await self.direct(call.by_hash)
-        except RedisTroubleError as error:
-            if not isinstance(error.__cause__, NoScriptError):
-                raise
-            return await self.direct(call.by_text)
+            for command, node in zip(commands, nodes, strict=True):
+                connections.append(await pool.get_connection() if node is None else node.acquire_connection())
+                await connections[-1].send_packed_command(hiredis.pack_command(cast(Any, tuple(command))))
+            return [await _answer(connection) for connection in connections]
+        except BaseException:
+            # An answer that nobody has read would be taken for that to another command.
+            for connection in connections:
+                await connection.disconnect(nowait=True)
+            raise
+        finally:
+            for connection, node in zip(connections, nodes, strict=False):
+                if node is None:
+                    await pool.release(connection)
+                else:
+                    node.release(connection)
+
+    def owners(self, slots: Sequence[int]) -> list[Node]:
+        """Of each slot of a Cluster, the node that has it, as far as is known."""
+        known = cast("RedisCluster", self._opened()).nodes_manager.slots_cache
+        try:
+            return [known[slot][0] for slot in slots]
+        except (KeyError, IndexError):
+            raise RedisTroubleError(f"Redis at {self.url.address}: not every slot has a node") from None
+
+
+async def _answer(connection: Any) -> Any:
+    from redis.exceptions import ResponseError
+
+    try:
+        return await connection.read_response()
+    except ResponseError as refusal:
+        return refusal
 
 
 def _num_cancellations() -> int:

@@ -94,7 +94,7 @@ async def _take_turns(
                 elif arm == "get_asyncio":
                     await _get_all(client.library, keys).execute()
                 elif arm == "ping":
-                    await client.direct(("PING",))
+                    await client.all([("PING",)], [None])
                 else:
                     _get_all(blocking, keys).execute()
                 if number >= _WARM_UPS:

@@ -132,30 +132,30 @@ async def test_it_agrees_with_the_index_in_memory(url):
         for chain in chains:
             for span in (1, 3, 50):
                 assert await it.index.deepest_runs(chain, span) == memory.deepest_runs(chain, span)
-            found = await it.index.longest_prefix(chain)
-            exact = memory.longest_prefix(chain)
-            if it.client.is_cluster:
-                assert found == exact
-            else:
-                assert_ends_of_what_is_held(found, exact, await it.index.holders(chain))
+            found, exact = await it.index.longest_prefix(chain), memory.longest_prefix(chain)
+            assert_ends_of_what_is_held(found, exact, await it.index.holders(chain), it.client.is_cluster)
+            assert {w: hit.num_blocks for w, hit in (await it.index.longest_prefix_by_tier(chain)).items()} == exact
 
 
-def assert_ends_of_what_is_held(found, exact, holders):
-    """A search that skips holes finds the same workers, none at less, and each where its blocks end."""
+def assert_ends_of_what_is_held(found, exact, holders, is_cluster):
+    """A search that skips holes finds the same workers, none at less, and each where blocks are missing.
+
+    The nodes of a Cluster skip holes each by itself, so that the block before that may be one.
+    """
     assert found.keys() == exact.keys()
     for worker, depth in found.items():
         assert depth >= exact[worker]
-        assert worker in holders[depth - 1]
+        assert is_cluster or worker in holders[depth - 1]
         assert depth == len(holders) or worker not in holders[depth]
 
 
 @given(st.lists(st.integers(0, 70), max_size=9), st.integers(1, 70))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_search_finds_where_each_prefix_ends(shared, depths_held, length):
-    """Prefixes of any lengths, alone and several of one length, in one script call."""
+def test_a_search_finds_where_each_prefix_ends(url, depths_held, length):
+    """Prefixes of any lengths, alone and several of one length, in one script call a node."""
 
     async def look():
-        async with world(shared.url) as it:
+        async with world(url) as it:
             hashes = hashes_of(70, seed=secrets.randbits(64))
             workers = [f"w{number}" for number in range(len(depths_held))]
             await it.register(*(registration(worker) for worker in workers))
@@ -217,9 +217,9 @@ async def test_a_script_that_redis_has_forgotten_is_sent_again(url):
         assert await it.index.longest_prefix(hashes) == {"w0": 300}
 
 
-def num_commands(shared):
+def num_commands(server):
     """By name, of those that came over a connection or were carried out in a script."""
-    with contextlib.closing(shared.client()) as client:
+    with contextlib.closing(server.client()) as client:
         return Counter({name: told["calls"] for name, told in client.info("commandstats").items()})
 
 
@@ -237,6 +237,51 @@ async def test_a_lookup_is_one_command_on_a_single_redis(shared):
         before = num_commands(shared)
         assert await it.index.longest_prefix(hashes) == {"w0": 100}
         assert (num_commands(shared) - before)["cmdstat_get"] <= 2 + 8
+
+
+async def test_a_lookup_is_one_command_a_node_on_a_cluster(nodes):
+    async with world(nodes[0].url) as it:
+        hashes = hashes_of(256, seed=11)
+        await it.register(registration("w0"))
+        await it.index.publish(Life("w0", 1), hashes)
+        await it.index.longest_prefix(hashes)
+        before = [num_commands(node) for node in nodes]
+        assert await it.index.longest_prefix(hashes) == {"w0": 256}
+        for node, was in zip(nodes, before, strict=True):
+            spent = num_commands(node) - was
+            assert [spent[f"cmdstat_{name}"] for name in ("evalsha", "get", "eval", "mget")] == [1, 2, 0, 0]
+
+
+async def test_a_lookup_follows_a_slot_to_another_node(nodes):
+    hashes = hashes_of(64, seed=12)
+    slot = KEYS.slots[hashes[5][0]]
+    async with world(nodes[0].url) as it, contextlib.AsyncExitStack() as stack:
+        clients = [stack.enter_context(contextlib.closing(node.client())) for node in nodes]
+        ids = [client.execute_command("CLUSTER MYID").decode() for client in clients]
+        [before] = it.client.owners([slot])
+        was = [node.port for node in nodes].index(before.port)
+        for client in clients:
+            client.flushall()
+        move(clients, slot, ids[(was + 1) % len(ids)])
+        try:
+            async with world(nodes[1].url) as other:
+                await other.register(registration("w0"))
+                await other.index.publish(Life("w0", 1), hashes)
+            assert await it.index.longest_prefix(hashes) == {"w0": 64}
+            assert it.client.owners([slot]) != [before], "it has learned where the slot is"
+            num_mgets = sum(num_commands(node)["cmdstat_mget"] for node in nodes)
+            assert await it.index.longest_prefix(hashes) == {"w0": 64}
+            assert sum(num_commands(node)["cmdstat_mget"] for node in nodes) == num_mgets
+        finally:
+            for client in clients:
+                client.flushall()
+            move(clients, slot, ids[was])
+
+
+def move(clients, slot, node_id):
+    """A slot that holds nothing."""
+    for client in clients:
+        client.execute_command("CLUSTER SETSLOT", slot, "NODE", node_id)
 
 
 async def test_one_prompt_lies_on_all_nodes_alike(nodes):
