@@ -13,7 +13,7 @@ With the namespace `tailrace` and key space version 1:
 | `tailrace:1:{reservations}` | stream | what each gateway has sent to workers and they have not computed |
 
 What stands in braces decides the slot on a Redis Cluster. `xx` are the first two hex digits of the block's hash: the
-blocks of one prompt lie on all nodes, and one node's share of a lookup is a few MGETs.
+blocks of one prompt lie on all nodes, and one node's share of a lookup is one search.
 """
 
 from binascii import crc_hqx

@@ -53,8 +53,8 @@ end
 return #KEYS
 """)
 
-# ARGV: what comes before a block's braces; hashes of a prompt, one after the other. For a single Redis: its keys are no
-# KEYS, which would each cost as much as the reads that are saved. Answers mark, depth, mark, depth...
+# ARGV: what comes before a block's braces; hashes of a prompt, one after the other. Its keys are no KEYS, which would
+# each cost as much as the reads that are saved, and lie in one slot. Answers mark, depth, mark, depth...
 # A binary search, in which marks go together as long as they agree; the last block first, as it often is the answer.
 SEARCH = Script(f"""
 local values, refused = {{}}, nil

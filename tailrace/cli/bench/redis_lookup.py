@@ -2,7 +2,7 @@
 
 The keys are written under a namespace of their own, and taken away afterwards. The arms take turns on one connection
 each. Both GETs read every block's entries; they neither decode them nor know who is alive. The lookup reads some ten
-of them in a script on a single Redis, and all, by an MGET a slot, on a Cluster.
+of them in a script, on a Cluster in one on each node.
 """
 
 import secrets
