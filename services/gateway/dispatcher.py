@@ -173,7 +173,7 @@ class PairDispatcher:
             decodes,
             bytes_per_token=layout.bytes_per_token,
             now_s=self._clock(),
-            lenders=self._sourcing.lenders([*prefills, *decodes]),
+            lenders=self._sourcing.lenders(),
             session=session_key(request.session_id, request.cache_salt),
         )
         if route is not None:

@@ -8,7 +8,7 @@ from tailrace.kv.events import Tier
 from tailrace.messages import Fetch, KvSource, LegReport, PrefixSource
 from tailrace.policy.fetching import FetchRates
 from tailrace.policy.router import Lenders
-from tailrace.policy.routing import Route, WorkerView
+from tailrace.policy.routing import Route
 from tailrace.types import Role
 
 
@@ -21,13 +21,19 @@ class Sourcing:
         self._rates = FetchRates()
         members.on_report = self._learn
 
-    def lenders(self, workers: Sequence[WorkerView]) -> Lenders:
-        """`workers`: those that are attached. Whoever drains or is lost lends nothing."""
+    def lenders(self) -> Lenders:
+        """Whoever drains or is lost lends nothing."""
         self._rates.advance(self._clock())
         stores = [member for member in self._members.of(Role.KVSTORE) if not member.load.draining]
         store_ids = frozenset(member.info.worker_id for member in stores)
-        holder_ids = store_ids.union(view.worker_id for view in workers if not view.draining)
-        return Lenders(self._rates, holder_ids, store_ids, self._beside(stores))
+        return Lenders(self._rates, self._can_lend, store_ids, self._beside(stores))
+
+    def _can_lend(self, worker_id: str) -> bool:
+        try:
+            holder = self._members.get(worker_id)
+        except WorkerLostError:
+            return False
+        return not holder.is_lost and not holder.load.draining
 
     def _beside(self, stores: Sequence[Member]) -> dict[str, list[str]]:
         """Stores by the workers whose host is theirs too."""

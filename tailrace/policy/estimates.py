@@ -171,9 +171,12 @@ class Crowding:
         """By worker id, requests; empty before any time has passed. Workers that were given nothing are not named."""
         if not self._elapsed or not self._sum:
             return {}
-        spread = self._squares * self._weight / (2.0 * self._sum * self._sum)
-        busy = {worker_id: min(MAX_BUSY, given / self._elapsed) for worker_id, given in self._given.items()}
-        return {worker_id: spread * share / (1.0 - share) for worker_id, share in busy.items()}
+        spread, elapsed = self._squares * self._weight / (2.0 * self._sum * self._sum), self._elapsed
+        most = spread * MAX_BUSY / (1.0 - MAX_BUSY)
+        return {
+            worker_id: spread * share / (1.0 - share) if (share := given / elapsed) < MAX_BUSY else most
+            for worker_id, given in self._given.items()
+        }
 
     def _drop_faded(self) -> None:
         """Workers that have long been given nothing have left: ids are drawn anew, and must not pile up."""

@@ -26,6 +26,15 @@ class _Queue:
     """Of all that is held."""
     head_since_s: float = 0.0
     """Since when the first of them can have been computing."""
+    head_s: float = 0.0
+    """What that one takes."""
+
+    def backlog_s(self, now_s: float) -> float:
+        gone_s = now_s - self.head_since_s
+        if gone_s <= 0.0:
+            return self.waiting_s
+        left_s = self.waiting_s - (gone_s if gone_s < self.head_s else self.head_s)
+        return left_s if left_s > 0.0 else 0.0
 
 
 class Reservations:
@@ -40,7 +49,7 @@ class Reservations:
         if handle in queue.held:
             raise ValueError(f"handle {handle} of {worker_id} is held already")
         if not queue.held:
-            queue.head_since_s = now_s
+            queue.head_since_s, queue.head_s = now_s, prefill_s
         queue.held[handle] = _Held(prefill_s, hashes)
         queue.expected.update(hashes)
         queue.waiting_s += prefill_s
@@ -50,8 +59,7 @@ class Reservations:
         queue = self._queues.get(worker_id)
         if queue is None or handle not in queue.held:
             return
-        if next(iter(queue.held)) == handle:
-            queue.head_since_s = now_s
+        was_head = next(iter(queue.held)) == handle
         held = queue.held.pop(handle)
         queue.waiting_s -= held.prefill_s
         for block_hash in held.hashes:
@@ -61,6 +69,8 @@ class Reservations:
                 queue.expected[block_hash] -= 1
         if not queue.held:
             del self._queues[worker_id]
+        elif was_head:
+            queue.head_since_s, queue.head_s = now_s, next(iter(queue.held.values())).prefill_s
 
     def num_held(self, worker_id: str) -> int:
         queue = self._queues.get(worker_id)
@@ -68,15 +78,12 @@ class Reservations:
 
     def backlogs_s(self, now_s: float) -> dict[str, float]:
         """`backlog_s` of those that have one."""
-        return {worker_id: self.backlog_s(worker_id, now_s) for worker_id in self._queues}
+        return {worker_id: queue.backlog_s(now_s) for worker_id, queue in self._queues.items()}
 
     def backlog_s(self, worker_id: str, now_s: float) -> float:
         """Until a request sent now would begin to be computed, by what was predicted for those before it."""
         queue = self._queues.get(worker_id)
-        if queue is None:
-            return 0.0
-        head = next(iter(queue.held.values())).prefill_s
-        return max(0.0, queue.waiting_s - min(head, max(0.0, now_s - queue.head_since_s)))
+        return queue.backlog_s(now_s) if queue is not None else 0.0
 
     def worker_ids(self) -> list[str]:
         """Who has anything."""
@@ -93,12 +100,10 @@ class Reservations:
 
     def extend(self, hits: Mapping[str, int], hashes: Sequence[bytes]) -> dict[str, int]:
         """`hits`, leading blocks of `hashes` by worker, gone on with over the blocks that will be there."""
-        found = dict(hits)
+        found, num_hashes = dict(hits), len(hashes)
         for worker_id, queue in self._queues.items():
-            depth = start = hits.get(worker_id, 0)
-            expected = queue.expected
-            while depth < len(hashes) and hashes[depth] in expected:
+            depth = hits.get(worker_id, 0)
+            while depth < num_hashes and hashes[depth] in queue.expected:
                 depth += 1
-            if depth > start:
                 found[worker_id] = depth
         return found

@@ -55,10 +55,10 @@ class Lenders:
     """Who lends what is cached, and how fast it is fetched."""
 
     ways: FetchWays
-    holder_ids: frozenset[str] | None = None
-    """Of those that can lend now; None: everybody of whom the index knows."""
+    can_lend: Callable[[str], bool] = lambda holder_id: True
+    """Now. Asked of the few that hold something."""
     store_ids: frozenset[str] = frozenset()
-    """Those of them that keep blocks on two tiers."""
+    """Those that keep blocks on two tiers."""
     beside: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """By worker id: stores on its own node."""
 
@@ -145,11 +145,9 @@ class Router:
 
         `runs`: `found` with tiers, where that is known already.
         """
-        allowed, stores = lenders.holder_ids, lenders.store_ids
+        stores = lenders.store_ids
         held = [
-            Held(holder, depth)
-            for holder, depth in found.items()
-            if (allowed is None or holder in allowed) and holder not in stores
+            Held(holder, depth) for holder, depth in found.items() if holder not in stores and lenders.can_lend(holder)
         ]
         if not stores.isdisjoint(found):
             tiers = self._index.longest_prefix_by_tier(hashes) if runs is None else runs

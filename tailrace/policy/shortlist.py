@@ -8,7 +8,6 @@ is priced; whoever's bound is beyond that price is not the best of its side, and
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from tailrace.policy.pricing import (
     MAX_CURVE_S,
@@ -29,8 +28,9 @@ _SHORT = 1.0 - 1e-9
 _UNMEASURED = Neutral(0.0, 0.0, 0.0)
 
 
-class _Traits(NamedTuple):
-    """What bounds need of one view."""
+@dataclass(slots=True, eq=False)
+class _Traits:
+    """What bounds need of one view. (No tuple: the fields of a class with slots are read in a quarter of the time.)"""
 
     view: WorkerView
     worker_id: str

@@ -102,6 +102,7 @@ class Cluster:
         self.store_ids = [f"store-{n}" for n in range(options.stores)]
         self.prefills = [self._view(f"prefill-{n:02}", Role.PREFILL) for n in range(options.prefill)]
         self.decodes = [self._view(f"decode-{n:02}", Role.DECODE) for n in range(options.decode)]
+        self._loads = {view.worker_id: view for view in (*self.prefills, *self.decodes)}
         self.now_s = 0.0
         self._measure_pairs()
         self.conversations = self._fill(options.blocks)
@@ -187,9 +188,14 @@ class Cluster:
 
         def look() -> None:
             for views, place, running in changed:
-                views[place] = replace(views[place], num_running=running)
+                view = views[place] = replace(views[place], num_running=running)
+                self._loads[view.worker_id] = view
 
         return look
+
+    def _can_lend(self, worker_id: str) -> bool:
+        """As a gateway's Sourcing says it, of workers that are all there."""
+        return not self._loads[worker_id].draining
 
     def decide(
         self, tokens: list[int], session: str = "", look: Callable[[], None] = lambda: None
@@ -202,11 +208,7 @@ class Cluster:
         look()
         store_ids = frozenset(self.store_ids)
         self.rates.advance(self.now_s)
-        lenders = Lenders(
-            self.rates,
-            store_ids.union(view.worker_id for view in (*self.prefills, *self.decodes) if not view.draining),
-            store_ids,
-        )
+        lenders = Lenders(self.rates, self._can_lend, store_ids)
         seen = time.perf_counter()
         route = self.router.route(
             RouteRequest(len(tokens), BLOCK_SIZE),
