@@ -181,8 +181,9 @@ class Pricing:
         backlogs = self.live.backlog_s
         if backlogs is None:
             return (view.waiting_tokens + view.reserved_tokens) / rate
-        known_s, said_s = backlogs.get(view.worker_id, 0.0), view.waiting_tokens / rate
-        return known_s if known_s > said_s else said_s
+        known_s = backlogs.get(view.worker_id, 0.0)
+        others = view.waiting_tokens - self.live.backlog_tokens.get(view.worker_id, 0.0)
+        return known_s + others / rate if others > 0.0 else known_s
 
     def _compute_s(self, view: WorkerView, rate: float, hit_blocks: int) -> float:
         request = self.request

@@ -14,6 +14,7 @@ from itertools import zip_longest
 class _Held:
     prefill_s: float
     hashes: Sequence[bytes]
+    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -24,6 +25,7 @@ class _Queue:
     expected: Counter[bytes] = field(default_factory=Counter)
     waiting_s: float = 0.0
     """Of all that is held."""
+    waiting_tokens: int = 0
     head_since_s: float = 0.0
     """Since when the first of them can have been computing."""
     head_s: float = 0.0
@@ -43,16 +45,25 @@ class Reservations:
     def __init__(self) -> None:
         self._queues: dict[str, _Queue] = {}
 
-    def hold(self, worker_id: str, handle: int, hashes: Sequence[bytes], prefill_s: float, now_s: float) -> None:
-        """Raises ValueError for a handle that is held already."""
+    def hold(
+        self,
+        worker_id: str,
+        handle: int,
+        hashes: Sequence[bytes],
+        prefill_s: float,
+        now_s: float,
+        num_tokens: int = 0,
+    ) -> None:
+        """`num_tokens`: of the prompt. Raises ValueError for a handle that is held already."""
         queue = self._queues.setdefault(worker_id, _Queue())
         if handle in queue.held:
             raise ValueError(f"handle {handle} of {worker_id} is held already")
         if not queue.held:
             queue.head_since_s, queue.head_s = now_s, prefill_s
-        queue.held[handle] = _Held(prefill_s, hashes)
+        queue.held[handle] = _Held(prefill_s, hashes, num_tokens)
         queue.expected.update(hashes)
         queue.waiting_s += prefill_s
+        queue.waiting_tokens += num_tokens
 
     def release(self, worker_id: str, handle: int, now_s: float) -> None:
         """Computed, failed or cancelled; a handle that is not held is no error."""
@@ -62,6 +73,7 @@ class Reservations:
         was_head = next(iter(queue.held)) == handle
         held = queue.held.pop(handle)
         queue.waiting_s -= held.prefill_s
+        queue.waiting_tokens -= held.num_tokens
         for block_hash in held.hashes:
             if queue.expected[block_hash] == 1:
                 del queue.expected[block_hash]
@@ -84,6 +96,11 @@ class Reservations:
         """Until a request sent now would begin to be computed, by what was predicted for those before it."""
         queue = self._queues.get(worker_id)
         return queue.backlog_s(now_s) if queue is not None else 0.0
+
+    def backlog_tokens(self) -> dict[str, float]:
+        """All tokens of the prompts that are held, by worker: no fewer than the worker counts of them, which has not
+        looked for what is cached of those that wait."""
+        return {worker_id: queue.waiting_tokens for worker_id, queue in self._queues.items()}
 
     def worker_ids(self) -> list[str]:
         """Who has anything."""

@@ -1,10 +1,12 @@
 """Router: the state behind routing decisions, the same in a gateway and in the simulator. No clock, no sockets."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -110,6 +112,8 @@ class Router:
         others = self._others.in_flight(now_s)
         live = Live(
             backlog_s=self._backlogs_s(prefills, others, now_s),
+            # Of workers to which other routers say what they have sent, everything is known: nothing is beyond it.
+            backlog_tokens={**self._reservations.backlog_tokens(), **dict.fromkeys(others, math.inf)},
             waiting=self._crowding.waiting(),
             ways=lenders.ways if lenders is not None else None,
             held=self._held(found, runs, hashes, lenders) if lenders is not None else (),
@@ -134,9 +138,14 @@ class Router:
         )
         if route is None:
             return None
-        if request.fingerprint and _view(decodes, route.decode_id).fingerprint != request.fingerprint:
-            return route
-        return replace(route, hashes=tuple(hashes), known_blocks=max(hits.values(), default=0))
+        is_named = not request.fingerprint or _view(decodes, route.decode_id).fingerprint == request.fingerprint
+        return replace(
+            route,
+            hashes=tuple(hashes) if is_named else (),
+            known_blocks=max(hits.values(), default=0) if is_named else 0,
+            num_prompt_tokens=request.num_prompt_tokens,
+            is_measured=any(view.prefill_tokens_per_s > 0.0 for view in chain(prefills, decodes)),
+        )
 
     def _held(
         self, found: Mapping[str, int], runs: Mapping[str, TierHit] | None, hashes: Sequence[bytes], lenders: Lenders
@@ -165,11 +174,13 @@ class Router:
         held_s = min(chosen.fetch_s + chosen.prefill_s, MAX_PREFILL_S)
         self._turn += 1
         self._num_workers = num_workers
-        self._crowding.add(worker_id, chosen.prefill_s, now_s, num_workers)
-        self._reservations.hold(worker_id, handle, route.hashes, held_s, now_s)
+        self._reservations.hold(worker_id, handle, route.hashes, held_s, now_s, route.num_prompt_tokens)
         if session:
             self._sessions.sent(session, route, now_s)
-        self._given.append(Given(worker_id, chosen.prefill_s))
+        if route.is_measured:
+            # A neutral rate may be a hundredfold off, and would be remembered as load for hundreds of requests.
+            self._crowding.add(worker_id, chosen.prefill_s, now_s, num_workers)
+            self._given.append(Given(worker_id, chosen.prefill_s))
         self._on_change()
 
     def release(self, worker_id: str, handle: int, now_s: float) -> None:

@@ -95,8 +95,10 @@ class Live:
     """What changes with every request, by worker id; what is not named is 0."""
 
     backlog_s: Mapping[str, float] | None = None
-    """Prefill seconds before a new request, as predicted when this gateway routed each. The worker may say that it has
-    more: other gateways'. None: not known, and the queue is the waiting and reserved tokens over the rate."""
+    """Prefill seconds before a new request, as predicted when this gateway routed each. None: not known, and the queue
+    is the waiting and reserved tokens over the rate."""
+    backlog_tokens: Mapping[str, float] = field(default_factory=dict)
+    """Of the same requests' prompts, cached or not: what a worker says is waiting beyond them is other gateways'."""
     waiting: Mapping[str, float] = field(default_factory=dict)
     """Requests expected to wait while the worker computes: each second of prefill is a second for all of them."""
     ways: FetchWays | None = None
@@ -199,6 +201,9 @@ class Route:
     """Whom the worker that prefills is to ask for cached blocks, in order, each for its own."""
     known_blocks: int = 0
     """Leading blocks that anybody was known to hold."""
+    num_prompt_tokens: int = 0
+    is_measured: bool = True
+    """Its seconds come from a rate that some worker has measured."""
 
     @property
     def decode_id(self) -> str:

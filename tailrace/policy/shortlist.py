@@ -40,7 +40,7 @@ class _Traits:
     prefill_rate: float
     """As all rates: 0 where it is not measured."""
     curve_s: float
-    said_s: float
+    said_tokens: int
     """Of prefill that it says are waiting."""
     crowd: int
     """Sequences that would wait for a prefill on a decode worker, and itself."""
@@ -65,7 +65,7 @@ class _Traits:
             -1.0 if view.draining else view.total_blocks or math.inf,
             rate,
             view.prefill_curve_s if 0.0 < view.prefill_curve_s < MAX_CURVE_S else 0.0,
-            view.waiting_tokens / rate if rate else 0.0,
+            view.waiting_tokens,
             1 + view.num_sequences,
             measured(view.decode_step_s, 0.0),
             measured(view.transfer_bytes_per_s, 0.0),
@@ -167,6 +167,7 @@ def _limit_s(limit_us: int) -> float:
 def _prefill_bounds_s(prices: Pricing, rows: Sequence[_Traits]) -> list[float]:
     """As if the deepest prefix that anybody lends were fetched in no time."""
     hits, waiting, backlogs = prices.hits, prices.live.waiting, prices.live.backlog_s or {}
+    sent = prices.live.backlog_tokens
     depth = _deepest(prices)
     rest, squares = _rest(prices, depth)
     bounds_s = []
@@ -177,9 +178,9 @@ def _prefill_bounds_s(prices: Pricing, rows: Sequence[_Traits]) -> list[float]:
             continue
         own = hits.get(worker_id, 0)
         tokens, curve = _rest(prices, own) if own > depth else (rest, squares)
-        queue_s = backlogs.get(worker_id, 0.0)
-        if queue_s < row.said_s:
-            queue_s = row.said_s
+        queue_s, others = backlogs.get(worker_id, 0.0), row.said_tokens - sent.get(worker_id, 0.0)
+        if others > 0.0:
+            queue_s += others / row.prefill_rate
         compute_s = tokens / row.prefill_rate + row.curve_s * curve
         bounds_s.append(queue_s + compute_s * (1.0 + waiting.get(worker_id, 0.0)))
     return bounds_s
@@ -222,8 +223,10 @@ def _locals(prices: Pricing, rows: Sequence[_Traits], limit_us: int) -> list[_Tr
         tokens, squares = _rest(prices, own) if own > depth else rest
         if tokens * _SHORT > row.step_tokens and tokens > request.block_size:
             continue
-        queue_s = max(backlogs.get(row.worker_id, 0.0), row.said_s)
-        compute_s = tokens / (row.prefill_rate or guess) + row.curve_s * squares
+        rate = row.prefill_rate or guess
+        others = max(0.0, row.said_tokens - prices.live.backlog_tokens.get(row.worker_id, 0.0))
+        queue_s = backlogs.get(row.worker_id, 0.0) + others / rate
+        compute_s = tokens / rate + row.curve_s * squares
         if queue_s + compute_s * row.crowd + row.load_s <= limit_s:
             found.append(row)
     return found

@@ -27,8 +27,11 @@ def live_route(live: Live, *prefills: WorkerView, hits: Mapping[str, int] | None
 def test_a_known_backlog_takes_the_place_of_reserved_tokens() -> None:
     live = Live(backlog_s={"p0": 0.25})
     assert live_route(live, make_prefill(reserved_tokens=9000)).chosen.queue_s == 0.25
-    # Other gateways have sent more than this one knows of.
-    assert live_route(live, make_prefill(waiting_tokens=9000)).chosen.queue_s == 9.0
+    # Other gateways have sent what is beyond this one's.
+    assert live_route(live, make_prefill(waiting_tokens=9000)).chosen.queue_s == 9.25
+    own = dataclasses.replace(live, backlog_tokens={"p0": 8500.0})
+    assert live_route(own, make_prefill(waiting_tokens=9000)).chosen.queue_s == 0.75
+    assert live_route(own, make_prefill(waiting_tokens=7000)).chosen.queue_s == 0.25
 
 
 def test_attention_makes_a_long_prefill_cost_more_than_its_tokens() -> None:

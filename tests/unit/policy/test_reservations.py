@@ -21,6 +21,18 @@ def test_backlog_is_what_was_sent_less_what_the_head_can_have_done() -> None:
     assert held.backlog_s("p1", 103.0) == 0.0
 
 
+def test_backlog_in_tokens_is_that_of_whole_prompts() -> None:
+    held = Reservations()
+    assert held.backlog_tokens() == {}
+    held.hold("p0", 1, [], 2.0, 0.0, num_tokens=1000)
+    held.hold("p0", 2, [], 0.0, 0.0, num_tokens=500)
+    assert held.backlog_tokens() == {"p0": 1500}
+    held.release("p0", 1, 9.0)
+    assert held.backlog_tokens() == {"p0": 500}
+    held.release("p0", 2, 9.0)
+    assert held.backlog_tokens() == {}
+
+
 def test_one_that_is_released_out_of_turn_leaves_the_head_running() -> None:
     held = Reservations()
     held.hold("p0", 1, [], 2.0, 0.0)

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -22,9 +23,14 @@ class Instant:
         return Way(0.0, 0.0)
 
 
-def decide(router: Router, hashes: Sequence[bytes] = CHAIN, now_s: float = 0.0) -> Route:
+def decide(
+    router: Router,
+    hashes: Sequence[bytes] = CHAIN,
+    now_s: float = 0.0,
+    prefills: Sequence[WorkerView] = PREFILLS,
+) -> Route:
     request = RouteRequest(16 * len(hashes) + 1, 16)
-    route = router.route(request, hashes, PREFILLS, DECODES, pair_bytes_per_s={}, bytes_per_token=1, now_s=now_s)
+    route = router.route(request, hashes, prefills, DECODES, pair_bytes_per_s={}, bytes_per_token=1, now_s=now_s)
     assert route is not None
     return route
 
@@ -104,6 +110,45 @@ def test_with_a_window_a_hit_whose_head_is_gone_is_seen_and_one_without_its_end_
     # p1 goes on from its third block, and lacks one of the two that end at the fourth.
     assert {name: by_worker[name] for name in ("p0", "p1", "p2")} == {"p0": (0, 2, 1), "p1": (3, 1, 1), "p2": (1, 2, 1)}
     assert [(piece.holder_id, piece.first_block + piece.num_blocks) for piece in route.sources] == [("store", 4)]
+
+
+def waiting(*tokens: int) -> list[WorkerView]:
+    return [dataclasses.replace(view, waiting_tokens=n) for view, n in zip(PREFILLS, tokens, strict=False)]
+
+
+def test_those_who_wait_for_the_same_prefix_are_no_queue_of_whole_prompts() -> None:
+    """A worker says that it has their tokens: it has not looked yet for what it has cached."""
+    router = Router(MemoryIndex())
+    document = [f"{n}".encode() for n in range(64)]
+    first = decide(router, document)
+    router.hold(first, 0, 0.0, 3)
+    for handle in range(1, 6):
+        route = decide(router, [*document, f"question {handle}".encode()], now_s=0.5, prefills=waiting(1041 * handle - 16))
+        assert route.prefill_id == first.prefill_id
+        assert route.chosen.queue_s == pytest.approx(0.525 + 0.017 * (handle - 1))
+        router.hold(route, handle, 0.5, 3)
+
+
+def test_what_others_sent_to_a_worker_is_beyond_what_it_was_sent_from_here() -> None:
+    router = Router(MemoryIndex())
+    mine = decide(router)
+    router.hold(mine, 0, 0.0, 3)
+    (queue_s,) = {terms.queue_s for terms in decide(router, prefills=waiting(65 + 300)).terms}
+    assert queue_s == pytest.approx(0.065 + 0.3)
+
+
+def test_predictions_by_a_rate_that_nobody_has_measured_are_not_remembered_as_load() -> None:
+    router = Router(MemoryIndex())
+    unmeasured = [dataclasses.replace(view, prefill_tokens_per_s=0.0) for view in PREFILLS]
+    for handle in range(9):
+        route = decide(router, [f"{handle}".encode()], now_s=float(handle), prefills=unmeasured)
+        assert route.chosen.crowding_s == 0.0
+        router.hold(route, handle, float(handle), 3)
+        router.release(route.prefill_id or "", handle, handle + 0.5)
+    assert decide(router, now_s=9.0).chosen.crowding_s == 0.0
+    for handle in (9, 10):
+        router.hold(decide(router, now_s=float(handle)), handle, float(handle), 3)
+    assert any(terms.crowding_s > 0.0 for terms in decide(router, now_s=11.0).terms)
 
 
 def test_an_unknown_policy_is_refused() -> None:

@@ -85,6 +85,7 @@ class World:
         ways = Rates({(a, b): rand.choice((1e6, 1e8, 1e10)) for a in found for b in self.names if rand.random() < 0.8})
         live = Live(
             backlog_s=rand.choice((None, {name: rand.uniform(0.0, 2.0) for name in self.names[::2]})),
+            backlog_tokens={name: rand.uniform(0.0, 30_000.0) for name in self.names[::3]},
             waiting={name: rand.uniform(0.0, 3.0) for name in self.names[::3]},
             ways=rand.choice((None, ways)),
             held=held,
