@@ -4,9 +4,10 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tailrace.errors import InvalidRequestError
 from tailrace.kv.hashing import HASH_BYTES
@@ -15,7 +16,9 @@ from tailrace.sim.profile import HardwareProfile
 MAX_REQUESTS = 5_000_000
 MAX_TOKENS = 10_000_000
 MAX_TIMESTAMP_MS = 1e12
+MAX_LINE_BYTES = 1 << 24
 MAX_BLOCK_ID = (1 << 64) - 1
+GZIP = b"\x1f\x8b"
 
 
 class WorkloadError(InvalidRequestError):
@@ -96,9 +99,9 @@ def read_trace(path: Path, block_tokens: int = 512) -> Workload:
     """A trace in Mooncake's format: a JSON object a line, with `timestamp` (ms), `input_length`, `output_length` and
     `hash_ids`, one a block of the prompt. Raises WorkloadError, which names the line and the field."""
     try:
-        with path.open(encoding="utf-8") as lines:
-            requests = [_parse(line, number, block_tokens) for number, line in _numbered(lines)]
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            requests = [_parse(line, number, block_tokens) for number, line in _numbered(file)]
+    except OSError as error:
         raise WorkloadError(f"trace {path}: {error}", param="trace") from None
     if not requests:
         raise WorkloadError(f"trace {path}: no requests in it", param="trace")
@@ -110,18 +113,23 @@ def block_name(number: int) -> bytes:
     return blake2b(number.to_bytes(8, "little"), digest_size=HASH_BYTES).digest()
 
 
-def _numbered(lines: Iterable[str]) -> Iterable[tuple[int, str]]:
-    for number, line in enumerate(lines, start=1):
+def _numbered(file: BinaryIO) -> Iterable[tuple[int, bytes]]:
+    for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES + 1), b""), start=1):
         if number > MAX_REQUESTS:
             raise WorkloadError(f"trace line {number}: at most {MAX_REQUESTS} requests", param="trace")
+        if len(line) > MAX_LINE_BYTES:
+            raise WorkloadError(f"trace line {number}: at most {MAX_LINE_BYTES} bytes", param="trace")
+        if line.startswith(GZIP):
+            raise WorkloadError(f"trace line {number}: compressed by gzip; unpack it first", param="trace")
         if line.strip():
             yield number, line
 
 
-def _parse(line: str, number: int, block_tokens: int) -> SimRequest:
+def _parse(line: bytes, number: int, block_tokens: int) -> SimRequest:
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        # ValueError: no JSON, no UTF-8, or an integer of thousands of digits.
         raise WorkloadError(f"trace line {number}: not JSON: {error}", param="trace") from None
     if not isinstance(record, dict):
         raise WorkloadError(f"trace line {number}: must be a JSON object", param="trace")
@@ -136,7 +144,8 @@ def _parse(line: str, number: int, block_tokens: int) -> SimRequest:
         if type(value) is not int or not 0 <= value <= MAX_BLOCK_ID:
             raise _bad(number, "hash_ids", f"must be integers from 0 to {MAX_BLOCK_ID}", repr(value))
     return SimRequest(
-        arrival_s=_milliseconds(record, number) / 1e3,
+        # Less than a nanosecond between two arrivals could not be stretched by any load.
+        arrival_s=round(_milliseconds(record, number) / 1e3, 9),
         num_prompt_tokens=prompt,
         num_output_tokens=_whole(record, "output_length", number, 0, MAX_TOKENS),
         hashes=tuple(map(block_name, ids)),

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 
 from tailrace.sim.generate import GENERATORS, generate
 from tailrace.sim.profile import PROFILES
-from tailrace.sim.workload import Workload, WorkloadError, read_trace
+from tailrace.sim.workload import MAX_LINE_BYTES, Workload, WorkloadError, read_trace
 
 GOOD = {"timestamp": 1000, "input_length": 1100, "output_length": 7, "hash_ids": [0, 1, 2]}
 
@@ -70,9 +71,29 @@ def test_a_trace_that_is_empty_or_not_there_or_not_text_is_refused(tmp_path: Pat
         read_trace(write_trace(tmp_path, ""))
     with pytest.raises(WorkloadError, match="No such file"):
         read_trace(tmp_path / "nowhere")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(WorkloadError, match="can't decode"):
-        read_trace(tmp_path / "binary")
+    with pytest.raises(WorkloadError, match="Is a directory"):
+        read_trace(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (b'{"x": "\xff"}', "not JSON: 'utf-8' codec can't decode byte 0xff"),
+        (gzip.compress(b"{}"), "compressed by gzip; unpack it first"),
+        (b'{"timestamp": 1' + b"0" * 5000 + b"}", "not JSON: Exceeds the limit"),
+        (b"[" + b" " * MAX_LINE_BYTES, f"at most {MAX_LINE_BYTES} bytes"),
+    ],
+)
+def test_a_line_that_is_no_text_or_too_long_is_named(tmp_path: Path, second: bytes, message: str) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n" + second)
+    with pytest.raises(WorkloadError, match=f"trace line 2: {message}"):
+        read_trace(path)
+
+
+def test_arrivals_that_are_all_but_one_instant_are_not_stretched_beyond_numbers(tmp_path: Path) -> None:
+    workload = read_trace(write_trace(tmp_path, GOOD | {"timestamp": 0}, GOOD | {"timestamp": 5e-320}))
+    assert workload.at_load(0.7, 8, PROFILES["h100"]) is workload
 
 
 def test_a_partial_last_block_needs_no_name(tmp_path: Path) -> None:
