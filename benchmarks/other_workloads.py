@@ -1,10 +1,10 @@
 """Workloads that the routing policies were not made on, as traces in Mooncake's format: the same seed, the same lines.
 
-Lengths and shares that are known of public traces are in each docstring; what is not is made up, and extreme on purpose.
-A timestamp is in milliseconds; `tailrace simulate --load` stretches all of them.
+Lengths and shares that are known of public traces are in each docstring; what is not is made up, and extreme on
+purpose. A timestamp is in milliseconds; `tailrace simulate --load` stretches all of them.
 
-`python -m benchmarks.other_workloads write KIND FILE` writes a trace of 2,000 requests, `... compare WORKERS` prints the
-table of docs/benchmarks/2026-11-22-other-traces.md, some minutes.
+`python -m benchmarks.other_workloads write KIND FILE` writes a trace of 2,000 requests, `... compare WORKERS` prints
+the table of docs/benchmarks/2026-11-22-other-traces.md, some minutes.
 """
 
 import json
@@ -87,8 +87,8 @@ def _turns(
 
 
 def tool_agent(make: Maker, num: int) -> Iterator[Line]:
-    """Agents with tools. Mooncake's trace of that name has 23,608 requests of 8,596 tokens in and 182 out on average, of
-    which an infinite cache holds 59 %: few long instructions that many share, and calls that follow each other soon."""
+    """Agents with tools. Mooncake's trace of that name has 23,608 requests of 8,596 tokens in and 182 out on average,
+    of which an infinite cache holds 59 %: few long instructions that many share, and calls that soon follow."""
     kinds = [make.prefix(make.random.uniform(2000, 8000)) for _ in range(40)]
     now_s = 0.0
     while True:
@@ -129,7 +129,7 @@ def retrieval(make: Maker, num: int) -> Iterator[Line]:
     now_s = 0.0
     while True:
         now_s += make.gap_s()
-        prefix, path = system, ()
+        prefix, path = system, tuple[int, ...]()
         for _ in range(3):
             path = (*path, make.ranked(2000, 1.1))
             if path not in passages:

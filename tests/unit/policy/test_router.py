@@ -123,7 +123,8 @@ def test_those_who_wait_for_the_same_prefix_are_no_queue_of_whole_prompts() -> N
     first = decide(router, document)
     router.hold(first, 0, 0.0, 3)
     for handle in range(1, 6):
-        route = decide(router, [*document, f"question {handle}".encode()], now_s=0.5, prefills=waiting(1041 * handle - 16))
+        question = [*document, f"question {handle}".encode()]
+        route = decide(router, question, now_s=0.5, prefills=waiting(1041 * handle - 16))
         assert route.prefill_id == first.prefill_id
         assert route.chosen.queue_s == pytest.approx(0.525 + 0.017 * (handle - 1))
         router.hold(route, handle, 0.5, 3)
