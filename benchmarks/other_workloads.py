@@ -39,7 +39,7 @@ class Maker:
     """Random numbers of one seed, and names of blocks that nobody had before."""
 
     def __init__(self, kind: str, seed: int, block_tokens: int) -> None:
-        self.random = Random(f"{kind} {seed}")  # noqa: S311 - no secret hangs on it
+        self.random = Random(f"{kind} {seed}")
         self._block_tokens = block_tokens
         self._ids = count()
 
