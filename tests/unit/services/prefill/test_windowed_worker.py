@@ -1,7 +1,4 @@
-"""A prefill worker of a model with a window, in a pool that is shorter than its prompt: what it reports of who gave way.
-
-Its needer and its gateway are the test; block ids are exact.
-"""
+"""A prefill worker of a model with a window, in a pool shorter than its prompt: what it says of who gave way."""
 
 from collections.abc import Iterator
 
