@@ -60,8 +60,8 @@ def can_attach(ucx_tls: str) -> bool:
 def start_nixl(memory: PoolMemory, options: TransferOptions, side: Side) -> NixlDriver:
     """Make an agent on a thread of its own, and wait for it. Raises TransferError when it cannot be made.
 
-    A process has an agent for each side. UCX joins the connections that two agents open to each other, and reads over
-    the joined one wait for the owner, emulated over TCP. No two cross where one agent only reads and one only lends.
+    A process has an agent for each side: where two agents had connections to each other, the reads of both waited for
+    their owners (docs/adr/0004). No two cross where one agent only reads and one only lends.
     """
     gpu = memory.memory == "vram"
     load_nixl(options.net_device, gpu=gpu)
