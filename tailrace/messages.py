@@ -30,6 +30,14 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnerRate:
+    """At which a worker reads from one owner of blocks, whatever it reads."""
+
+    owner_id: str
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """How busy a worker is. Rates are measured, exponentially weighted, 0 before the first measurement."""
 
@@ -53,6 +61,8 @@ class Load:
     decode_base_s: float = 0.0
     """A decode step of n sequences takes base + n x row seconds."""
     decode_row_s: float = 0.0
+    owners: tuple[OwnerRate, ...] | None = None
+    """Of all whose rate is measured; None: as this worker said before."""
 
 
 @dataclass(frozen=True, slots=True)

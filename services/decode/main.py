@@ -53,7 +53,8 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
     thread = EngineThread(
         worker, deliver=service.deliver, died=die, overlap=parts.overlap, chore=engine.cache.touch_more
     )
-    attachments = Attachments(worker_info(config, identity, engine, port), service, steps=lambda: thread.num_steps)
+    info = worker_info(config, identity, engine, port)
+    attachments = Attachments(info, service, steps=lambda: thread.num_steps, owners=peers.rates)
     service.connect(thread, attachments, LocalFetches(worker, thread, peers, engine.layout, store=config.store))
     try:
         await serve(parts, Wiring(thread, attachments, worker, offers=offers), server)

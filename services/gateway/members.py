@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -26,12 +26,14 @@ from tailrace.messages import (
     LedgerReport,
     LegReport,
     Load,
+    OwnerRate,
     StepEvents,
     Submission,
     TokenColumns,
     WorkerInfo,
 )
 from tailrace.policy.other_routers import InFlight
+from tailrace.policy.pairs import NO_PAIRS, PairRates
 from tailrace.policy.routing import WorkerView
 from tailrace.rpc.client import AttachCall, Peer
 from tailrace.rpc.options import PEER_LOSS_S
@@ -75,6 +77,7 @@ class Member:
     """By handle: when, tokens, sequences."""
     _uncomputed: dict[int, Callable[[], None]] = field(default_factory=dict)
     """By handle: whom to tell once its prompt is computed, or the leg is over."""
+    _pairs: PairRates = NO_PAIRS
     _view: WorkerView | None = None
     """Until something in it changes: every request looks at every worker."""
 
@@ -169,6 +172,8 @@ class Member:
 
     def take_load(self, load: Load) -> None:
         self.load = load
+        if load.owners is not None:
+            self._pairs = PairRates.of(load.owners)
         old = time.monotonic() - RESERVATION_S
         self._reserved = {handle: entry for handle, entry in self._reserved.items() if entry[0] > old}
         self._view = None
@@ -207,7 +212,8 @@ class Member:
             prefill_curve_s=load.prefill_curve_s,
             decode_base_s=load.decode_base_s,
             decode_row_s=load.decode_row_s,
-            transfer_bytes_per_s=load.transfer_bytes_per_s,
+            transfer_bytes_per_s=self._pairs.usual or load.transfer_bytes_per_s,
+            pairs=self._pairs,
         )
 
 
@@ -244,6 +250,8 @@ class Members:
         self.on_lost: Callable[[Role], None] = lambda role: None
         self.on_report: Callable[[Member, LegReport], None] = lambda member, report: None
         """Of any leg that this gateway submitted, whether or not anybody listens to it still."""
+        self.on_rates: Callable[[str, Sequence[OwnerRate]], None] = lambda needer_id, rates: None
+        """At which a worker reads from others, whenever that has changed."""
 
     def new_handle(self) -> int:
         return next(self._handles)
@@ -414,6 +422,8 @@ class Members:
     def _spread(self, member: Member, event: StepEvents) -> None:
         if event.load is not None:
             member.take_load(event.load)
+            if event.load.owners is not None:
+                self.on_rates(member.info.worker_id, event.load.owners)
         if event.kv_events is not None:
             member.feed.take(event.kv_events)
         member.tell_tokens(event.tokens)

@@ -20,6 +20,7 @@ class Sourcing:
         self._clock = clock
         self._rates = FetchRates()
         members.on_report = self._learn
+        members.on_rates = self._rates.told
 
     def lenders(self) -> Lenders:
         """Whoever drains or is lost lends nothing."""

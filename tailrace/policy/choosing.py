@@ -6,7 +6,7 @@ they are there to compare with.
 
 Every policy ranks a pair by numbers that are the sum of the prefill worker's and the decode worker's own, in order, and
 then by their ids. The lowest such sum is that of the two lowest, so that nobody looks at all pairs; where single pairs
-have a measured bandwidth, only at those that can still be cheaper than the best so far.
+have rates of their own, only at those that can still be cheaper than the best so far.
 """
 
 import math
@@ -37,7 +37,7 @@ class _Source(NamedTuple):
 
 class _Target(NamedTuple):
     numbers: Numbers
-    """With the transfer from an owner whose pair is not measured."""
+    """With the transfer from an owner whose pair has no rate of its own."""
     worker_id: str
     price: DecodePrice
     local: PrefillPrice | None
@@ -115,44 +115,43 @@ class Candidates:
         return self.sources.get(target.price.fingerprint, ())
 
     def best(self) -> _Pair | None:
-        pairs = [*self._best_pairs(), *self._locals(self.targets)]
+        best = self._search()
+        pairs = [*self._locals(self.targets), *([best] if best is not None else [])]
         return min(pairs, default=None, key=_rank)
 
-    def _best_pairs(self) -> list[_Pair]:
-        if self.policy.counts_transfer and self.prices.pair_bytes_per_s:
-            return [pair for pair in (self._search(),) if pair is not None]
-        best: list[_Pair] = []
-        for fingerprint, sources in self.sources.items():
-            fitting = [target for target in self.targets if target.price.fingerprint == fingerprint]
-            if sources and fitting:
-                source, target = sources[0], min(fitting)
-                best.append(
-                    _Pair(_sum(source.numbers, target.numbers, source.worker_id, target), *_prices(source, target))
-                )
-        return best
-
     def _search(self) -> _Pair | None:
-        """The best pair where bandwidths are pairs' own: bounds come from the fastest one."""
-        bounds = [
-            (self.policy.target(t.price, self.prices.least_transfer_s(t.price), self.ring), t.worker_id, t)
-            for t in self.targets
-        ]
+        """Target by target, the one that could be cheapest first; of its sources those up to the first over whose pair
+        nothing takes longer than over its fastest one: whoever comes after that is dearer."""
         best: _Pair | None = None
-        for least, _, target in sorted(bounds):
+        for least, _, target in sorted((self._least(target), target.worker_id, target) for target in self.targets):
             for source in self.sources_of(target):
                 if best is not None and source.numbers[0] + least[0] > best.rank[0]:
                     break
-                pair = self.pair(source, target)
+                numbers = self._numbers(source, target)
+                pair = _Pair(_sum(source.numbers, numbers, source.worker_id, target), source.price, target.price)
                 if best is None or pair.rank < best.rank:
                     best = pair
+                if numbers == least:
+                    break
         return best
 
+    def _least(self, target: _Target) -> Numbers:
+        """Over its fastest pair."""
+        if not self._has_own_pairs(target):
+            return target.numbers
+        return self.policy.target(target.price, target.price.least_transfer_s, self.ring)
+
+    def _numbers(self, source: _Source, target: _Target) -> Numbers:
+        if not self._has_own_pairs(target) or source.worker_id not in target.price.pairs.others:
+            return target.numbers
+        return self.policy.target(target.price, target.price.transfer_from(source.worker_id), self.ring)
+
+    def _has_own_pairs(self, target: _Target) -> bool:
+        return self.policy.counts_transfer and bool(target.price.pairs.others)
+
     def pair(self, source: _Source, target: _Target) -> _Pair:
-        numbers = target.numbers
-        if self.policy.counts_transfer and self.prices.pair_bytes_per_s:
-            transfer_s = self.prices.transfer_s(source.worker_id, target.price)
-            numbers = self.policy.target(target.price, transfer_s, self.ring)
-        return _Pair(_sum(source.numbers, numbers, source.worker_id, target), *_prices(source, target))
+        numbers = self._numbers(source, target)
+        return _Pair(_sum(source.numbers, numbers, source.worker_id, target), source.price, target.price)
 
     def _locals(self, targets: Sequence[_Target]) -> list[_Pair]:
         return [
@@ -193,21 +192,14 @@ class Candidates:
     def terms(self) -> tuple[CostTerms, ...]:
         found: list[CostTerms] = []
         for target in self.targets:
-            found += [self.terms_of(source.price, target.price) for source in self.sources_of(target)]
+            found += [terms_of(source.price, target.price) for source in self.sources_of(target)]
             if target.local is not None:
-                found.append(self.terms_of(target.local, target.price))
+                found.append(terms_of(target.local, target.price))
         return tuple(found)
-
-    def terms_of(self, source: PrefillPrice, target: DecodePrice) -> CostTerms:
-        return terms_of(source, target, self.prices.transfer_s(source.worker_id, target))
 
 
 def _rank(pair: _Pair) -> Rank:
     return pair.rank
-
-
-def _prices(source: _Source, target: _Target) -> tuple[PrefillPrice, DecodePrice]:
-    return source.price, target.price
 
 
 def _sum(a: Numbers, b: Numbers, prefill_id: str, target: _Target) -> Rank:
@@ -219,7 +211,6 @@ def choose(
     prefills: Sequence[WorkerView],
     decodes: Sequence[WorkerView],
     hits: Mapping[str, int],
-    pair_bytes_per_s: Mapping[tuple[str, str], float],
     bytes_per_token: int,
     *,
     live: Live | None = None,
@@ -228,17 +219,16 @@ def choose(
 ) -> Route | None:
     """The best pair by `policy`, one of POLICIES; None when there is none.
 
-    `hits`: leading blocks of the prompt that a worker or a store holds. `pair_bytes_per_s`: measured, by (prefill id,
-    decode id), where a pair's bandwidth is not that of its decode worker. No candidates are draining workers, workers
+    `hits`: leading blocks of the prompt that a worker or a store holds. No candidates are draining workers, workers
     whose pool can never hold the prompt, and pairs of different layouts. A decode worker prefills by itself where no
     prefill worker of its layout is eligible; it competes with them where its uncached rest holds its batch up for one
     of its steps at most. Ties go to the least loaded pair, then to the lowest ids. `traits`: of the same workers, from
     one request to the next; with them only those are priced that may be chosen.
     """
     live = live or Live()
-    looked = traits.of(prefills, decodes) if traits is not None and policy == "cost" and not pair_bytes_per_s else None
+    looked = traits.of(prefills, decodes) if traits is not None and policy == "cost" else None
     neutral = looked.neutral() if looked is not None else None
-    prices = Pricing.of(request, prefills, decodes, hits, pair_bytes_per_s, bytes_per_token, live, neutral)
+    prices = Pricing.of(request, prefills, decodes, hits, bytes_per_token, live, neutral)
     explained = partial(_candidates, prices, prefills, decodes, POLICIES[policy])
     if looked is None:
         candidates = explained()
@@ -250,7 +240,7 @@ def choose(
         return None
     if live.preferred is not None and policy == "cost":
         best = candidates.prefer(best, live.preferred)
-    chosen = candidates.terms_of(best.source, best.target)
+    chosen = terms_of(best.source, best.target)
     return Route(chosen, lambda: explained().terms(), sources=split_ranges(prices, chosen))
 
 

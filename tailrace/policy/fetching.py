@@ -2,10 +2,11 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tailrace.kv.events import Tier
+from tailrace.messages import OwnerRate
 from tailrace.policy.estimates import LineFit
 from tailrace.policy.pricing import Pricing
 from tailrace.policy.routing import CostTerms, Held, PrefixRange, Way
@@ -27,6 +28,12 @@ STALE_S = 60.0
 """A pair that was slower than what is usual of its kind, and was not used for so long, is taken to be as the others."""
 MAX_PAIRS = 1 << 16
 """Measured and remembered, those used last: workers come and go under new names."""
+LATE_FACTOR = 4.0
+"""A fetch that took so many times what it should have is not counted, unless one of the last NUM_BEFORE was late too:
+its holder may have been busy, which is no property of the pair."""
+NUM_BEFORE = 4
+MAX_NEEDERS = 1 << 12
+"""Whose told rates are remembered, those told last."""
 SPLIT_GAIN = 0.75
 """Of the time from the best single holder: a second one is asked where both together take less."""
 MIN_PATIENCE_S = 0.25
@@ -44,10 +51,17 @@ def patience_s(compute_s: float) -> float:
 
 @dataclass(slots=True)
 class _Measured:
+    way: Way
     fit: LineFit = field(default_factory=lambda: LineFit(FORGET, LEAST_SPREAD))
-    way: Way = field(default_factory=lambda: Way(0.0, 0.0))
     at_s: float = 0.0
     """When it was last measured."""
+    num_watched: int = 0
+    """Of the next fetches, those that count even if they are late."""
+
+    def is_excused(self, is_late: bool) -> bool:
+        was_watched = self.num_watched > 0
+        self.num_watched = NUM_BEFORE if is_late else max(0, self.num_watched - 1)
+        return is_late and not was_watched
 
 
 @dataclass(slots=True)
@@ -59,9 +73,10 @@ class _Failing:
 class FetchRates:
     """FetchWays from what came of fetches: by holder, needer and the tier that most of the blocks were on.
 
-    What nobody has measured yet is taken to be as fast as the best of its kind, and never slower than what stands in
-    before the first measurement: a first fetch that was slow would be the last one of all. A pair that failed is left
-    alone for a while, and then tried again at its old price.
+    What nobody has measured yet goes by the rate at which the needer says that it reads from the holder, else it is
+    taken to be as fast as the best of its kind, and never slower than what stands in before the first measurement: a
+    first fetch that was slow would be the last one of all. A pair that failed is left alone for a while, and then tried
+    again at its old price.
     """
 
     def __init__(self) -> None:
@@ -69,6 +84,7 @@ class FetchRates:
         self._best: dict[Tier, tuple[Pair, Way]] = {}
         self._failing: OrderedDict[tuple[str, str], _Failing] = OrderedDict()
         self._barred: dict[tuple[str, str], float] = {}
+        self._told: OrderedDict[str, Mapping[str, float]] = OrderedDict()
         self._now_s = 0.0
 
     def way(self, holder_id: str, needer_id: str, tier: Tier) -> Way | None:
@@ -78,8 +94,17 @@ class FetchRates:
         known = self._pairs.get((holder_id, needer_id, tier))
         if known is not None and (known.way.s_per_byte <= usual.s_per_byte or self._now_s - known.at_s < STALE_S):
             return known.way
+        if tier is not Tier.NVME and (rate := self._told.get(needer_id, {}).get(holder_id)):
+            return Way(usual.overhead_s, 1.0 / rate)
         best = self._best.get(tier)
         return best[1] if best is not None and best[1].s_per_byte < usual.s_per_byte else usual
+
+    def told(self, needer_id: str, rates: Iterable[OwnerRate]) -> None:
+        """By a needer, of all whom it reads from; in place of what it told before."""
+        self._told[needer_id] = {rate.owner_id: rate.bytes_per_s for rate in rates if 0.0 < rate.bytes_per_s < math.inf}
+        self._told.move_to_end(needer_id)
+        if len(self._told) > MAX_NEEDERS:
+            self._told.popitem(last=False)
 
     def advance(self, now_s: float) -> None:
         """Pairs that have been left alone for long enough may be tried again. `now_s` never goes back."""
@@ -93,18 +118,20 @@ class FetchRates:
             return
         self._failing.pop((holder_id, needer_id), None)
         self._barred.pop((holder_id, needer_id), None)
+        expected = self.way(holder_id, needer_id, tier) or NEUTRAL_WAYS[tier]
         pair = (holder_id, needer_id, tier)
-        measured = self._pairs.setdefault(pair, _Measured())
+        measured = self._pairs.get(pair)
+        if measured is None or self._now_s - measured.at_s >= STALE_S:
+            measured = self._pairs[pair] = _Measured(expected)
         self._pairs.move_to_end(pair)
-        if self._now_s - measured.at_s >= STALE_S:
-            measured.fit = LineFit(FORGET, LEAST_SPREAD)
-        measured.at_s = self._now_s
-        measured.fit.add(float(num_bytes), seconds)
-        measured.way = _way(measured.fit, NEUTRAL_WAYS[tier].overhead_s)
         if len(self._pairs) > MAX_PAIRS:
             gone, _ = self._pairs.popitem(last=False)
             self._rank(gone)
-        self._rank(pair)
+        measured.at_s = self._now_s
+        if not measured.is_excused(seconds > LATE_FACTOR * (expected.overhead_s + num_bytes * expected.s_per_byte)):
+            measured.fit.add(float(num_bytes), seconds)
+            measured.way = _way(measured.fit, NEUTRAL_WAYS[tier].overhead_s)
+            self._rank(pair)
 
     def failed(self, holder_id: str, needer_id: str, now_s: float) -> None:
         """Nothing came of a fetch: the holder was away, late or unwilling, or no longer had the blocks."""

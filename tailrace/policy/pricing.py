@@ -10,15 +10,15 @@ NEUTRAL constants stand in only before the very first measurement, when they are
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tailrace.kv.events import Tier
+from tailrace.policy.pairs import NEUTRAL_PAIR_BYTES_PER_S, PairRates
 from tailrace.policy.routing import CostTerms, Held, Live, RouteRequest, WorkerView
 
 NEUTRAL_PREFILL_TOKENS_PER_S = 1000.0
 NEUTRAL_DECODE_STEP_S = 0.05
-NEUTRAL_PAIR_BYTES_PER_S = 1e9
 LOCAL_PREFILL_SAFETY = 0.5
 """Of the best measured prefill rate: what a decode worker is taken to reach that has not prefilled yet."""
 TURNOVER_STEPS = 128
@@ -59,7 +59,20 @@ class DecodePrice(NamedTuple):
     step_s: float
     missing_bytes: int
     transfer_s: float
-    """From an owner whose pair with this worker nobody has measured."""
+    """From an owner whose pair with this worker has no rate of its own."""
+    bytes_per_s: float
+    """The rate behind it."""
+    pairs: PairRates
+
+    def transfer_from(self, owner_id: str) -> float:
+        """Seconds."""
+        rate = self.pairs.others.get(owner_id)
+        return self.transfer_s if rate is None else self.missing_bytes / rate
+
+    @property
+    def least_transfer_s(self) -> float:
+        """From no owner it takes less."""
+        return self.missing_bytes / max(self.bytes_per_s, self.pairs.fastest)
 
 
 class Neutral(NamedTuple):
@@ -90,7 +103,6 @@ class Pricing:
 
     request: RouteRequest
     hits: Mapping[str, int]
-    pair_bytes_per_s: Mapping[tuple[str, str], float]
     live: Live
     neutral: Neutral
     holders: Sequence[Held]
@@ -104,6 +116,9 @@ class Pricing:
     block_bytes: int
     span: int
     """See Window."""
+    # By worker id: who is looked at twice is priced once.
+    _prefills: dict[str, PrefillPrice] = field(default_factory=dict)
+    _decodes: dict[str, DecodePrice] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -112,23 +127,28 @@ class Pricing:
         prefills: Sequence[WorkerView],
         decodes: Sequence[WorkerView],
         hits: Mapping[str, int],
-        pair_bytes_per_s: Mapping[tuple[str, str], float],
         bytes_per_token: int,
         live: Live,
         neutral: Neutral | None = None,
     ) -> "Pricing":
         """`neutral`: where it is known already, what `neutral_rates` gives."""
-        neutral = neutral or neutral_rates(prefills, decodes, pair_bytes_per_s.values())
+        neutral = neutral or neutral_rates(prefills, decodes)
         holders = deepest(live.held) if live.ways is not None else ()
         near = {held.holder_id: held for held in live.held} if live.beside and holders else {}
         block_bytes = request.block_size * bytes_per_token
         blocks, whole = request.num_prompt_blocks, request.whole_blocks
         span = request.span
-        return cls(request, hits, pair_bytes_per_s, live, neutral, holders, near, blocks, whole, block_bytes, span)
+        return cls(request, hits, live, neutral, holders, near, blocks, whole, block_bytes, span)
 
     # -- where it is prefilled ----------------------------------------------------------------------------------------
 
     def prefill(self, view: WorkerView) -> PrefillPrice:
+        price = self._prefills.get(view.worker_id)
+        if price is None:
+            price = self._prefills[view.worker_id] = self._price_prefill(view)
+        return price
+
+    def _price_prefill(self, view: WorkerView) -> PrefillPrice:
         rate = view.prefill_tokens_per_s
         if not 0.0 < rate < math.inf:
             rate = self.neutral.prefill_tokens_per_s
@@ -238,6 +258,12 @@ class Pricing:
     # -- where it decodes ---------------------------------------------------------------------------------------------
 
     def decode(self, view: WorkerView) -> DecodePrice:
+        price = self._decodes.get(view.worker_id)
+        if price is None:
+            price = self._decodes[view.worker_id] = self._price_decode(view)
+        return price
+
+    def _price_decode(self, view: WorkerView) -> DecodePrice:
         num_choices, neutral = self.request.num_choices, self.neutral
         num_sequences = view.num_sequences
         missing_blocks = self.missing_blocks(view.worker_id)
@@ -250,7 +276,15 @@ class Pricing:
         if not 0.0 < rate < math.inf:
             rate = neutral.pair_bytes_per_s
         return DecodePrice(
-            view.worker_id, view.fingerprint, num_sequences, load_s, step_s, missing_bytes, missing_bytes / rate
+            view.worker_id,
+            view.fingerprint,
+            num_sequences,
+            load_s,
+            step_s,
+            missing_bytes,
+            missing_bytes / rate,
+            rate,
+            view.pairs,
         )
 
     def missing_blocks(self, worker_id: str) -> int:
@@ -259,14 +293,6 @@ class Pricing:
         if missing > self.prompt_blocks:
             return self.prompt_blocks
         return missing if missing > 0 else 0
-
-    def transfer_s(self, prefill_id: str, target: DecodePrice) -> float:
-        rate = self.pair_bytes_per_s.get((prefill_id, target.worker_id), 0.0)
-        return target.missing_bytes / rate if _is_rate(rate) else target.transfer_s
-
-    def least_transfer_s(self, target: DecodePrice) -> float:
-        """No pair is faster."""
-        return target.missing_bytes / self.neutral.pair_bytes_per_s
 
 
 class _Way(NamedTuple):
@@ -304,14 +330,14 @@ def _priced(
     )
 
 
-def terms_of(source: PrefillPrice, target: DecodePrice, transfer_s: float) -> CostTerms:
+def terms_of(source: PrefillPrice, target: DecodePrice) -> CostTerms:
     is_local = source.worker_id == target.worker_id
     return CostTerms(
         target.worker_id,
         None if is_local else source.worker_id,
         source.queue_s,
         source.prefill_s,
-        0.0 if is_local else transfer_s,
+        0.0 if is_local else target.transfer_from(source.worker_id),
         target.load_s,
         source.fetch_s,
         source.crowding_s,
@@ -319,6 +345,7 @@ def terms_of(source: PrefillPrice, target: DecodePrice, transfer_s: float) -> Co
         source.fetch_blocks,
         source.holder_id,
         source.fetch_disk_blocks,
+        0.0 if is_local else target.pairs.others.get(source.worker_id, target.bytes_per_s),
     )
 
 
@@ -370,9 +397,7 @@ def decode_steps(view: WorkerView, batch: int, needed_blocks: int, block_size: i
     return 1.0 + (filled if filled < 1.0 else 1.0) + excess * TURNOVER_STEPS
 
 
-def neutral_rates(
-    prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], pair_rates: Iterable[float]
-) -> Neutral:
+def neutral_rates(prefills: Sequence[WorkerView], decodes: Sequence[WorkerView]) -> Neutral:
     prefill_rate = step_s = pair_rate = 0.0
     for view in (*prefills, *decodes):
         if prefill_rate < view.prefill_tokens_per_s < math.inf:
@@ -381,13 +406,9 @@ def neutral_rates(
             step_s = view.decode_step_s
         if pair_rate < view.transfer_bytes_per_s < math.inf:
             pair_rate = view.transfer_bytes_per_s
-    return Neutral.of(prefill_rate, step_s, max(max(filter(_is_rate, pair_rates), default=0.0), pair_rate))
+    return Neutral.of(prefill_rate, step_s, pair_rate)
 
 
 def measured(value: float, neutral: float) -> float:
-    return value if 0.0 < value < math.inf else neutral
-
-
-def _is_rate(value: float) -> bool:
     """Reports come from other processes: a negative rate or NaN must not win every comparison."""
-    return 0.0 < value < math.inf
+    return value if 0.0 < value < math.inf else neutral

@@ -99,13 +99,12 @@ class Router:
         *,
         bytes_per_token: int,
         now_s: float,
-        pair_bytes_per_s: Mapping[tuple[str, str], float] = _NONE,
         lenders: Lenders | None = None,
         session: bytes = b"",
     ) -> Route | None:
         """None when there is no pair. Changes nothing.
 
-        `pair_bytes_per_s`: see `choose`. `session`: names the conversation that the request belongs to, if any does.
+        `session`: names the conversation that the request belongs to, if any does.
         """
         runs = self._index.deepest_runs(hashes, request.span) if request.window else None
         found = self._index.longest_prefix(hashes) if runs is None else _depths(runs)
@@ -130,7 +129,6 @@ class Router:
             prefills,
             decodes,
             hits,
-            pair_bytes_per_s,
             bytes_per_token,
             live=live,
             policy=self.policy,

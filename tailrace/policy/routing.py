@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from tailrace.kv.events import Tier
 from tailrace.kv.window import Window
+from tailrace.policy.pairs import NO_PAIRS, PairRates
 from tailrace.types import Role
 
 
@@ -43,7 +44,9 @@ class WorkerView:
     decode_row_s: float = 0.0
     """What each sequence adds to a step."""
     transfer_bytes_per_s: float = 0.0
-    """At which a decode worker pulls, from whichever owner."""
+    """At which a decode worker pulls from an owner whose pair with it has no rate of its own."""
+    pairs: PairRates = NO_PAIRS
+    """At which it pulls from single owners."""
 
     @property
     def num_sequences(self) -> int:
@@ -183,6 +186,8 @@ class CostTerms(NamedTuple):
     holder_id: str = ""
     fetch_disk_blocks: int = 0
     """Of the blocks to fetch, those on a store's disk."""
+    transfer_bytes_per_s: float = 0.0
+    """The rate behind `transfer_s`, of this pair where it is measured; 0: the decode worker prefills."""
 
     @property
     def total_s(self) -> float:

@@ -1,8 +1,9 @@
 """Who cannot serve a request cheapest, seen without pricing everybody.
 
-A bound below a worker's price takes a tenth of the time of the price. Of either side the worker with the lowest bound
-is priced; whoever's bound is beyond that price is not the best of its side, and the best pair is that of the two best
-(see `choosing`). Among those who are left the choice is made as ever, so that it is the same.
+A bound below a worker's price takes a tenth of the time of the price. Of either side the cheapest is found, a decode
+worker as if over its fastest pair; whoever's bound is beyond that price is in no pair that costs less than those two
+together. Where the pair of the two has a slower link, that is what bounds may be beyond as well. Among those who are
+left the choice is made as ever (see `choosing`), so that it is the same.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from tailrace.policy.pricing import (
     MAX_CURVE_S,
     MAX_PRICE_US,
+    DecodePrice,
     Neutral,
     Pricing,
     decode_steps,
@@ -19,7 +21,7 @@ from tailrace.policy.pricing import (
     microseconds,
     step_seconds,
 )
-from tailrace.policy.routing import WorkerView
+from tailrace.policy.routing import Preferred, WorkerView
 
 FEW = 8
 """Workers of one side, at most, who are all left: bounds would gain nothing."""
@@ -46,6 +48,9 @@ class _Traits:
     """Sequences that would wait for a prefill on a decode worker, and itself."""
     step_s: float
     pair_rate: float
+    """Of pairs without a rate of their own."""
+    fastest_rate: float
+    """Of any pair."""
     load_s: float
     """Of one more sequence, if there is room; at least."""
     step_tokens: float
@@ -68,7 +73,8 @@ class _Traits:
             view.waiting_tokens,
             1 + view.num_sequences,
             measured(view.decode_step_s, 0.0),
-            measured(view.transfer_bytes_per_s, 0.0),
+            (pair_rate := measured(view.transfer_bytes_per_s, 0.0)),
+            max(pair_rate, view.pairs.fastest) if pair_rate else 0.0,
             step_seconds(view, batch, _UNMEASURED) * steps,
             longest_s * rate if rate and longest_s else math.inf,
         )
@@ -112,7 +118,7 @@ class Bounds:
     decodes: Sequence[_Traits]
 
     def neutral(self) -> Neutral:
-        """As `pricing.neutral_rates` of the same workers, where no pair has a bandwidth of its own."""
+        """As `pricing.neutral_rates` of the same workers."""
         rows = (*self.prefills, *self.decodes)
         steps = [row.step_s for row in rows if row.step_s]
         return Neutral.of(
@@ -132,31 +138,118 @@ class Bounds:
         few = len(prefills) <= FEW and len(decodes) <= FEW
         if few or not prefills or not decodes or len({row.fingerprint for row in (*prefills, *decodes)}) > 1:
             return Shortlist([row.view for row in self.prefills], [row.view for row in self.decodes])
-        preferred = prices.live.preferred
-        sources, source_us = _best(
-            prefills, _prefill_bounds_s(prices, prefills), lambda row: prices.prefill(row.view).price_us
-        )
-        targets, target_us = _best(decodes, _decode_bounds_s(prices, decodes), lambda row: _target_us(prices, row))
-        chosen_ids = {row.worker_id for row in targets}
-        targets += [row for row in _locals(prices, decodes, source_us + target_us) if row.worker_id not in chosen_ids]
-        if preferred is not None:
-            _keep(sources, prefills, preferred.prefill_id)
-            _keep(targets, decodes, preferred.decode_id)
-        return Shortlist([row.view for row in sources], [row.view for row in targets])
+        sources, targets = _Side.of_prefills(prices, prefills), _Side.of_decodes(prices, decodes)
+        slack_us = _slack_us(prices, sources, targets) if targets.has_own_pairs else 0
+        left = sources.within(slack_us), targets.within(slack_us)
+        pair_us = sources.least_us + targets.least_us + slack_us
+        left[1].update((row.worker_id, row) for row in _locals(prices, decodes, pair_us))
+        if prices.live.preferred is not None:
+            _keep(prices, prices.live.preferred, sources, targets, left)
+        return Shortlist(*([row.view for row in rows.values()] for rows in left))
 
 
-def _target_us(prices: Pricing, row: _Traits) -> int:
-    price = prices.decode(row.view)
-    return microseconds(price.load_s + price.transfer_s)
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """Prefill or decode workers, with what each costs at least."""
+
+    rows: Sequence[_Traits]
+    bounds_s: Sequence[float]
+    cheapest: _Traits
+    least_us: int
+    """Its price, which no other's is below."""
+
+    @classmethod
+    def of(cls, rows: Sequence[_Traits], bounds_s: Sequence[float], price_us: Callable[[_Traits], int]) -> "_Side":
+        """Prices one after the other, in the order of their bounds, until nobody can be cheaper."""
+        cheapest = rows[bounds_s.index(min(bounds_s))]
+        least_us = price_us(cheapest)
+        limit_s = _limit_s(least_us)
+        for bound_s, at in sorted((bound_s, at) for at, bound_s in enumerate(bounds_s) if bound_s <= limit_s):
+            if bound_s > limit_s:
+                break
+            if (found_us := price_us(rows[at])) < least_us:
+                cheapest, least_us = rows[at], found_us
+                limit_s = _limit_s(least_us)
+        return cls(rows, bounds_s, cheapest, least_us)
+
+    @classmethod
+    def of_prefills(cls, prices: Pricing, rows: Sequence[_Traits]) -> "_Side":
+        return cls.of(rows, _prefill_bounds_s(prices, rows), lambda row: prices.prefill(row.view).price_us)
+
+    @classmethod
+    def of_decodes(cls, prices: Pricing, rows: Sequence[_Traits]) -> "_Side":
+        """Each as if over its fastest pair."""
+        return cls.of(rows, _decode_bounds_s(prices, rows), lambda row: _least_us(prices.decode(row.view)))
+
+    @property
+    def has_own_pairs(self) -> bool:
+        return any(row.view.pairs.others for row in self.rows)
+
+    def within(self, slack_us: int) -> dict[str, _Traits]:
+        """By id, those who may cost no more than the cheapest and so much."""
+        limit_s = _limit_s(self.least_us + slack_us)
+        rows = zip(self.rows, self.bounds_s, strict=True)
+        return {row.worker_id: row for row, bound_s in rows if bound_s <= limit_s}
 
 
-def _best(
-    rows: Sequence[_Traits], bounds_s: list[float], price_us: Callable[[_Traits], int]
-) -> tuple[list[_Traits], int]:
-    """Those whose bounds are not beyond the price of the one with the lowest, and that price."""
-    limit = price_us(rows[bounds_s.index(min(bounds_s))])
-    limit_s = _limit_s(limit)
-    return [row for row, bound_s in zip(rows, bounds_s, strict=True) if bound_s <= limit_s], limit
+def _slack_us(prices: Pricing, sources: _Side, targets: _Side) -> int:
+    """By which the best pair that is found at once is dearer than either side's cheapest, over its fastest pair."""
+    source_id, target = sources.cheapest.worker_id, prices.decode(targets.cheapest.view)
+    slack_us = _pair_us(target, source_id) - targets.least_us
+    if not slack_us:
+        return 0
+    others = [_pair_us(prices.decode(row.view), source_id) for row in targets.within(slack_us).values()]
+    slack_us = min(slack_us, min(others) - targets.least_us)
+    both = [
+        prices.prefill(row.view).price_us + _pair_us(target, row.worker_id) for row in sources.within(slack_us).values()
+    ]
+    return min(slack_us, min(both) - sources.least_us - targets.least_us)
+
+
+def _least_us(price: DecodePrice) -> int:
+    return microseconds(price.load_s + (price.least_transfer_s if price.pairs.others else price.transfer_s))
+
+
+def _pair_us(price: DecodePrice, prefill_id: str) -> int:
+    return microseconds(price.load_s + price.transfer_from(prefill_id))
+
+
+def _keep(
+    prices: Pricing,
+    preferred: Preferred,
+    sources: _Side,
+    targets: _Side,
+    left: tuple[dict[str, _Traits], dict[str, _Traits]],
+) -> None:
+    """The session's last pair, and whom the links of either half of it make the best for that half."""
+    source = next((row for row in sources.rows if row.worker_id == preferred.prefill_id), None)
+    target = next((row for row in targets.rows if row.worker_id == preferred.decode_id), None)
+    if source is not None:
+        left[0][source.worker_id] = source
+        if targets.has_own_pairs:
+            left[1].update(_targets_of(prices, source.worker_id, targets.rows).within(0))
+    if target is not None:
+        left[1][target.worker_id] = target
+        if target.view.pairs.others:
+            left[0].update(_sources_of(prices, target, sources).within(0))
+
+
+def _targets_of(prices: Pricing, source_id: str, rows: Sequence[_Traits]) -> _Side:
+    bounds_s = _decode_bounds_s(prices, rows, source_id)
+    return _Side.of(rows, bounds_s, lambda row: _pair_us(prices.decode(row.view), source_id))
+
+
+def _sources_of(prices: Pricing, target: _Traits, sources: _Side) -> _Side:
+    price = prices.decode(target.view)
+    bounds_s = [
+        bound_s + price.load_s + price.transfer_from(row.worker_id)
+        for row, bound_s in zip(sources.rows, sources.bounds_s, strict=True)
+    ]
+    return _Side.of(
+        sources.rows,
+        bounds_s,
+        lambda row: prices.prefill(row.view).price_us + _pair_us(price, row.worker_id),
+    )
 
 
 def _limit_s(limit_us: int) -> float:
@@ -198,11 +291,15 @@ def _rest(prices: Pricing, hit_blocks: int) -> tuple[int, int]:
     return total - cached, total * total - cached * cached
 
 
-def _decode_bounds_s(prices: Pricing, rows: Sequence[_Traits]) -> list[float]:
+def _decode_bounds_s(prices: Pricing, rows: Sequence[_Traits], source_id: str | None = None) -> list[float]:
+    """Over each one's pair with `source_id`; None: over its fastest one."""
     bounds_s = []
     for row in rows:
         missing_bytes = prices.missing_blocks(row.worker_id) * prices.block_bytes
-        bounds_s.append(row.load_s + (missing_bytes / row.pair_rate if row.pair_rate else 0.0))
+        rate = row.fastest_rate
+        if source_id is not None:
+            rate = row.view.pairs.others.get(source_id, row.pair_rate)
+        bounds_s.append(row.load_s + (missing_bytes / rate if rate else 0.0))
     return bounds_s
 
 
@@ -230,8 +327,3 @@ def _locals(prices: Pricing, rows: Sequence[_Traits], limit_us: int) -> list[_Tr
         if queue_s + compute_s * row.crowd + row.load_s <= limit_s:
             found.append(row)
     return found
-
-
-def _keep(kept: list[_Traits], rows: Sequence[_Traits], worker_id: str) -> None:
-    if all(row.worker_id != worker_id for row in kept):
-        kept += [row for row in rows if row.worker_id == worker_id]

@@ -55,6 +55,7 @@ class DecodeNode:
         self._max_num_seqs = max_num_seqs
         self._base_s = profile.step_base_s
         self._per_token_s = profile.step_per_token_s
+        self._link_bytes_per_s = profile.link_bytes_per_s
         self._stepwise = stepwise
         self._waiting: deque[DecodeJob] = deque()
         self._ends: list[tuple[int, int, DecodeJob, list[int]]] = []
@@ -127,6 +128,7 @@ class DecodeNode:
             total_blocks=ledger.total,
             booked_blocks=sum(job.num_blocks for job in self._waiting),
             decode_step_s=self._base_s + self._per_token_s * context,
+            transfer_bytes_per_s=self._link_bytes_per_s,
             max_num_seqs=self._max_num_seqs,
         )
 

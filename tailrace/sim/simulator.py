@@ -116,9 +116,6 @@ class Simulator:
             self._ways.know(options.profile)
         beside = {name: [tier.holder_id for tier in store] for name, store in self._stores.items()}
         self._lenders = Lenders(self._ways, beside=beside) if options.fetch else None
-        self._pair_rates = {
-            (name, decode): options.profile.link_bytes_per_s for name in names for decode in self._decode_ids()
-        }
         self._records = [RequestRecord(request) for request in workload.requests]
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = count()
@@ -154,9 +151,6 @@ class Simulator:
             for number in range(options.num_decode or 0)
         }
 
-    def _decode_ids(self) -> list[str]:
-        return list(self._decodes) or [UNLIMITED]
-
     def _make_store(self, name: str) -> list[StoreTier]:
         """The tiers that there are on one worker's node, the upper one first."""
         tiers: list[StoreTier] = []
@@ -169,8 +163,16 @@ class Simulator:
     def _decode_views(self, now_s: float) -> list[WorkerView]:
         if self._decodes:
             return [node.view(now_s) for node in self._decodes.values()]
-        step_s = self._profile.step_base_s
-        return [WorkerView(UNLIMITED, Role.DECODE, LAYOUT, decode_step_s=step_s, max_num_seqs=1 << 30)]
+        profile = self._profile
+        unlimited = WorkerView(
+            UNLIMITED,
+            Role.DECODE,
+            LAYOUT,
+            decode_step_s=profile.step_base_s,
+            transfer_bytes_per_s=profile.link_bytes_per_s,
+            max_num_seqs=1 << 30,
+        )
+        return [unlimited]
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -186,7 +188,6 @@ class Simulator:
             request.hashes,
             [node.view() for node in self._prefills.values()],
             self._decode_views(now_s),
-            pair_bytes_per_s=self._pair_rates,
             lenders=self._lenders,
             bytes_per_token=self._profile.kv_bytes_per_token,
             now_s=now_s,

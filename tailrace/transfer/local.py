@@ -19,11 +19,7 @@ class LocalLink:
     def __init__(self, owner: PoolMemory, needer: PoolMemory) -> None:
         self._owner = owner
         self._needer = needer
-        self._rate = RateMeter()
-
-    @property
-    def bytes_per_s(self) -> float:
-        return self._rate.bytes_per_s
+        self.rate = RateMeter()
 
     def read(self, reads: Sequence[BlockRead]) -> PendingRead:
         plan = plan_read(reads, self._needer)
@@ -32,7 +28,7 @@ class LocalLink:
             source = self._owner.bytes_of(run.source_block, run.num_blocks)
             self._needer.bytes_of(run.target_block, run.num_blocks)[:] = source
         elapsed_s = time.monotonic() - started
-        self._rate.add(plan.num_bytes, elapsed_s)
+        self.rate.add(plan.num_bytes, elapsed_s)
         outcome, message = judge(plan, self._owner.stamps[[read.source_block for read in plan.reads]])
         pending = PendingRead(asyncio.get_running_loop())
         pending.settle(ReadResult(outcome, elapsed_s, plan.num_bytes, message))

@@ -188,11 +188,7 @@ class NixlLink:
         self._driver = driver
         self._peer = peer
         self._owner = owner
-        self._rate = RateMeter()
-
-    @property
-    def bytes_per_s(self) -> float:
-        return self._rate.bytes_per_s
+        self.rate = RateMeter()
 
     @property
     def broken(self) -> bool:
@@ -241,7 +237,7 @@ class NixlLink:
         if error:
             job.settle(ReadOutcome.FAILED, f"nixl read failed: {error}")
             return
-        self._rate.add(job.plan.num_bytes, time.monotonic() - started)
+        self.rate.add(job.plan.num_bytes, time.monotonic() - started)
         scratch = self._driver.scratch
         scratch[self._targets(job.plan)] = TORN_STAMP
         base = int(scratch.ctypes.data)

@@ -2,8 +2,11 @@
 
 import asyncio
 import logging
+import math
 import threading
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -14,6 +17,10 @@ import numpy.typing as npt
 from tailrace.transfer.memory import PoolMemory
 
 _log = logging.getLogger(__name__)
+
+MAX_SAMPLES = 8
+"""Of a link's rate, the last ones."""
+SAMPLE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +85,8 @@ class Link(Protocol):
     """One needer's way to one owner."""
 
     transport: str
-
-    @property
-    def bytes_per_s(self) -> float:
-        """Recent rate, weighted by size; 0 before the first good read."""
+    rate: "RateMeter"
+    """Of its good reads, each from when its turn has come: reads of one link may wait for one another."""
 
     @property
     def broken(self) -> bool:
@@ -170,21 +175,56 @@ def judge(plan: ReadPlan, stamps: npt.NDArray[np.uint64]) -> tuple[ReadOutcome, 
     )
 
 
-class RateMeter:
-    """Exponentially weighted bytes per second. Bytes and seconds decay apart, so a small read says little."""
-
-    def __init__(self, weight: float = 0.2) -> None:
-        self._weight = weight
-        self._lock = threading.Lock()
-        self._bytes = 0.0
-        self._seconds = 0.0
-
-    def add(self, num_bytes: int, seconds: float) -> None:
-        with self._lock:
-            self._bytes += self._weight * (num_bytes - self._bytes)
-            self._seconds += self._weight * (seconds - self._seconds)
+@dataclass(slots=True)
+class _Sample:
+    began_s: float
+    num_bytes: int
+    seconds: float
 
     @property
     def bytes_per_s(self) -> float:
+        return self.num_bytes / self.seconds
+
+
+class RateMeter:
+    """How fast one link is, by its last reads: the rate that half of their bytes came at, or faster.
+
+    One slow transfer among others does not change it. Reads that begin within SAMPLE_S of one another are one sample,
+    so that the chunks of one prompt do not outvote those before. Only time in which bytes move is to be counted.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._samples: deque[_Sample] = deque(maxlen=MAX_SAMPLES)
+        self.used_s = clock()
+        """When it was last added to."""
+
+    def add(self, num_bytes: int, seconds: float) -> None:
+        """One read. An impossible one is ignored."""
+        if num_bytes < 1 or not 0.0 < seconds < math.inf:
+            return
         with self._lock:
-            return self._bytes / self._seconds if self._seconds > 0 else 0.0
+            self.used_s = self._clock()
+            last = self._samples[-1] if self._samples else None
+            if last is not None and self.used_s - last.began_s < SAMPLE_S:
+                last.num_bytes += num_bytes
+                last.seconds += seconds
+            else:
+                self._samples.append(_Sample(self.used_s, num_bytes, seconds))
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._samples)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """0 before the first read."""
+        with self._lock:
+            ranked = sorted(((each.bytes_per_s, each.num_bytes) for each in self._samples), reverse=True)
+        left = sum(num_bytes for _, num_bytes in ranked) / 2
+        for rate, num_bytes in ranked:
+            left -= num_bytes
+            if left <= 0:
+                return rate
+        return 0.0

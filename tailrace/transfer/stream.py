@@ -104,17 +104,13 @@ class StreamLink:
         self._sock = sock
         self._secured = secured
         self._memory = memory
-        self._rate = RateMeter()
+        self.rate = RateMeter()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._broken = ""
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="stream-pull", daemon=True)
         self._thread.start()
-
-    @property
-    def bytes_per_s(self) -> float:
-        return self._rate.bytes_per_s
 
     @property
     def broken(self) -> bool:
@@ -162,7 +158,7 @@ class StreamLink:
             self._break(f"stream broke: {error}")
             outcome, message = ReadOutcome.FAILED, self._broken
         if outcome is ReadOutcome.GOOD:
-            self._rate.add(job.plan.num_bytes, time.monotonic() - started)
+            self.rate.add(job.plan.num_bytes, time.monotonic() - started)
         job.settle(outcome, message)
 
     def _pull(self, plan: ReadPlan) -> tuple[ReadOutcome, str]:

@@ -21,6 +21,7 @@ from tailrace.messages import (
     LegFailed,
     LegReport,
     Load,
+    OwnerRate,
     StepEvents,
     Submission,
     TokenColumns,
@@ -78,6 +79,7 @@ class Session:
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _is_closed: bool = False
     _load_sent_at: float = 0.0
+    _owners_told: tuple[OwnerRate, ...] | None = None
 
     def close(self) -> None:
         """End the stream after what is pending. Idempotent."""
@@ -107,6 +109,11 @@ class Session:
         now = time.monotonic()
         if events.load is None and now - self._load_sent_at >= LOAD_S:
             events.load, self._load_sent_at = self.load(), now
+        if events.load is not None and events.load.owners is not None:
+            if events.load.owners is self._owners_told:
+                events.load = replace(events.load, owners=None)
+            else:
+                self._owners_told = events.load.owners
         return events
 
     def add_token(self, columns: TokenColumns, row: int, handle: int) -> None:
@@ -136,10 +143,19 @@ class Session:
 class Attachments:
     """All sessions and legs of a worker. Event loop only."""
 
-    def __init__(self, info: WorkerInfo, handler: LegHandler, *, steps: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        info: WorkerInfo,
+        handler: LegHandler,
+        *,
+        steps: Callable[[], int],
+        owners: Callable[[], tuple[OwnerRate, ...] | None] = lambda: None,
+    ) -> None:
+        """`owners`: at which it reads from others; the same tuple until something has changed."""
         self.info = info
         self._handler = handler
         self._steps = steps
+        self._owners = owners
         self._sessions: dict[str, Session] = {}
         self._legs: dict[int, Leg] = {}
         self._ids = itertools.count(1)
@@ -156,7 +172,7 @@ class Attachments:
     @property
     def load(self) -> Load:
         """As of the last step."""
-        return replace(self._load, draining=self.is_draining)
+        return replace(self._load, draining=self.is_draining, owners=self._owners())
 
     @property
     def kv_sequence(self) -> int:

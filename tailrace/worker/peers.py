@@ -2,12 +2,15 @@
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 
 from tailrace.errors import LayoutMismatchError, WorkerLostError
 from tailrace.kv.layout import KVLayout
-from tailrace.messages import KvSource, LendDone, LendTerms, LentBlocks
+from tailrace.messages import KvSource, LendDone, LendTerms, LentBlocks, OwnerRate
+from tailrace.policy.pairs import ToldRates
 from tailrace.rpc.client import Peer
 from tailrace.transfer import Link, Needer
 
@@ -15,6 +18,8 @@ log = logging.getLogger(__name__)
 
 MAX_PEERS = 256
 """Channels kept; the one unused for longest goes first."""
+TELL_S = 0.5
+"""A change of rates is told so much later, at most."""
 
 
 class OwnerPeers:
@@ -29,6 +34,8 @@ class OwnerPeers:
         self._peers: dict[str, Peer] = {}
         self._links: dict[tuple[str, int], Link] = {}
         self._meetings: dict[tuple[str, int], asyncio.Task[Link]] = {}
+        self._told = ToldRates()
+        self._told_at = -math.inf
 
     def identity(self) -> tuple[str, int]:
         return self._worker_id, self._epoch
@@ -50,6 +57,14 @@ class OwnerPeers:
             meeting.add_done_callback(lambda _: self._meetings.pop(key, None))
         # Others may wait for the same meeting: a request that is cancelled leaves it alone.
         return await asyncio.shield(meeting)
+
+    def rates(self) -> tuple[OwnerRate, ...]:
+        """At which it reads from each owner that is measured; the same tuple until something has changed."""
+        now = time.monotonic()
+        if now - self._told_at >= TELL_S:
+            self._told_at = now
+            self._told.update({owner: link.rate for (owner, _), link in self._links.items() if not link.broken}, now)
+        return self._told.rates
 
     def lend(
         self, source: KvSource, terms: LendTerms

@@ -25,5 +25,5 @@ class Peers(Protocol):
 
 
 def stall_s(link: Link, num_bytes: int) -> float:
-    expected = num_bytes / link.bytes_per_s if link.bytes_per_s > 0 else 0.0
-    return max(MIN_STALL_S, STALL_FACTOR * expected)
+    rate = link.rate.bytes_per_s
+    return max(MIN_STALL_S, STALL_FACTOR * num_bytes / rate) if rate > 0 else MIN_STALL_S

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,23 @@ def test_gateways_without_redis_know_what_another_had_computed(small_model: Path
             wait_until_told(late, prompts)
             for prompt in prompts:
                 assert cached_tokens(late, prompt) >= 19 * BLOCK, "their snapshots have told it"
+            wait_until_links_are_told(one, late)
+
+
+def wait_until_links_are_told(busy: Cluster, idle: Cluster) -> None:
+    """What one gateway's requests have shown of the links from prefill to decode, another prices with."""
+    seeds = iter(range(1000, 2000))
+
+    def rates(cluster: Cluster) -> dict[str, float]:
+        """By prefill worker, of those that are told: in steps of a quarter of an octave."""
+        found = routed(cluster, prompt_of(20 * BLOCK, 999), "transfer_bytes_per_s")
+        return {prefill: rate for prefill, rate in found.items() if abs(math.remainder(4 * math.log2(rate), 1)) < 1e-6}
+
+    def is_told() -> bool:
+        assert cached_tokens(busy, prompt_of(20 * BLOCK, next(seeds))) == 0
+        return bool(rates(idle)) and rates(idle) == rates(busy)
+
+    idle.wait_until(is_told, "it is told how fast they are", 30.0)
 
 
 def is_degraded(cluster: Cluster) -> bool:

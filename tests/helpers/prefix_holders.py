@@ -12,6 +12,7 @@ from tailrace.errors import TailraceError, WorkerLostError
 from tailrace.kv.events import Tier
 from tailrace.messages import KvSource, LegReport, LendDone, LendTerms, LentBlocks, PrefixSource, Submission
 from tailrace.transfer import BlockRead, PendingRead, ReadOutcome, ReadResult
+from tailrace.transfer.reads import RateMeter
 from tailrace.worker import prefix_fetch, reading
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class FakeHolder:
 
     transport = "stream"
     broken = False
-    bytes_per_s = 0.0
+    rate = RateMeter()
 
     def read(self, reads: Sequence[BlockRead]) -> PendingRead:
         pending = PendingRead(asyncio.get_running_loop())

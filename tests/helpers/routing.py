@@ -1,11 +1,13 @@
 """Workers as a router sees them, and ways between them, for tests of routing."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from hypothesis import strategies as st
 
 from tailrace.kv.events import Tier
+from tailrace.messages import OwnerRate
+from tailrace.policy.pairs import PairRates
 from tailrace.policy.routing import Way, WorkerView
 from tailrace.types import Role
 
@@ -38,6 +40,17 @@ def make_decode(worker_id: str = "d0", **changes: object) -> WorkerView:
         max_num_seqs=10,
     )
     return dataclasses.replace(view, **changes)
+
+
+def with_rates(decodes: Sequence[WorkerView], rates: Mapping[tuple[str, str], float]) -> list[WorkerView]:
+    """Who tells rates of single pairs, by (prefill, decode), as a gateway sees them."""
+    views = []
+    for view in decodes:
+        told = [OwnerRate(owner, rate) for (owner, needer), rate in rates.items() if needer == view.worker_id]
+        pairs = PairRates.of(told)
+        usual = pairs.usual or view.transfer_bytes_per_s
+        views.append(dataclasses.replace(view, pairs=pairs, transfer_bytes_per_s=usual))
+    return views
 
 
 class Rates:

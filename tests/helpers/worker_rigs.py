@@ -27,6 +27,7 @@ from tailrace.policy.prefill_scheduler import PrefillScheduler
 from tailrace.policy.request import StopRule
 from tailrace.policy.swap import SwapCost
 from tailrace.transfer import BlockRead, PendingRead, ReadOutcome, ReadResult
+from tailrace.transfer.reads import RateMeter
 from tailrace.types import FinishReason, Role
 from tailrace.worker.attach import Attachments, Session
 from tailrace.worker.compute_thread import ComputeThread
@@ -224,7 +225,7 @@ class FakeLink:
     broken = False
 
     def __init__(self, runner: FakeRunner) -> None:
-        self.bytes_per_s = 0.0
+        self.rate = RateMeter()
         self.flights: list[tuple[Sequence[BlockRead], PendingRead]] = []
         self._runner = runner
 

@@ -289,12 +289,13 @@ def bench_router(
     stores: Annotated[int, typer.Option(min=0, max=1024, help="That hold every prompt, half of it on disk.")] = 0,
     blocks: Annotated[int, typer.Option(min=1000, max=20_000_000, help="Of the index.")] = 1_000_000,
     decisions: Annotated[int, typer.Option(min=10, max=100_000, help="Counted, of each arm.")] = 600,
+    mixed_links: Annotated[bool, typer.Option(help="Each pair of workers has a rate of its own.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Where a 12,000-token prompt goes: hashing, lookup, pricing and choosing, in one process."""
     from tailrace.cli.bench.router import RouterBenchOptions, run_router
 
-    options = RouterBenchOptions(prefill=prefill, decode=decode, stores=stores, blocks=blocks, decisions=decisions)
+    options = RouterBenchOptions(prefill, decode, stores, blocks, decisions, mixed_links)
     run_router(options, as_json=as_json)
 
 

@@ -24,7 +24,9 @@ from tailrace.index.compact import CompactIndex, load_functions
 from tailrace.kv.chains import NativeChains
 from tailrace.kv.events import KVEvents, Tier
 from tailrace.kv.hashing import chain_seed, hash_blocks
+from tailrace.messages import OwnerRate
 from tailrace.policy.fetching import FetchRates
+from tailrace.policy.pairs import NO_PAIRS, PairRates
 from tailrace.policy.router import Lenders, Router
 from tailrace.policy.routing import Route, RouteRequest, WorkerView
 from tailrace.policy.sessions import session_key
@@ -55,6 +57,8 @@ class RouterBenchOptions:
     """Of the index."""
     decisions: int = 600
     """Counted, of each arm."""
+    mixed_links: bool = False
+    """Each pair of a prefill and a decode worker has a rate of its own; else they all have their decode worker's."""
 
 
 @dataclass(slots=True)
@@ -94,6 +98,7 @@ class Cluster:
 
     def __init__(self, options: RouterBenchOptions) -> None:
         self._random = random.Random(0)  # noqa: S311 - loads, not secrets
+        self._mixed_links = options.mixed_links
         self.index = CompactIndex(load_functions(default_cache_dir()))
         self.timed = _TimedIndex(self.index)
         self.router = Router(self.timed)
@@ -110,6 +115,7 @@ class Cluster:
 
     def _view(self, worker_id: str, role: Role) -> WorkerView:
         rand = self._random
+        pairs = self._pairs() if role is Role.DECODE and self._mixed_links else NO_PAIRS
         return WorkerView(
             worker_id,
             role,
@@ -125,9 +131,17 @@ class Cluster:
             decode_step_s=rand.uniform(0.01, 0.02),
             decode_base_s=0.008,
             decode_row_s=rand.uniform(1e-4, 2e-4),
-            transfer_bytes_per_s=rand.uniform(3e10, 5e10) if role is Role.DECODE else 0.0,
+            transfer_bytes_per_s=pairs.usual or (rand.uniform(3e10, 5e10) if role is Role.DECODE else 0.0),
+            pairs=pairs,
             max_num_seqs=256,
         )
+
+    def _pairs(self) -> PairRates:
+        """All are measured: half of them near, a few slow, and told in the steps that workers tell them in."""
+        rates = (5e10, 5e10 / 2**0.25, 2.5e10, 2.5e10 * 2**0.25, 6e9)
+        owners = [view.worker_id for view in self.prefills]
+        drawn = self._random.choices(rates, weights=(25, 25, 23, 23, 4), k=len(owners))
+        return PairRates.of(OwnerRate(owner, rate) for owner, rate in zip(owners, drawn, strict=True))
 
     def _measure_pairs(self) -> None:
         """A third of all pairs have been fetched over."""

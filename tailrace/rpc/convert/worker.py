@@ -11,6 +11,7 @@ from tailrace.messages import (
     LegFailed,
     LegReport,
     Load,
+    OwnerRate,
     PrefixSource,
     StepEvents,
     Submission,
@@ -34,6 +35,8 @@ MAX_CHOICES = 1024
 """No worker takes more choices of one request, whatever its gateway allows."""
 MAX_PREFIX_SOURCES = 64
 """Of one request."""
+MAX_OWNERS = 4096
+"""Whose rates one worker tells; what it tells beyond is not read."""
 _ROLES = {
     worker_pb2.WORKER_ROLE_PREFILL: Role.PREFILL,
     worker_pb2.WORKER_ROLE_DECODE: Role.DECODE,
@@ -176,6 +179,7 @@ def load_to_proto(load: Load) -> worker_pb2.Load:
         prefill_curve_s=load.prefill_curve_s,
         decode_base_s=load.decode_base_s,
         decode_row_s=load.decode_row_s,
+        owners=_owners_to_proto(load.owners) if load.owners is not None else None,
     )
 
 
@@ -199,7 +203,17 @@ def load_from_proto(message: worker_pb2.Load) -> Load:
         prefill_curve_s=message.prefill_curve_s,
         decode_base_s=message.decode_base_s,
         decode_row_s=message.decode_row_s,
+        owners=_owners_from_proto(message.owners) if message.HasField("owners") else None,
     )
+
+
+def _owners_to_proto(owners: tuple[OwnerRate, ...]) -> worker_pb2.OwnerRates:
+    rates = [worker_pb2.OwnerRate(owner_id=each.owner_id, bytes_per_s=each.bytes_per_s) for each in owners]
+    return worker_pb2.OwnerRates(rates=rates)
+
+
+def _owners_from_proto(message: worker_pb2.OwnerRates) -> tuple[OwnerRate, ...]:
+    return tuple(OwnerRate(rate.owner_id, rate.bytes_per_s) for rate in message.rates[:MAX_OWNERS])
 
 
 def step_events_to_proto(events: StepEvents) -> worker_pb2.AttachResponse:

@@ -611,6 +611,7 @@ class Load(_message.Message):
     PREFILL_CURVE_S_FIELD_NUMBER: _builtins.int
     DECODE_BASE_S_FIELD_NUMBER: _builtins.int
     DECODE_ROW_S_FIELD_NUMBER: _builtins.int
+    OWNERS_FIELD_NUMBER: _builtins.int
     num_waiting: _builtins.int
     num_running: _builtins.int
     waiting_tokens: _builtins.int
@@ -635,6 +636,10 @@ class Load(_message.Message):
     decode_base_s: _builtins.float
     """A decode step of n sequences takes base + n x row seconds."""
     decode_row_s: _builtins.float
+    @_builtins.property
+    def owners(self) -> Global___OwnerRates:
+        """At which this worker reads from others, of all that it has measured. Absent: as last told on this stream."""
+
     def __init__(
         self,
         *,
@@ -656,11 +661,54 @@ class Load(_message.Message):
         prefill_curve_s: _builtins.float = ...,
         decode_base_s: _builtins.float = ...,
         decode_row_s: _builtins.float = ...,
+        owners: Global___OwnerRates | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["owners", b"owners"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "booked_blocks", b"booked_blocks", "cached_blocks", b"cached_blocks", "decode_base_s", b"decode_base_s", "decode_row_s", b"decode_row_s", "decode_step_s", b"decode_step_s", "draining", b"draining", "free_blocks", b"free_blocks", "landing_blocks", b"landing_blocks", "lent_blocks", b"lent_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_curve_s", b"prefill_curve_s", "prefill_tokens_per_s", b"prefill_tokens_per_s", "quarantined_blocks", b"quarantined_blocks", "total_blocks", b"total_blocks", "transfer_bytes_per_s", b"transfer_bytes_per_s", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "booked_blocks", b"booked_blocks", "cached_blocks", b"cached_blocks", "decode_base_s", b"decode_base_s", "decode_row_s", b"decode_row_s", "decode_step_s", b"decode_step_s", "draining", b"draining", "free_blocks", b"free_blocks", "landing_blocks", b"landing_blocks", "lent_blocks", b"lent_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "owners", b"owners", "prefill_curve_s", b"prefill_curve_s", "prefill_tokens_per_s", b"prefill_tokens_per_s", "quarantined_blocks", b"quarantined_blocks", "total_blocks", b"total_blocks", "transfer_bytes_per_s", b"transfer_bytes_per_s", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class OwnerRates(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RATES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def rates(self) -> _containers.RepeatedCompositeFieldContainer[Global___OwnerRate]: ...
+    def __init__(
+        self,
+        *,
+        rates: _abc.Iterable[Global___OwnerRate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rates", b"rates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OwnerRates: _TypeAlias = OwnerRates  # noqa: Y015
+
+@_typing.final
+class OwnerRate(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OWNER_ID_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    owner_id: _builtins.str
+    bytes_per_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        owner_id: _builtins.str = ...,
+        bytes_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "owner_id", b"owner_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OwnerRate: _TypeAlias = OwnerRate  # noqa: Y015

@@ -1,13 +1,16 @@
 """A connected pair that moves nothing costs nothing, and a pair that does is measured."""
 
 import asyncio
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
 from tailrace.errors import TransferError
-from tailrace.transfer import open_transfer
+from tailrace.transfer import ReadOutcome, open_transfer, reads
 from tailrace.transfer.measure import memcpy_bytes_per_s, pull_bytes_per_s
+from tests.helpers.slow_link import SlowLink
 from tests.helpers.transfer_pools import make_options, make_pool, make_reads, peer_to_json
 from tests.helpers.transfer_worker import WorkerProcess, worker
 
@@ -97,6 +100,30 @@ async def test_a_link_is_measured_on_good_reads_only(transport: str) -> None:
         with pytest.raises(TransferError, match="was stale"):
             await pull_bytes_per_s(link, make_reads(peer, [0], [0]))
         await plane.close()
+
+
+async def test_a_slow_link_s_rate_is_that_of_the_link_and_waiting_for_a_read_s_turn_is_none_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reads, "SAMPLE_S", 0.0)
+    block_bytes = 65_536
+    async with worker("owner", seed=3, block_bytes=block_bytes, preference="stream") as owner:
+        plane = await open_transfer(make_pool(32, block_bytes), make_options(preference="stream"))
+        peer = await owner.meet()
+        assert peer.stream is not None
+        async with SlowLink.to(peer.stream.port) as slow:
+            behind = replace(peer, stream=replace(peer.stream, host="127.0.0.1", port=slow.port))
+            link = await plane.needer.connect(behind)
+            slow.delay_s = 0.02
+            began = time.monotonic()
+            pending = [link.read(make_reads(peer, [n, n + 1], [n, n + 1])) for n in range(0, 8, 2)]
+            results = [await each.wait(20) for each in pending]
+            took_s = time.monotonic() - began
+            assert all(result is not None and result.outcome is ReadOutcome.GOOD for result in results)
+            assert link.rate.num_samples == 4
+            assert link.rate.bytes_per_s < 2 * block_bytes / slow.delay_s
+            assert link.rate.bytes_per_s > 0.5 * 8 * block_bytes / took_s, "each waited for those before it"
+            await plane.close()
 
 
 def test_memcpy_is_measured() -> None:

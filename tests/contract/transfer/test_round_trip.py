@@ -24,7 +24,7 @@ async def test_scattered_blocks_arrive_where_they_belong(transport: str) -> None
         result = await link.read(make_reads(peer, sources, targets)).wait(10)
         assert link.transport == transport
         assert (result.outcome, result.num_bytes) == (ReadOutcome.GOOD, 40 * 23_040)
-        assert link.bytes_per_s > 0
+        assert link.rate.bytes_per_s > 0
         expected = np.zeros((64, 23_040), dtype=np.uint8)
         expected[targets] = contents(64, 23_040, seed=3)[sources]
         assert np.array_equal(blocks_of(pool), expected)

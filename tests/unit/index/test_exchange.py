@@ -53,9 +53,7 @@ class PlayedGateway:
         """A prompt; where it went."""
         request, hashes = RouteRequest(16 * num_blocks + 1, 16), hashes_of(num_blocks, seed=number)
         now_s = time.monotonic()
-        route = self.router.route(
-            request, hashes, PREFILLS, DECODES, pair_bytes_per_s={}, bytes_per_token=1, now_s=now_s
-        )
+        route = self.router.route(request, hashes, PREFILLS, DECODES, bytes_per_token=1, now_s=now_s)
         self.router.hold(route, number, now_s, len(PREFILLS))
         return route.prefill_id
 

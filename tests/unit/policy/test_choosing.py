@@ -12,14 +12,14 @@ from tailrace.policy import choosing
 from tailrace.policy.choosing import POLICIES, choose
 from tailrace.policy.pricing import microseconds
 from tailrace.policy.routing import CostTerms, Held, Live, Preferred, PrefixRange, Route, RouteRequest, Way, WorkerView
-from tests.helpers.routing import BLOCK, BYTES_PER_TOKEN, VIEWS, Rates, make_decode, make_prefill, named
+from tests.helpers.routing import BLOCK, BYTES_PER_TOKEN, VIEWS, Rates, make_decode, make_prefill, named, with_rates
 
 # -- what changes with every request ----------------------------------------------------------------------------------
 
 
 def live_route(live: Live, *prefills: WorkerView, hits: Mapping[str, int] | None = None, policy: str = "cost") -> Route:
     request = RouteRequest(1600, BLOCK)
-    found = choose(request, prefills, [make_decode()], hits or {}, {}, BYTES_PER_TOKEN, live=live, policy=policy)
+    found = choose(request, prefills, [make_decode()], hits or {}, BYTES_PER_TOKEN, live=live, policy=policy)
     assert found is not None
     return found
 
@@ -80,7 +80,7 @@ def test_a_decode_worker_computes_what_would_take_longer_to_fetch() -> None:
     for rate, fetched in ((1.1e6, 20), (0.9e6, 0)):
         live = Live(ways=Rates({("d1", "d0"): rate}), held=[Held("d1", 20)])
         decodes = [make_decode("d0", num_running=9), make_decode("d1", draining=True)]
-        found = choose(RouteRequest(640, BLOCK), [], decodes, {"d1": 20}, {}, BYTES_PER_TOKEN, live=live)
+        found = choose(RouteRequest(640, BLOCK), [], decodes, {"d1": 20}, BYTES_PER_TOKEN, live=live)
         assert found is not None
         assert (found.decode_id, found.chosen.fetch_blocks) == ("d0", fetched)
         assert found.chosen.crowding_s == pytest.approx(9 * (0.32 if fetched else 0.64))
@@ -115,7 +115,7 @@ def test_a_worker_of_another_layout_fetches_nothing_by_these_hashes() -> None:
     workers = [make_prefill("p0", fingerprint=b"B")], [make_decode(fingerprint=b"B")]
     for fingerprint, num_blocks in ((b"B", 50), (b"", 50), (b"A", 0)):
         request = RouteRequest(1600, BLOCK, fingerprint=fingerprint)
-        found = choose(request, *workers, {}, {}, BYTES_PER_TOKEN, live=live)
+        found = choose(request, *workers, {}, BYTES_PER_TOKEN, live=live)
         assert found is not None
         assert found.chosen.fetch_blocks == num_blocks
 
@@ -220,7 +220,7 @@ def test_the_choice_is_that_of_looking_at_every_pair(
     ways = Rates({(a, b): 1e6 for a in hits for b in views if a != b})
     live = Live(ways=ways, held=held, turn=turn, waiting={"p0": 1.5})
     request = RouteRequest(num_prompt_tokens, BLOCK)
-    found = choose(request, prefills, decodes, hits, rates, BYTES_PER_TOKEN, live=live, policy=policy)
+    found = choose(request, prefills, with_rates(decodes, rates), hits, BYTES_PER_TOKEN, live=live, policy=policy)
     if found is None:
         return
     best = min(found.terms, key=lambda terms: rank(policy, terms, views, turn))
@@ -233,7 +233,7 @@ def test_many_equal_workers_are_not_looked_at_pair_by_pair(monkeypatch: pytest.M
     monkeypatch.setattr(choosing, "terms_of", lambda *args: asked.append(args[1].worker_id) or real(*args))
     prefills = [make_prefill(f"p{n:02}") for n in range(64)]
     decodes = [make_decode(f"d{n:02}") for n in range(64)]
-    found = choose(RouteRequest(1600, BLOCK), prefills, decodes, {}, {}, BYTES_PER_TOKEN)
+    found = choose(RouteRequest(1600, BLOCK), prefills, decodes, {}, BYTES_PER_TOKEN)
     assert found is not None
     assert len(asked) == 1
     assert len(found.terms) == 64 * 64
@@ -247,7 +247,7 @@ def session_route(
     preferred: Preferred, prefills: Sequence[WorkerView], decodes: Sequence[WorkerView], policy: str = "cost"
 ) -> tuple[str | None, str]:
     live = Live(preferred=preferred)
-    found = choose(RouteRequest(1600, BLOCK), prefills, decodes, {}, {}, BYTES_PER_TOKEN, live=live, policy=policy)
+    found = choose(RouteRequest(1600, BLOCK), prefills, decodes, {}, BYTES_PER_TOKEN, live=live, policy=policy)
     assert found is not None
     return found.prefill_id, found.decode_id
 
@@ -280,7 +280,7 @@ def test_other_policies_know_no_sessions() -> None:
 def ranges(held: Sequence[Held], rates: Mapping[tuple[str, str], float], **hits: int) -> tuple[PrefixRange, ...]:
     request = RouteRequest(1600, BLOCK)
     live = Live(ways=Rates(rates), held=held)
-    found = choose(request, [make_prefill()], [make_decode()], hits, {}, BYTES_PER_TOKEN, live=live)
+    found = choose(request, [make_prefill()], [make_decode()], hits, BYTES_PER_TOKEN, live=live)
     assert found is not None
     assert found.chosen.fetch_blocks == sum(piece.num_blocks for piece in found.sources)
     return found.sources
@@ -311,7 +311,7 @@ def test_a_disk_is_dearer_than_memory() -> None:
 
     def fetch(on_disk: int) -> CostTerms:
         live = Live(ways=Tiers(), held=[Held("s", 50, is_store=True, on_disk=on_disk)])
-        found = choose(RouteRequest(1600, BLOCK), [make_prefill()], [make_decode()], {}, {}, BYTES_PER_TOKEN, live=live)
+        found = choose(RouteRequest(1600, BLOCK), [make_prefill()], [make_decode()], {}, BYTES_PER_TOKEN, live=live)
         assert found is not None
         return found.chosen
 

@@ -3,9 +3,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tailrace.kv.events import Tier
+from tailrace.messages import OwnerRate
 from tailrace.policy import fetching
 from tailrace.policy.fetching import BARRED_S, MAX_BARRED_S, NEUTRAL_WAYS, STALE_S, FetchRates
-from tailrace.policy.routing import Held
+from tailrace.policy.routing import Held, Way
 
 
 def test_before_any_fetch_neutral_ways_stand_in() -> None:
@@ -54,7 +55,8 @@ def test_a_slow_first_fetch_is_not_the_last_one() -> None:
     """Nobody would measure again what nobody chooses."""
     rates = FetchRates()
     rates.advance(100.0)
-    rates.succeeded("a", "n", Tier.WORKER, 10**6, 5.0)
+    for _ in range(2):
+        rates.succeeded("a", "n", Tier.WORKER, 10**6, 5.0)
     slow, usual = rates.way("a", "n", Tier.WORKER), NEUTRAL_WAYS[Tier.WORKER]
     assert slow is not None
     assert slow.s_per_byte > 1e-6
@@ -67,6 +69,52 @@ def test_a_slow_first_fetch_is_not_the_last_one() -> None:
     again = rates.way("a", "n", Tier.WORKER)
     assert again is not None
     assert again.s_per_byte < 1e-9, "what was measured long ago does not count"
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_fetch_that_is_late_alone_is_not_counted(is_known: bool) -> None:
+    """Its holder was busy."""
+    rates = FetchRates()
+    for _ in range(3 if is_known else 0):
+        rates.succeeded("h", "n", Tier.WORKER, 10**6, 0.004)
+    usual = rates.way("h", "n", Tier.WORKER)
+    for _ in range(2):
+        rates.succeeded("h", "n", Tier.WORKER, 10**6, 3.0)
+        assert rates.way("h", "n", Tier.WORKER) == usual
+        for _ in range(fetching.NUM_BEFORE):
+            rates.succeeded("h", "n", Tier.WORKER, 10**6, 0.004)
+        usual = rates.way("h", "n", Tier.WORKER)
+    rates.succeeded("h", "n", Tier.WORKER, 10**6, 3.0)
+    rates.succeeded("h", "n", Tier.WORKER, 10**6, 0.004)
+    rates.succeeded("h", "n", Tier.WORKER, 10**6, 3.0)
+    way = rates.way("h", "n", Tier.WORKER)
+    assert way is not None
+    assert way.overhead_s + 10**6 * way.s_per_byte > 0.25, "it is often late"
+
+
+def test_what_is_not_fetched_yet_goes_by_what_its_needer_says_of_the_link() -> None:
+    rates = FetchRates()
+    rates.told("n", [OwnerRate("h", 2e8), OwnerRate("fast", 4e9), OwnerRate("odd", float("nan"))])
+    assert rates.way("h", "n", Tier.WORKER) == Way(0.005, 1 / 2e8)
+    assert rates.way("fast", "n", Tier.CPU) == Way(0.005, 1 / 4e9)
+    assert [
+        rates.way(*pair) for pair in (("odd", "n", Tier.WORKER), ("h", "m", Tier.WORKER), ("h", "n", Tier.NVME))
+    ] == [NEUTRAL_WAYS[tier] for tier in (Tier.WORKER, Tier.WORKER, Tier.NVME)]
+    rates.succeeded("h", "n", Tier.WORKER, 10**6, 0.010)
+    way = rates.way("h", "n", Tier.WORKER)
+    assert way is not None
+    assert way.overhead_s + 10**6 * way.s_per_byte == pytest.approx(0.010), "a fetch says more than its link"
+    rates.told("n", [])
+    assert rates.way("fast", "n", Tier.CPU) == NEUTRAL_WAYS[Tier.CPU]
+
+
+def test_only_so_many_needers_rates_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "MAX_NEEDERS", 2)
+    rates = FetchRates()
+    for needer in ("a", "b", "a", "c"):
+        rates.told(needer, [OwnerRate("h", 5e9)])
+    known = [rates.way("h", needer, Tier.WORKER) != NEUTRAL_WAYS[Tier.WORKER] for needer in ("a", "b", "c")]
+    assert known == [True, False, True]
 
 
 def test_a_pair_forgets() -> None:

@@ -36,7 +36,7 @@ def decide(
     router: Router, hashes: Sequence[bytes], now_s: float = 0.0, workers: Sequence[WorkerView] = WORKERS
 ) -> Route:
     request = RouteRequest(BLOCK * len(hashes) + 1, BLOCK)
-    route = router.route(request, hashes, workers, DECODES, pair_bytes_per_s={}, bytes_per_token=1, now_s=now_s)
+    route = router.route(request, hashes, workers, DECODES, bytes_per_token=1, now_s=now_s)
     assert route is not None
     return route
 
@@ -134,7 +134,7 @@ def test_what_no_load_report_knows_counts_beside_it() -> None:
     busy = [replace(DECODES[0], worker_id=name, max_num_seqs=8) for name in ("d0", "d1")]
 
     def choose() -> str:
-        route = router.route(RouteRequest(17, 16), [], WORKERS, busy, pair_bytes_per_s={}, bytes_per_token=1, now_s=0.0)
+        route = router.route(RouteRequest(17, 16), [], WORKERS, busy, bytes_per_token=1, now_s=0.0)
         assert route is not None
         return route.decode_id
 

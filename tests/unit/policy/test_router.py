@@ -30,7 +30,7 @@ def decide(
     prefills: Sequence[WorkerView] = PREFILLS,
 ) -> Route:
     request = RouteRequest(16 * len(hashes) + 1, 16)
-    route = router.route(request, hashes, prefills, DECODES, pair_bytes_per_s={}, bytes_per_token=1, now_s=now_s)
+    route = router.route(request, hashes, prefills, DECODES, bytes_per_token=1, now_s=now_s)
     assert route is not None
     return route
 
@@ -74,7 +74,6 @@ def test_what_is_only_expected_is_no_source_of_a_fetch() -> None:
         CHAIN,
         PREFILLS,
         DECODES,
-        pair_bytes_per_s={},
         bytes_per_token=1,
         now_s=0.0,
         lenders=Lenders(Instant()),

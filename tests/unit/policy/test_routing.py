@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tailrace.policy import pricing
 from tailrace.policy.choosing import choose
 from tailrace.policy.routing import CostTerms, Live, Route, RouteRequest, WorkerView
-from tests.helpers.routing import BLOCK, BYTES_PER_TOKEN, VIEWS, make_decode, make_prefill, named
+from tests.helpers.routing import BLOCK, BYTES_PER_TOKEN, VIEWS, make_decode, make_prefill, named, with_rates
 
 
 def route(
@@ -22,7 +22,7 @@ def route(
     rates: Mapping[tuple[str, str], float] | None = None,
 ) -> Route | None:
     request = RouteRequest(num_prompt_tokens, BLOCK, num_choices)
-    return choose(request, prefills, decodes, hits or {}, rates or {}, BYTES_PER_TOKEN)
+    return choose(request, prefills, with_rates(decodes, rates or {}), hits or {}, BYTES_PER_TOKEN)
 
 
 def pair_of(found: Route | None) -> tuple[str | None, str]:
@@ -358,5 +358,5 @@ def test_a_rate_that_is_next_to_nothing_divides_by_nothing() -> None:
 def test_with_a_window_the_last_blocks_of_a_prompt_are_moved_whoever_has_its_first() -> None:
     request = RouteRequest(16_000, 16, window=4096)
     views = [make_decode("d0"), make_decode("d1"), make_decode("d2")]
-    prices = pricing.Pricing.of(request, [], views, {"d0": 500, "d1": 900}, {}, BYTES_PER_TOKEN, Live())
+    prices = pricing.Pricing.of(request, [], views, {"d0": 500, "d1": 900}, BYTES_PER_TOKEN, Live())
     assert [prices.decode(view).missing_bytes // (16 * BYTES_PER_TOKEN) for view in views] == [256, 100, 256]

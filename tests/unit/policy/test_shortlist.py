@@ -8,13 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tailrace.messages import OwnerRate
 from tailrace.policy import choosing
 from tailrace.policy.choosing import POLICIES, choose
+from tailrace.policy.pairs import PairRates
 from tailrace.policy.pricing import Pricing, microseconds, neutral_rates
 from tailrace.policy.routing import Held, Live, Preferred, RouteRequest, WorkerView
 from tailrace.policy.shortlist import FEW, Shortlist, Traits
 from tailrace.types import Role
-from tests.helpers.routing import BLOCK, BYTES_PER_TOKEN, Rates, make_decode, make_prefill
+from tests.helpers.routing import BLOCK, BYTES_PER_TOKEN, Rates, make_decode, make_prefill, with_rates
 
 ODD = (0.0, -1.0, float("nan"), float("inf"), 5e-324)
 """What a report may say of a rate, and does not mean one."""
@@ -31,6 +33,8 @@ class World:
         self.is_plain = self.random.random() < 0.3
         self.odd_share = self.random.choice((0.0, 0.0, 0.1, 1.0))
         most = self.random.choice((3, FEW + 1, 24))
+        self.pair_share = self.random.choice((0.0, 0.1, 0.6, 1.0))
+        self.pair_rates = (1e6, 1e7, 1e7, 4e7, 1e8) if self.random.random() < 0.5 else (5e7, 6e7, 6e7)
         self.views = {
             "p": [self.view(f"p{n:02}", Role.PREFILL) for n in range(self.random.randint(1, most))],
             "d": [self.view(f"d{n:02}", Role.DECODE) for n in range(self.random.randint(1, most))],
@@ -63,11 +67,19 @@ class World:
             decode_base_s=rand.choice((0.0, self.rate(0.005, 0.02))),
             decode_row_s=rand.choice((0.0, self.rate(1e-5, 1e-3))),
             transfer_bytes_per_s=self.rate(1e7, 1e8),
+            pairs=self.pairs(),
             max_num_seqs=rand.randint(1, 128),
             draining=rand.random() < 0.1,
             reserved_tokens=rand.choice((0, rand.randint(0, 10**4))),
             reserved_sequences=rand.randint(0, 3),
         )
+
+    def pairs(self) -> PairRates:
+        """Of owners that are there, and of some that are not."""
+        owners = [f"p{n:02}" for n in range(26) if self.random.random() < self.pair_share]
+        if not self.is_plain and self.random.random() < 0.2:
+            return PairRates.of(OwnerRate(owner, self.rate(1e7, 1e8)) for owner in owners)
+        return PairRates.of(OwnerRate(owner, self.random.choice(self.pair_rates)) for owner in owners)
 
     def change(self) -> None:
         """Some report anew, and one may be another process by the same name."""
@@ -107,7 +119,7 @@ def test_the_choice_and_its_terms_are_those_of_pricing_everybody(number: int) ->
         policy = world.random.choice(("cost", "cost", "cost", *POLICIES))
 
         def decide(**known: Traits) -> choosing.Route | None:
-            return choose(request, prefills, decodes, hits, {}, BYTES_PER_TOKEN, live=live, policy=policy, **known)  # noqa: B023
+            return choose(request, prefills, decodes, hits, BYTES_PER_TOKEN, live=live, policy=policy, **known)  # noqa: B023
 
         plain, short = decide(), decide(traits=traits)
         assert short == plain
@@ -121,13 +133,13 @@ def test_the_choice_and_its_terms_are_those_of_pricing_everybody(number: int) ->
 def test_unmeasured_rates_are_those_of_everybody(number: int) -> None:
     world = World(number)
     prefills, decodes = world.views["p"], world.views["d"]
-    assert Traits().of(prefills, decodes).neutral() == neutral_rates(prefills, decodes, ())
+    assert Traits().of(prefills, decodes).neutral() == neutral_rates(prefills, decodes)
 
 
 def left_of(
     request: RouteRequest, prefills: list[WorkerView], decodes: list[WorkerView], hits: Mapping[str, int], live: Live
 ) -> Shortlist:
-    prices = Pricing.of(request, prefills, decodes, hits, {}, BYTES_PER_TOKEN, live)
+    prices = Pricing.of(request, prefills, decodes, hits, BYTES_PER_TOKEN, live)
     return Traits().of(prefills, decodes).shortlist(prices)
 
 
@@ -177,6 +189,35 @@ def test_who_may_prefill_a_short_prompt_alone_is_left_only_where_that_may_be_che
     assert ids(left.decodes) == ["d00", "d01", "d02", "d03"], "p01 would be a tenth of a second later than p00 was"
 
 
+def with_slow(*pairs: tuple[str, str]) -> list[WorkerView]:
+    """All pairs at 1e8 bytes/s, these at 1e7."""
+    rates = {(prefill.worker_id, decode.worker_id): 1e8 for prefill in PREFILLS for decode in DECODES}
+    return with_rates(DECODES, rates | dict.fromkeys(pairs, 1e7))
+
+
+def test_where_the_two_best_have_a_slow_link_those_are_left_who_have_a_better_one() -> None:
+    decodes = with_slow(("p00", "d00"))
+    left = left_of(RouteRequest(8000, BLOCK), PREFILLS, decodes, {}, Live())
+    assert (ids(left.prefills), ids(left.decodes)) == (["p00"], ["d00", "d01"])
+    found = choose(RouteRequest(8000, BLOCK), PREFILLS, decodes, {}, BYTES_PER_TOKEN, traits=Traits())
+    assert found is not None
+    assert (found.prefill_id, found.decode_id, found.chosen.transfer_bytes_per_s) == ("p00", "d01", 1e8)
+
+
+@pytest.mark.parametrize(
+    ("slow", "preferred"),
+    [(("p01", "d00"), Preferred("p01", "gone")), (("p00", "d01"), Preferred("gone", "d01"))],
+)
+def test_half_of_a_session_s_last_pair_is_left_with_whom_its_links_make_the_best(
+    slow: tuple[str, str], preferred: Preferred
+) -> None:
+    decodes, live = with_slow(slow), Live(preferred=preferred)
+    found = choose(RouteRequest(8000, BLOCK), PREFILLS, decodes, {}, BYTES_PER_TOKEN, live=live, traits=Traits())
+    assert found is not None
+    assert (found.prefill_id, found.decode_id) == ("p01", "d01")
+    assert found == choose(RouteRequest(8000, BLOCK), PREFILLS, decodes, {}, BYTES_PER_TOKEN, live=live)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -205,10 +246,12 @@ def test_a_view_is_read_once_and_forgotten_when_its_worker_has_long_left() -> No
 
 def test_most_are_not_priced(monkeypatch: pytest.MonkeyPatch) -> None:
     priced: list[str] = []
-    real = Pricing.prefill
-    monkeypatch.setattr(Pricing, "prefill", lambda prices, view: priced.append(view.worker_id) or real(prices, view))
-    found = choose(RouteRequest(8000, BLOCK), PREFILLS, DECODES, {}, {}, BYTES_PER_TOKEN, traits=Traits())
+    real = Pricing._price_prefill
+    monkeypatch.setattr(
+        Pricing, "_price_prefill", lambda prices, view: priced.append(view.worker_id) or real(prices, view)
+    )
+    found = choose(RouteRequest(8000, BLOCK), PREFILLS, DECODES, {}, BYTES_PER_TOKEN, traits=Traits())
     assert found is not None
-    assert priced == ["p00", "p00"]
+    assert priced == ["p00"]
     assert len(found.terms) == 400
     assert min(found.terms, key=lambda terms: microseconds(terms.total_s)) == found.chosen

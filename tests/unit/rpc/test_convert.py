@@ -25,6 +25,7 @@ from tailrace.messages import (
     LendTerms,
     LentBlocks,
     Load,
+    OwnerRate,
     PrefixSource,
     StepEvents,
     Submission,
@@ -243,7 +244,8 @@ def test_a_role_that_we_do_not_know_is_refused() -> None:
     assert refusal.value.param == "role"
 
 
-loads = st.builds(Load, u32, u32, *[u64] * 9, f64, f64, f64, st.booleans())
+owners = st.none() | st.lists(st.builds(OwnerRate, text, f64), max_size=3).map(tuple)
+loads = st.builds(Load, u32, u32, *[u64] * 9, f64, f64, f64, st.booleans(), f64, f64, f64, owners)
 
 
 @given(loads)

@@ -5,7 +5,7 @@ import pytest
 
 from tailrace.transfer import BlockRead, PoolMemory, ReadOutcome, ReadResult
 from tailrace.transfer.local import LocalLink, LocalNeeder
-from tailrace.transfer.reads import BlockRun, PendingRead, RateMeter, judge, plan_read
+from tailrace.transfer.reads import MAX_SAMPLES, SAMPLE_S, BlockRun, PendingRead, RateMeter, judge, plan_read
 from tests.helpers.transfer_pools import blocks_of, contents, make_pool
 
 
@@ -47,12 +47,52 @@ def test_a_generation_off_by_one_is_stale() -> None:
 
 
 def test_the_rate_is_weighted_by_size() -> None:
-    rate = RateMeter()
+    now = [0.0]
+    rate = RateMeter(lambda: now[0])
     assert rate.bytes_per_s == 0
     rate.add(1_000_000_000, 0.5)
     assert rate.bytes_per_s == pytest.approx(2e9)
-    rate.add(1000, 0.001)
-    assert rate.bytes_per_s == pytest.approx(2e9, rel=0.01)
+    for _ in range(5):
+        now[0] += 1.0
+        rate.add(1000, 0.001)
+        assert rate.bytes_per_s == pytest.approx(2e9, rel=0.01)
+
+
+def test_one_slow_transfer_changes_no_rate_and_a_slow_link_does() -> None:
+    now = [0.0]
+    rate = RateMeter(lambda: now[0])
+
+    def read(seconds: float) -> None:
+        now[0] += 1.0
+        rate.add(1_000_000, seconds)
+
+    for seconds in (0.001, 0.001, 5.0, 0.001):
+        read(seconds)
+        assert rate.bytes_per_s == pytest.approx(1e9)
+    for _ in range(MAX_SAMPLES // 2 + 1):
+        read(0.1)
+    assert rate.bytes_per_s == pytest.approx(1e7)
+
+
+def test_the_chunks_of_one_prompt_are_one_sample() -> None:
+    now = [0.0]
+    rate = RateMeter(lambda: now[0])
+    for seconds in (0.001, 0.001, 0.001):
+        now[0] += 1.0
+        rate.add(20_000_000, seconds)
+    now[0] += 1.0
+    for _ in range(20):
+        now[0] += SAMPLE_S / 25
+        rate.add(1_000_000, 0.5)
+    assert (rate.num_samples, rate.used_s) == (4, now[0])
+    assert rate.bytes_per_s == pytest.approx(2e10)
+
+
+@pytest.mark.parametrize(("num_bytes", "seconds"), [(0, 1.0), (10, 0.0), (10, float("nan")), (10, -1.0)])
+def test_an_impossible_read_is_not_measured(num_bytes: int, seconds: float) -> None:
+    rate = RateMeter()
+    rate.add(num_bytes, seconds)
+    assert rate.num_samples == 0
 
 
 async def test_a_settlement_refuses_cancels_and_survives_a_closed_loop() -> None:

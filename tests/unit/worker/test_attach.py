@@ -5,7 +5,7 @@ import pytest
 
 from tailrace.errors import ErrorCode, InternalError, OverloadedError, TailraceError
 from tailrace.kv.events import KVEvent, KVEventKind
-from tailrace.messages import ChoiceFinished, LegFailed, LegReport, Load, StepEvents, TokenColumns
+from tailrace.messages import ChoiceFinished, LegFailed, LegReport, Load, OwnerRate, StepEvents, TokenColumns
 from tailrace.types import FinishReason
 from tailrace.worker import attach
 from tailrace.worker.attach import Attachments, Leg, Session
@@ -97,6 +97,28 @@ async def test_a_beat_when_there_is_nothing_to_say(monkeypatch: pytest.MonkeyPat
     async with asyncio.timeout(10):
         beat = await anext(events)
     assert (beat.step, beat.load, beat.tokens.handles) == (42, Load(), [])
+
+
+async def test_rates_of_owners_are_told_when_they_change_and_to_whoever_attaches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attach, "BEAT_S", 0.001)
+    monkeypatch.setattr(attach, "LOAD_S", 0.0)
+    rates = (OwnerRate("p0", 1e9),)
+    attachments = Attachments(make_info(), Handler(), steps=lambda: 1, owners=lambda: rates)
+    events = attachments.open("g", 1).events()
+
+    async def owners(events: AsyncIterator[StepEvents]) -> tuple[OwnerRate, ...] | None:
+        load = (await anext(events)).load
+        assert load is not None
+        return load.owners
+
+    assert [await owners(events) for _ in range(3)] == [rates, None, None]
+    rates = (OwnerRate("p0", 1e8), OwnerRate("p1", 1e9))
+    assert [await owners(events) for _ in range(2)] == [rates, None]
+    assert await owners(attachments.open("h", 1).events()) == rates
+    rates = ()
+    assert [await owners(events) for _ in range(2)] == [(), None]
 
 
 async def test_a_new_stream_of_a_gateway_fences_the_old_one() -> None:

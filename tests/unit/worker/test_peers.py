@@ -12,8 +12,10 @@ from tailrace.errors import LayoutMismatchError, TransferError, WorkerLostError
 from tailrace.messages import KvSource
 from tailrace.rpc.gen import kv_pb2_grpc
 from tailrace.rpc.server import KvOwnerServicer, Server
-from tailrace.transfer import Needer
+from tailrace.transfer import Needer, reads
 from tailrace.transfer.endpoints import PeerEndpoints
+from tailrace.transfer.reads import RateMeter
+from tailrace.worker import peers as peers_module
 from tailrace.worker.peers import OwnerPeers
 from tests.helpers.values import SECRET, make_layout, make_source
 from tests.helpers.waiting import until
@@ -23,6 +25,7 @@ from tests.helpers.waiting import until
 class FakeLink:
     transport: str = "stream"
     broken: bool = False
+    rate: RateMeter = field(default_factory=RateMeter)
 
 
 @dataclass
@@ -101,6 +104,21 @@ async def test_an_owner_that_was_started_again_is_somebody_else() -> None:
             await peers.link(make_source(address=source.address, epoch=5))
         await peers.link(make_source(address=source.address, epoch=4))
         assert list(peers._links) == [("p", 4)], "the link to its former life is forgotten"
+
+
+async def test_it_tells_the_rates_of_links_that_can_be_read_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers_module, "TELL_S", 0.0)
+    monkeypatch.setattr(reads, "SAMPLE_S", 0.0)
+    async with world() as (peers, needer, _, source):
+        assert peers.rates() == ()
+        await peers.link(source)
+        for _ in range(3):
+            needer.links[0].rate.add(10**6, 0.001)
+        (rate,) = peers.rates()
+        assert (rate.owner_id, rate.bytes_per_s) == ("p", pytest.approx(1e9, rel=0.1))
+        assert peers.rates() is peers.rates()
+        needer.links[0].broken = True
+        assert peers.rates() == ()
 
 
 async def test_a_layout_of_another_kind_is_refused_by_name() -> None:

@@ -1,6 +1,7 @@
 """The routing benchmark, small: it says what it is asked to, and fails where a decision is not what it should be."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,8 +14,9 @@ from tailrace.errors import UnavailableError
 OPTIONS = RouterBenchOptions(prefill=3, decode=2, stores=1, blocks=1000, decisions=3)
 
 
-def test_every_arm_and_part_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    run_router(OPTIONS, as_json=True)
+@pytest.mark.parametrize("mixed_links", [False, True])
+def test_every_arm_and_part_is_said(capsys: pytest.CaptureFixture[str], mixed_links: bool) -> None:
+    run_router(replace(OPTIONS, mixed_links=mixed_links), as_json=True)
     result = json.loads(capsys.readouterr().out)
     assert result["benchmark"] == "router"
     assert result["options"]["prefill"] == 3

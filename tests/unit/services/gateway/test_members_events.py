@@ -1,11 +1,14 @@
 """What attached workers say, and who hears it. Played by fake workers on a fake network."""
 
+from dataclasses import replace
+
 import pytest
 
 from services.gateway import members as members_module
 from tailrace.errors import ErrorCode, InternalError, WorkerLostError
 from tailrace.kv.events import KVEvents
-from tailrace.messages import KvEventBatch, LegReport, StepEvents
+from tailrace.messages import KvEventBatch, LegReport, OwnerRate, StepEvents
+from tailrace.policy.pairs import NO_PAIRS
 from tailrace.types import FinishReason
 from tests.helpers.attached_members import BUSY, decode_worker, gateway, names
 from tests.helpers.fake_members import IDLE, collect, fake_cluster, settle, until
@@ -95,6 +98,23 @@ async def test_reservations_count_until_a_load_report_surely_knows_of_them(clock
         await cluster.decode.say(StepEvents(load=BUSY))
         assert (member.view().reserved_tokens, member.view().num_running) == (0, 1)
         await session.aclose()
+
+
+async def test_a_pair_is_priced_at_the_rate_that_its_decode_worker_tells():
+    slow = tuple(OwnerRate(f"p{n}", 1e8 if n == 0 else 1e9) for n in range(3))
+    async with fake_cluster(prefill=3) as cluster:
+        member = cluster.members.get("d0")
+        await cluster.decode.say(StepEvents(load=replace(IDLE, transfer_bytes_per_s=5.0)))
+        assert (member.view().transfer_bytes_per_s, member.view().pairs) == (5.0, NO_PAIRS)
+        await cluster.decode.say(StepEvents(load=replace(IDLE, owners=slow)))
+        await cluster.decode.say(StepEvents(load=IDLE))
+        assert (member.view().transfer_bytes_per_s, member.view().pairs.others) == (1e9, {"p0": 1e8})
+        session = await cluster.submit(range(100))
+        prefill, _ = cluster.pair_of(session)
+        assert prefill is cluster.prefills[1], "the first has the slow link"
+        await session.aclose()
+        await cluster.decode.say(StepEvents(load=replace(IDLE, owners=())))
+        assert member.view().pairs == NO_PAIRS
 
 
 async def test_ledgers_leave_out_whoever_does_not_answer(caplog):

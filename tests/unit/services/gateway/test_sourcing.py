@@ -158,7 +158,8 @@ async def test_a_store_s_disk_has_a_rate_of_its_own():
     async with fake_cluster(stores=1, load=SLOW) as cluster:
         await holds(cluster.stores[0], 90, on_disk=90)
         assert named((await submitted(cluster)).prefix_sources) == [("s0", 0, 90)]
-        await fetched(cluster, Fetch("s0", 90, 90, 90 * LAYOUT.block_bytes, 60.0), nvme=360)
+        for _ in range(2):
+            await fetched(cluster, Fetch("s0", 90, 90, 90 * LAYOUT.block_bytes, 60.0), nvme=360)
         assert (await submitted(cluster)).prefix_sources == ()
         async with fake_cluster(stores=1, load=SLOW) as other:
             await holds(other.stores[0], 90)
