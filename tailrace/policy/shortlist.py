@@ -51,6 +51,7 @@ class _Traits:
     """Of pairs without a rate of their own."""
     fastest_rate: float
     """Of any pair."""
+    has_own_pairs: bool
     load_s: float
     """Of one more sequence, if there is room; at least."""
     step_tokens: float
@@ -75,6 +76,7 @@ class _Traits:
             measured(view.decode_step_s, 0.0),
             (pair_rate := measured(view.transfer_bytes_per_s, 0.0)),
             max(pair_rate, view.pairs.fastest) if pair_rate else 0.0,
+            bool(view.pairs.others),
             step_seconds(view, batch, _UNMEASURED) * steps,
             longest_s * rate if rate and longest_s else math.inf,
         )
@@ -142,10 +144,10 @@ class Bounds:
         slack_us = _slack_us(prices, sources, targets) if targets.has_own_pairs else 0
         left = sources.within(slack_us), targets.within(slack_us)
         pair_us = sources.least_us + targets.least_us + slack_us
-        left[1].update((row.worker_id, row) for row in _locals(prices, decodes, pair_us))
+        _add(left[1], _locals(prices, decodes, pair_us))
         if prices.live.preferred is not None:
             _keep(prices, prices.live.preferred, sources, targets, left)
-        return Shortlist(*([row.view for row in rows.values()] for rows in left))
+        return Shortlist(*([row.view for row in rows] for rows in left))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +166,9 @@ class _Side:
         cheapest = rows[bounds_s.index(min(bounds_s))]
         least_us = price_us(cheapest)
         limit_s = _limit_s(least_us)
-        for bound_s, at in sorted((bound_s, at) for at, bound_s in enumerate(bounds_s) if bound_s <= limit_s):
-            if bound_s > limit_s:
+        within = [at for at, bound_s in enumerate(bounds_s) if bound_s <= limit_s]
+        for at in sorted(within, key=bounds_s.__getitem__) if len(within) > 1 else ():
+            if bounds_s[at] > limit_s:
                 break
             if (found_us := price_us(rows[at])) < least_us:
                 cheapest, least_us = rows[at], found_us
@@ -183,13 +186,12 @@ class _Side:
 
     @property
     def has_own_pairs(self) -> bool:
-        return any(row.view.pairs.others for row in self.rows)
+        return any(row.has_own_pairs for row in self.rows)
 
-    def within(self, slack_us: int) -> dict[str, _Traits]:
-        """By id, those who may cost no more than the cheapest and so much."""
+    def within(self, slack_us: int) -> list[_Traits]:
+        """Those who may cost no more than the cheapest and so much."""
         limit_s = _limit_s(self.least_us + slack_us)
-        rows = zip(self.rows, self.bounds_s, strict=True)
-        return {row.worker_id: row for row, bound_s in rows if bound_s <= limit_s}
+        return [row for row, bound_s in zip(self.rows, self.bounds_s, strict=True) if bound_s <= limit_s]
 
 
 def _slack_us(prices: Pricing, sources: _Side, targets: _Side) -> int:
@@ -198,11 +200,9 @@ def _slack_us(prices: Pricing, sources: _Side, targets: _Side) -> int:
     slack_us = _pair_us(target, source_id) - targets.least_us
     if not slack_us:
         return 0
-    others = [_pair_us(prices.decode(row.view), source_id) for row in targets.within(slack_us).values()]
+    others = [_pair_us(prices.decode(row.view), source_id) for row in targets.within(slack_us)]
     slack_us = min(slack_us, min(others) - targets.least_us)
-    both = [
-        prices.prefill(row.view).price_us + _pair_us(target, row.worker_id) for row in sources.within(slack_us).values()
-    ]
+    both = [prices.prefill(row.view).price_us + _pair_us(target, row.worker_id) for row in sources.within(slack_us)]
     return min(slack_us, min(both) - sources.least_us - targets.least_us)
 
 
@@ -219,19 +219,25 @@ def _keep(
     preferred: Preferred,
     sources: _Side,
     targets: _Side,
-    left: tuple[dict[str, _Traits], dict[str, _Traits]],
+    left: tuple[list[_Traits], list[_Traits]],
 ) -> None:
     """The session's last pair, and whom the links of either half of it make the best for that half."""
     source = next((row for row in sources.rows if row.worker_id == preferred.prefill_id), None)
     target = next((row for row in targets.rows if row.worker_id == preferred.decode_id), None)
     if source is not None:
-        left[0][source.worker_id] = source
+        _add(left[0], [source])
         if targets.has_own_pairs:
-            left[1].update(_targets_of(prices, source.worker_id, targets.rows).within(0))
+            _add(left[1], _targets_of(prices, source.worker_id, targets.rows).within(0))
     if target is not None:
-        left[1][target.worker_id] = target
-        if target.view.pairs.others:
-            left[0].update(_sources_of(prices, target, sources).within(0))
+        _add(left[1], [target])
+        if target.has_own_pairs:
+            _add(left[0], _sources_of(prices, target, sources).within(0))
+
+
+def _add(rows: list[_Traits], more: Sequence[_Traits]) -> None:
+    """Those who are not there."""
+    known = {row.worker_id for row in rows} if more else ()
+    rows += [row for row in more if row.worker_id not in known]
 
 
 def _targets_of(prices: Pricing, source_id: str, rows: Sequence[_Traits]) -> _Side:
