@@ -255,11 +255,12 @@ class LendTerms:
 
 @dataclass(frozen=True, slots=True)
 class BlockOffer:
-    """A chain of cached blocks that a worker would lend to a store: from its first on; with a window, a part of it."""
+    """Chains of one tenant's cached blocks that a worker would lend to a store: each from its first on; with a window,
+    a part of it."""
 
     source: KvSource
     layout: KVLayout
-    block_hashes: tuple[bytes, ...]
+    chains: tuple[tuple[bytes, ...], ...]
     tenant: str = ""
 
 

@@ -16,7 +16,7 @@ from tailrace.errors import ConfigError, ErrorCode, InvalidRequestError, LayoutM
 from tailrace.kv.layout import KVLayout
 from tailrace.messages import KvEventBatch, LedgerReport, LendDone, LendTerms, LentBlocks, Load
 from tailrace.rpc import convert
-from tailrace.rpc.auth import AUTH_HEADER, is_control_token
+from tailrace.rpc.auth import AUTH_HEADER, control_token, is_control_token
 from tailrace.rpc.gen import control_pb2, control_pb2_grpc, kv_pb2, kv_pb2_grpc, worker_pb2, worker_pb2_grpc
 from tailrace.rpc.options import PEER_LOSS_S, SERVER_OPTIONS
 from tailrace.rpc.step_line import LineWriter, StepLines
@@ -50,7 +50,7 @@ class ControlAuth(grpc.aio.ServerInterceptor):
     """Calls to `tailrace.v1` services need the cluster's control token; `public` ones look after themselves."""
 
     def __init__(self, secret: bytes, *, public: tuple[str, ...] = ()) -> None:
-        self._secret = secret
+        self._token = control_token(secret)
         self._public = tuple(f"/{name}/" for name in ("grpc.health.v1.Health", *public))
 
     async def intercept_service(
@@ -62,7 +62,7 @@ class ControlAuth(grpc.aio.ServerInterceptor):
         if handler is None or handler_call_details.method.startswith(self._public):
             return handler
         presented = next((v for k, v in handler_call_details.invocation_metadata if k == AUTH_HEADER), "")
-        if isinstance(presented, str) and is_control_token(self._secret, presented):
+        if isinstance(presented, str) and is_control_token(self._token, presented):
             return handler
         log.warning("refused a call to %s: wrong or no cluster secret", handler_call_details.method)
         return _refusing(handler)

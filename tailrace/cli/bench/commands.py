@@ -282,6 +282,38 @@ def bench_reuse(
     run_reuse(_quiet({"model": model, "transport": transport}), options, as_json=as_json)
 
 
+@bench_app.command("offers")
+def bench_offers(
+    model: Model = DEFAULT_MODEL,
+    transport: Transport = "auto",
+    role: Annotated[str, typer.Option(help="decode or prefill: whose speed counts.")] = "decode",
+    requests: Annotated[int, typer.Option(min=1, max=100_000, help="Of a turn.")] = 32,
+    concurrency: Annotated[int, typer.Option(min=1, max=4096, help="Requests that are open at once.")] = 8,
+    input_tokens: Annotated[int, typer.Option("--input", min=1, max=100_000, help="Prompt tokens each.")] = 40,
+    output_tokens: Annotated[int, typer.Option("--output", min=1, max=100_000, help="Of a decode worker's.")] = 96,
+    blocks: Annotated[int, typer.Option(min=16, max=1 << 20, help="Of a worker's pool.")] = 200,
+    store_memory: Annotated[str, typer.Option(help="Of the store.")] = "256MiB",
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Counted turns of each.")] = 6,
+    as_json: AsJson = False,
+) -> None:
+    """What a worker loses to the offers that it makes to a store, beside the same worker without a store."""
+    from tailrace.cli.bench.offers import OffersOptions, run_offers
+
+    if role not in ("decode", "prefill"):
+        raise ConfigError(f"role: decode or prefill, not {role!r}", param="role")
+    options = OffersOptions(
+        role=role,
+        requests=requests,
+        concurrency=concurrency,
+        input=input_tokens,
+        output=output_tokens,
+        rounds=rounds,
+        num_blocks=blocks,
+        store_memory=store_memory,
+    )
+    run_offers(_quiet({"model": model, "transport": transport}), options, as_json=as_json)
+
+
 @bench_app.command("router")
 def bench_router(
     prefill: Annotated[int, typer.Option(min=1, max=1024, help="Prefill workers.")] = 64,

@@ -70,8 +70,8 @@ class PlayedPeers:
         """Nothing is open."""
 
 
-def offer_of(chain: Sequence[bytes]) -> BlockOffer:
-    return BlockOffer(KvSource("w", 7, "127.0.0.1:1", b""), LAYOUT, tuple(chain))
+def offer_of(*chains: Sequence[bytes]) -> BlockOffer:
+    return BlockOffer(KvSource("w", 7, "127.0.0.1:1", b""), LAYOUT, tuple(map(tuple, chains)))
 
 
 @asynccontextmanager
@@ -139,6 +139,18 @@ async def test_a_pull_ends_where_there_is_no_room() -> None:
         await asyncio.gather(*node._pulls)
         assert peers.asked == [tuple(A)]
         assert not store.find_prefix(A)
+
+
+async def test_chains_of_one_offer_are_asked_for_together() -> None:
+    """Two blocks a loan: the second loan reaches from the first chain into the second one."""
+    async with open_node() as node:
+        assert node.storage is not None
+        b = chain_of("b", 3)
+        node._peers = peers = PlayedPeers()  # type: ignore[assignment]
+        assert await node.offer(offer_of(A[:3], [*A[:3], A[3]], b)) == (*A[:4], *b)
+        await asyncio.gather(*node._pulls)
+        assert peers.asked == [(*A[:4], *b), (*A[2:4], *b), tuple(b), tuple(b[2:])]
+        assert (len(node.storage.store.find_prefix(A)), len(node.storage.store.find_prefix(b))) == (4, 3)
 
 
 async def test_offers_that_waited_for_the_storage_open_no_more_pulls_than_others() -> None:
