@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -27,6 +28,7 @@ from tailrace.config import UpConfig
 from tailrace.errors import UnavailableError
 
 ARMS = ("none", "store")
+_CPU = {"worker_cpu_ms": "the worker", "loop_cpu_ms": "its event loop", "store_cpu_ms": "the store"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,9 @@ class ArmTurns:
     """Of the store's process; zeros where there is none."""
 
     def summary(self) -> dict[str, Any]:
-        return {name: asdict(Spread.of(getattr(self, name), digits=3)) for name in self.__slots__}
+        """CPU as the mean of the turns: the kernel counts it in steps of 10 ms."""
+        means = {name: round(fmean(getattr(self, name)), 3) for name in _CPU}
+        return {"answers_per_s": asdict(Spread.of(self.answers_per_s, digits=3)), **means}
 
 
 def run_offers(config: UpConfig, options: OffersOptions, *, as_json: bool) -> None:
@@ -81,6 +85,12 @@ def arm_configs(config: UpConfig, options: OffersOptions) -> dict[str, UpConfig]
     return {"none": UpConfig(**shared), "store": UpConfig(**shared | {"store_memory": options.store_memory})}
 
 
+def body_of(model: str, prompt: list[int], options: OffersOptions) -> Body:
+    """With logprobs a token makes a chunk also where it prints nothing: one token might be no content."""
+    more = {"logprobs": 0} if options.output_tokens == 1 else {}
+    return completion_body(model, prompt, options.output_tokens, **more)
+
+
 async def _measure(config: UpConfig, options: OffersOptions, model: Path) -> dict[str, Any]:
     head = {**header("offers"), "served": served(config)}
     vocab_size = load_model_config(model).vocab_size
@@ -93,7 +103,7 @@ async def _measure(config: UpConfig, options: OffersOptions, model: Path) -> dic
             askers[arm] = await stack.enter_async_context(Asker(clusters[arm].api_url))
         for turn in range(-1, options.rounds):
             prompts = token_prompts(options.requests, options.input, vocab_size, seed=turn + 1)
-            bodies = [completion_body(config.model_names[0], prompt, options.output_tokens) for prompt in prompts]
+            bodies = [body_of(config.model_names[0], prompt, options) for prompt in prompts]
             for arm in reversed(ARMS) if turn % 2 else ARMS:
                 into = arms[arm] if turn >= 0 else ArmTurns()
                 await _turn(clusters[arm], askers[arm], bodies, options, into)
@@ -140,13 +150,14 @@ def report(head: dict[str, Any], options: OffersOptions, arms: dict[str, ArmTurn
 
 def _print(result: dict[str, Any]) -> None:
     options = result["options"]
-    table = Table(title=f"A {options['role']} worker, median (min-max) of {options['rounds']} turns")
+    table = Table(title=f"A {options['role']} worker, median (min-max) of {options['rounds']} turns, CPU their mean")
     for column in ("", "without a store", "with one"):
         table.add_column(column, justify="left" if not column else "right")
     none, store = (result["arms"][arm] for arm in ARMS)
-    for name in none:
-        cells = [Spread(**arm[name]) for arm in (none, store)]
-        table.add_row(name, *(f"{c.median:.2f} ({c.min:.2f}-{c.max:.2f})" for c in cells))
+    cells = [Spread(**arm["answers_per_s"]) for arm in (none, store)]
+    table.add_row("answers/s", *(f"{c.median:.2f} ({c.min:.2f}-{c.max:.2f})" for c in cells))
+    for name, text in _CPU.items():
+        table.add_row(f"ms of CPU an answer: {text}", *(f"{arm[name]:.2f}" for arm in (none, store)))
     ratio = Spread(**result["store_over_none"])
     table.add_row("answers, with over without", "", f"{ratio.median:.3f} ({ratio.min:.3f}-{ratio.max:.3f})")
     console = Console()
