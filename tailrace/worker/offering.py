@@ -2,8 +2,8 @@
 
 The store decides what it wants, and pulls that. A store that is slow or gone costs offers, which are dropped: the line
 of them is short, and the newest chain is the one most likely to be still cached. A call and a loan cost about the same
-for many blocks as for one, so chains wait for one another: until they are as many blocks as are lent at a time, but not
-for long.
+for many blocks as for one, so chains wait for one another: until they are as many blocks as are lent at a time, or one
+is urgent, and not for long.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class StoreOffers:
         """Nobody here uses it any more, or it is about to be evicted."""
         self._line.append(chain)
         self._news.set()
-        if sum(len(waiting.hashes) for waiting in self._line) >= self._enough:
+        if chain.is_urgent or sum(len(waiting.hashes) for waiting in self._line) >= self._enough:
             self._is_enough.set()
 
     async def close(self) -> None:

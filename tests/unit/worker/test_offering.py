@@ -90,6 +90,16 @@ async def test_chains_wait_for_one_another_until_they_are_enough() -> None:
     await offers.close()
 
 
+async def test_no_chain_waits_beside_an_urgent_one() -> None:
+    store = FakeStore()
+    offers = make_offers(store, enough=100)
+    offers.add(CachedChain([b"a"]))
+    offers.add(CachedChain([b"b"], is_urgent=True))
+    await until(lambda: store.got, offering.GATHER_S / 2)
+    assert [offer.chains for offer in store.got] == [((b"b",), (b"a",))]
+    await offers.close()
+
+
 async def test_chains_do_not_wait_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offering, "GATHER_S", 0.01)
     store = FakeStore()
