@@ -92,7 +92,7 @@ def test_with_a_window_the_last_blocks_of_what_is_found_are_fetched_and_priced()
     held = [Held("s", 90, is_store=True, on_disk=3), Held("p1", 80)]
     live = Live(ways=Rates({("s", "p0"): 2e6, ("p1", "p0"): 2e6}), held=held)
     for own, fetched, computed_s in ((0, 4, 0.16), (88, 2, 0.16), (95, 0, 0.08)):
-        found = choose(request, [make_prefill()], [make_decode()], {"p0": own}, {}, BYTES_PER_TOKEN, live=live)
+        found = choose(request, [make_prefill()], [make_decode()], {"p0": own}, BYTES_PER_TOKEN, live=live)
         assert found is not None
         chosen = found.chosen
         assert (chosen.hit_blocks, chosen.fetch_blocks) == (own, fetched)
