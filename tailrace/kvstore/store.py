@@ -104,12 +104,12 @@ class KvStore:
     # -- blocks that come ---------------------------------------------------------------------------------------------
 
     def wanted(self, chain: Sequence[bytes], tenant: str = "") -> list[OfferedBlock]:
-        """Which blocks of a chain, offered from its root on, the store would take now. The others count as used."""
+        """Which blocks of a chain, or a part of one, the store would take now. The others count as used."""
         _check_tenant(tenant)
         self.counters.offered += len(chain)
         known = [self._blocks[name] for name in chain if name in self._blocks]
         self._use(known)
-        missing = [OfferedBlock(name, depth) for depth, name in enumerate(chain) if name not in self._blocks]
+        missing = [OfferedBlock(name, n, self._moment) for n, name in enumerate(chain) if name not in self._blocks]
         return missing[: self.memory.room_for(tenant, beside=[b.memory_slot for b in known if b.disk_slot is None])]
 
     def reserve(self, offered: Sequence[OfferedBlock], tenant: str = "") -> list[Arrival]:
@@ -123,7 +123,7 @@ class KvStore:
             slot = self._take_memory(tenant)
             if slot is None:
                 break
-            block = StoredBlock(piece.block_hash, piece.depth, tenant, self._moment, is_arriving=True)
+            block = StoredBlock(piece.block_hash, piece.depth, tenant, piece.moment, is_arriving=True)
             self._blocks[piece.block_hash] = block
             arrivals.append(Arrival(block, slot))
         self._moment += len(arrivals)

@@ -18,7 +18,9 @@ class StoreLedger:
 class OfferedBlock:
     block_hash: bytes
     depth: int
-    """Blocks before it in its chain."""
+    """Blocks before it in what was offered."""
+    moment: int
+    """Of the offer: one for the whole chain, in however many reads it comes (see Usage)."""
 
 
 @dataclass(frozen=True, slots=True)

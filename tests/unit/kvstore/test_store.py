@@ -64,6 +64,20 @@ def test_without_a_disk_the_root_outlives_the_leaves() -> None:
     assert (num_found(store, A), num_found(store, B)) == (2, 4)
 
 
+@pytest.mark.parametrize("num_others", [0, 2])
+def test_the_root_outlives_leaves_that_were_read_after_it(num_others: int) -> None:
+    """In several reads, beside which others may come."""
+    store = make_store(slots=6)
+    wanted = store.wanted(A)
+    store.landed(store.reserve(wanted[:2]))
+    put(store, B[:num_others])
+    store.landed(store.reserve(wanted[2:]))
+    put(store, C[: 4 - num_others])
+    left = [name for name in A if name in store]
+    assert left == A[: len(left)]
+    assert 0 < len(left) < len(A)
+
+
 def test_what_memory_gives_up_is_found_on_disk(tmp_path: Path) -> None:
     store = make_store(tmp_path / "slab", slots=4)
     put_written(store, A)

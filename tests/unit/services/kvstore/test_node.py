@@ -70,8 +70,8 @@ class PlayedPeers:
         """Nothing is open."""
 
 
-def offer_of(*chains: Sequence[bytes]) -> BlockOffer:
-    return BlockOffer(KvSource("w", 7, "127.0.0.1:1", b""), LAYOUT, tuple(map(tuple, chains)))
+def offer_of(chain: Sequence[bytes]) -> BlockOffer:
+    return BlockOffer(KvSource("w", 7, "127.0.0.1:1", b""), LAYOUT, tuple(chain))
 
 
 @asynccontextmanager
@@ -115,7 +115,7 @@ async def test_a_pull_goes_on_behind_blocks_that_another_pull_brings() -> None:
 
         def on_ask(names: Sequence[bytes]) -> None:
             if names == tuple(A):
-                others.extend(store.reserve([OfferedBlock(name, depth) for depth, name in enumerate(A[:2])]))
+                others.extend(store.reserve([OfferedBlock(name, depth, 0) for depth, name in enumerate(A[:2])]))
 
         node._peers = peers = PlayedPeers(on_ask)  # type: ignore[assignment]
         assert await node.offer(offer_of(A)) == tuple(A)
@@ -132,25 +132,13 @@ async def test_a_pull_ends_where_there_is_no_room() -> None:
 
         def on_ask(names: Sequence[bytes]) -> None:
             others = chain_of("others", store.memory.num_slots)
-            store.reserve([OfferedBlock(name, depth) for depth, name in enumerate(others)])
+            store.reserve([OfferedBlock(name, depth, 0) for depth, name in enumerate(others)])
 
         node._peers = peers = PlayedPeers(on_ask)  # type: ignore[assignment]
         assert await node.offer(offer_of(A)) == tuple(A)
         await asyncio.gather(*node._pulls)
         assert peers.asked == [tuple(A)]
         assert not store.find_prefix(A)
-
-
-async def test_chains_of_one_offer_are_asked_for_together() -> None:
-    """Two blocks a loan: the second loan reaches from the first chain into the second one."""
-    async with open_node() as node:
-        assert node.storage is not None
-        b = chain_of("b", 3)
-        node._peers = peers = PlayedPeers()  # type: ignore[assignment]
-        assert await node.offer(offer_of(A[:3], [*A[:3], A[3]], b)) == (*A[:4], *b)
-        await asyncio.gather(*node._pulls)
-        assert peers.asked == [(*A[:4], *b), (*A[2:4], *b), tuple(b), tuple(b[2:])]
-        assert (len(node.storage.store.find_prefix(A)), len(node.storage.store.find_prefix(b))) == (4, 3)
 
 
 async def test_offers_that_waited_for_the_storage_open_no_more_pulls_than_others() -> None:
