@@ -255,12 +255,11 @@ class LendTerms:
 
 @dataclass(frozen=True, slots=True)
 class BlockOffer:
-    """Chains of one tenant's cached blocks that a worker would lend to a store: each from its first on; with a window,
-    a part of it."""
+    """A chain of cached blocks that a worker would lend to a store: from its first on; with a window, a part of it."""
 
     source: KvSource
     layout: KVLayout
-    chains: tuple[tuple[bytes, ...], ...]
+    block_hashes: tuple[bytes, ...]
     tenant: str = ""
 
 

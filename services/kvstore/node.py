@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
-from itertools import chain
 
 from services.kvstore.membership import NO_BLOCKS_YET, StoreMembership
 from services.kvstore.storage import Storage, open_storage
@@ -173,13 +172,13 @@ class StoreNode:
         # Many may have waited for that.
         if not self._takes_offers:
             return ()
-        wanted = _wanted(storage, offer)
+        wanted = storage.store.wanted(offer.block_hashes, offer.tenant)
         if wanted:
             task = asyncio.create_task(self._pull(storage, offer, wanted), name=f"pull from {offer.source.worker_id}")
             self._pulls.add(task)
             self._changed()
             task.add_done_callback(self._pulled)
-        return tuple(piece.block_hash for pieces in wanted for piece in pieces)
+        return tuple(piece.block_hash for piece in wanted)
 
     @property
     def _takes_offers(self) -> bool:
@@ -194,28 +193,29 @@ class StoreNode:
             self._refused.add(worker_id)
             log.error("offers of %s are refused: %s", worker_id, error.message)
 
-    async def _pull(self, storage: Storage, offer: BlockOffer, wanted: list[list[OfferedBlock]]) -> None:
+    async def _pull(self, storage: Storage, offer: BlockOffer, wanted: list[OfferedBlock]) -> None:
         try:
             await self._try_pull(storage, offer, wanted)
         except TailraceError as error:
             log.warning("blocks of %s could not be pulled: %s", offer.source.worker_id, error.message)
 
-    async def _try_pull(self, storage: Storage, offer: BlockOffer, wanted: list[list[OfferedBlock]]) -> None:
-        """One loan may reach over several chains; it ends at the first block that is no longer there."""
+    async def _try_pull(self, storage: Storage, offer: BlockOffer, wanted: list[OfferedBlock]) -> None:
         if self._peers is None:
             raise UnavailableError("the store is not open")
         vain = 0
         while wanted and vain < MAX_VAIN_ASKS:
-            num_taken = await self._pull_some(self._peers, storage, offer, list(chain.from_iterable(wanted)))
-            if num_taken == 0:
+            num_taken = await self._pull_some(self._peers, storage, offer, wanted)
+            if num_taken is None:
+                return
+            if not num_taken:
                 vain += 1
                 await asyncio.sleep(ASK_AGAIN_S)
-            wanted = wanted[1:] if num_taken is None else _behind(wanted, num_taken)
+            wanted = wanted[num_taken:]
 
     async def _pull_some(
         self, peers: OwnerPeers, storage: Storage, offer: BlockOffer, wanted: list[OfferedBlock]
     ) -> int | None:
-        """How many of them, from the first on, have come. None: the first is not to be had, or has no room here."""
+        """How many of them, from the first on, have come. None: there is no more to be had, or no room for it."""
         link = await peers.link(offer.source)
         names = tuple(piece.block_hash for piece in wanted)
         identity = self._identity
@@ -380,27 +380,6 @@ class StoreNode:
         if self._storage is not None:
             self._storage.store.pump()
             self._changed()
-
-
-def _wanted(storage: Storage, offer: BlockOffer) -> list[list[OfferedBlock]]:
-    """Of each chain what is to be pulled; a block that is in several of them is pulled with the first."""
-    seen: set[bytes] = set()
-    chains = []
-    for offered in offer.chains:
-        pieces = [piece for piece in storage.store.wanted(offered, offer.tenant) if piece.block_hash not in seen]
-        seen.update(piece.block_hash for piece in pieces)
-        chains.append(pieces)
-    return [pieces for pieces in chains if pieces]
-
-
-def _behind(chains: list[list[OfferedBlock]], count: int) -> list[list[OfferedBlock]]:
-    """Without the first `count` blocks of all."""
-    rest = []
-    for pieces in chains:
-        if count < len(pieces):
-            rest.append(pieces[count:])
-        count = max(0, count - len(pieces))
-    return rest
 
 
 def _do_nothing() -> None:

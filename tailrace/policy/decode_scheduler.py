@@ -284,7 +284,7 @@ class DecodeScheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Let its blocks go (they stay cached while nobody needs them); compute it again later, from what is left."""
         self.num_preempted += 1
-        self._offer(sequence, gives_way=True)
+        self._offer(sequence)
         sequence.num_offered = sequence.num_computed // self._block_size
         self._remove(sequence)
         sequence.num_computed = sequence.num_planned = 0
@@ -400,11 +400,11 @@ class DecodeScheduler:
             if self._offers is not None:
                 self._offers.pass_over(leaving)
 
-    def _offer(self, sequence: Sequence, *, gives_way: bool = False) -> None:
+    def _offer(self, sequence: Sequence) -> None:
         """It lets its blocks go: the store may want those that are computed."""
         if self._offers is not None:
             chain = sequence.hashes[: sequence.num_computed // self._block_size]
-            self._offers.note_over(chain, sequence.request.tenant, sequence.num_found, gives_way=gives_way)
+            self._offers.note_over(chain, sequence.request.tenant, sequence.num_found)
 
     def _settle_prompt(self, sequence: Sequence, first: list[DrawnToken], step: DecodeStep) -> None:
         """The last chunk drew for every choice. The slot stays with its own choice, if that goes on."""

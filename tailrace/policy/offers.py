@@ -10,7 +10,7 @@ where it went on from what it found, as others may do. What it has let go of is 
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 from tailrace.kv.block_pool import BlockPool
@@ -25,8 +25,6 @@ class CachedChain:
 
     hashes: Sequence[bytes]
     tenant: str = ""
-    is_urgent: bool = False
-    """It will be evicted soon: offered later, it would be offered in vain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +51,10 @@ class OfferPolicy:
         self._over: list[_Over] = []
         self._next_look = 0
 
-    def note_over(self, chain: Sequence[bytes], tenant: str, num_found: int = 0, *, gives_way: bool = False) -> None:
+    def note_over(self, chain: Sequence[bytes], tenant: str, num_found: int = 0) -> None:
         """Nobody here computes on this chain of blocks any more. `num_found`: with so many of them it began."""
         if chain:
-            self._over.append(_Over(CachedChain(chain, tenant, is_urgent=gives_way), num_found))
+            self._over.append(_Over(CachedChain(chain, tenant), num_found))
 
     def pass_over(self, blocks: Sequence[int]) -> None:
         """A sequence has let go of them and goes on: for low water they are not offered."""
@@ -74,9 +72,9 @@ class OfferPolicy:
         return [*ahead, *(chain for chain in kept if chain.hashes)]
 
     def _kept(self, over: _Over) -> list[CachedChain]:
-        hashes = over.chain.hashes
+        hashes, tenant = over.chain.hashes, over.chain.tenant
         if not self._span:
-            return [replace(over.chain, hashes=hashes[: self._mark_offered(hashes)])]
+            return [CachedChain(hashes[: self._mark_offered(hashes)], tenant)]
         blocks = self._pool.find_each(hashes)
         self.pass_over([block for block in blocks if block is not None])
         # One block more: who asks for just these tokens computes the last one again.
@@ -85,7 +83,7 @@ class OfferPolicy:
         pieces = [range(min(first, began), end)] if over.num_found >= first else [range(began, began + self._span)]
         if over.num_found < first:
             pieces.append(range(first, end))
-        return [replace(over.chain, hashes=_cached_end(hashes, blocks, piece)) for piece in pieces]
+        return [CachedChain(_cached_end(hashes, blocks, piece), tenant) for piece in pieces]
 
     def _is_low(self) -> bool:
         return self._pool.num_free < self._mark and self._pool.num_taken >= self._next_look
@@ -106,7 +104,7 @@ class OfferPolicy:
             self._mark_offered(chain)
             num_walked += len(chain)
             if chain:
-                chains.append(CachedChain(chain[-self._span :], self._pool.tenant_of(block), is_urgent=True))
+                chains.append(CachedChain(chain[-self._span :], self._pool.tenant_of(block)))
         return chains
 
     def _looked_at(self) -> list[int]:

@@ -36,7 +36,7 @@ from tailrace.rpc.server import KvOwnerServicer, Server, add_worker
 from tailrace.transfer import PeerEndpoints, PoolMemory, TransferPlane, open_transfer
 from tailrace.types import Role
 from tailrace.worker.attach import Attachments
-from tailrace.worker.cached_lending import POOL_SHARE, CachedLender
+from tailrace.worker.cached_lending import CachedLender
 from tailrace.worker.compute_thread import ComputeThread
 from tailrace.worker.engine_thread import EngineThread
 from tailrace.worker.lending import Lender
@@ -220,12 +220,11 @@ class WorkerHost:
         return self._parts.transfer.owner.endpoints()
 
     async def lend(self, terms: LendTerms) -> AsyncGenerator[LentBlocks | LendDone, None]:
-        lender = self._cached if terms.block_hashes else self._wiring.lender
-        if lender is None:
+        if self._wiring.lender is None and not terms.block_hashes:
             raise ConfigError(f"{self._parts.identity.worker_id} lends cached blocks only", param="ticket")
-        # Who names hashes has proved its link before, and reads by itself: waking the transport's thread buys nothing.
-        with self._parts.transfer.owner.lending("" if terms.block_hashes else terms.transport):
-            async with contextlib.aclosing(lender.lend(terms)) as events:
+        lend = self._cached.lend if self._wiring.lender is None or terms.block_hashes else self._wiring.lender.lend
+        with self._parts.transfer.owner.lending(terms.transport):
+            async with contextlib.aclosing(lend(terms)) as events:
                 async for event in events:
                     yield event
 
@@ -277,8 +276,7 @@ def make_offers(parts: Parts, port: int) -> StoreOffers | None:
     if config.store is None:
         return None
     source = KvSource(identity.worker_id, identity.epoch, advertised_address(config, port), b"")
-    loan_blocks = max(1, parts.pool.num_blocks // POOL_SHARE)
-    return StoreOffers(config.store, identity.secret, source=source, layout=parts.layout, enough=loan_blocks)
+    return StoreOffers(config.store, identity.secret, source=source, layout=parts.layout)
 
 
 def worker_info(config: WorkerConfig, identity: Identity, engine: Engine, port: int) -> WorkerInfo:

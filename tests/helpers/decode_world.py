@@ -129,8 +129,6 @@ class DecodeWorld:
         self.runner = FakeRunner(self.pool, block_size=block_size, max_num_seqs=max_num_seqs, window=window)
         self.offers = OfferPolicy(self.pool, low_water=low_water, span=Window(window, block_size).span)
         self.offered: list[list[bytes]] = []
-        self.num_urgent = 0
-        """Of those offers."""
         self.stored: set[bytes] = set()
         """What others can lend: what the store has taken, and prefixes of prompts. Nothing unless a test says so."""
         self.swap_cost = SwapCost(block_bytes=100, block_tokens=block_size)
@@ -319,7 +317,6 @@ class DecodeWorld:
             chain = list(offer.hashes)
             assert len(self.pool.find_prefix(chain)) == len(chain) > 0, "offered what is not there"
             self.offered.append(chain)
-            self.num_urgent += offer.is_urgent
         for fetch in self.scheduler.swaps.drain_granted():
             request, told = fetch.request, fetch.num_local
             table = fetch.blocks[: fetch.end]

@@ -159,11 +159,11 @@ class Worker:
             self.pool.register(block, name)
         self.pool.release(blocks)
 
-    async def offer(self, store: StoreProcess, *chains: Sequence[bytes], tenant: str = "") -> tuple[bytes, ...]:
+    async def offer(self, store: StoreProcess, chain: Sequence[bytes], tenant: str = "") -> tuple[bytes, ...]:
         peer = Peer(store.address, SECRET)
         try:
             source = KvSource(self.options.worker_id, 7, self.address, b"")
-            return await peer.offer(BlockOffer(source, self.layout, tuple(map(tuple, chains)), tenant))
+            return await peer.offer(BlockOffer(source, self.layout, tuple(chain), tenant))
         finally:
             await peer.close()
 

@@ -1,7 +1,6 @@
 """Meet and Lend: where an owner's blocks can be read, what is asked of it and what it tells."""
 
 from collections.abc import Sequence
-from itertools import accumulate, chain
 
 from tailrace.errors import InvalidRequestError
 from tailrace.kv.hashing import HASH_BYTES
@@ -108,8 +107,7 @@ def offer_to_proto(offer: BlockOffer) -> kv_pb2.OfferRequest:
         epoch=offer.source.epoch,
         address=offer.source.address,
         layout=layout_to_proto(offer.layout),
-        block_hashes=list(chain.from_iterable(offer.chains)),
-        chain_lengths=map(len, offer.chains),
+        block_hashes=offer.block_hashes,
         tenant=offer.tenant,
     )
 
@@ -124,19 +122,9 @@ def offer_from_proto(message: kv_pb2.OfferRequest) -> BlockOffer:
     return BlockOffer(
         source=KvSource(message.worker_id, message.epoch, message.address, b""),
         layout=layout_from_proto(message.layout),
-        chains=_chains_from_proto(message.block_hashes, message.chain_lengths),
+        block_hashes=hashes_from_proto(message.block_hashes),
         tenant=message.tenant,
     )
-
-
-def _chains_from_proto(values: Sequence[bytes], lengths: Sequence[int]) -> tuple[tuple[bytes, ...], ...]:
-    if len(values) > MAX_HASHES:
-        raise InvalidRequestError(f"block_hashes: at most {MAX_HASHES}, not {len(values)}", param="block_hashes")
-    lengths = lengths or (len(values),)
-    if sum(lengths) != len(values) or not all(lengths):
-        raise InvalidRequestError(f"chain_lengths: they must add up to {len(values)}, none is 0", param="chain_lengths")
-    ends = accumulate(lengths)
-    return tuple(hashes_from_proto(values[end - length : end]) for end, length in zip(ends, lengths, strict=True))
 
 
 def hashes_from_proto(values: Sequence[bytes]) -> tuple[bytes, ...]:

@@ -449,7 +449,6 @@ class OfferRequest(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
-    CHAIN_LENGTHS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     address: _builtins.str
@@ -460,15 +459,11 @@ class OfferRequest(_message.Message):
     """
     @_builtins.property
     def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Of one chain or of several, one after another, each from its first block on."""
+        """One chain, from its first block on."""
 
     @_builtins.property
     def layout(self) -> Global___KvLayout:
         """What the blocks are: a store keeps those of one layout."""
-
-    @_builtins.property
-    def chain_lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Blocks of each chain; none: all are of one."""
 
     def __init__(
         self,
@@ -479,11 +474,10 @@ class OfferRequest(_message.Message):
         address: _builtins.str = ...,
         layout: Global___KvLayout | None = ...,
         tenant: _builtins.str = ...,
-        chain_lengths: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_hashes", b"block_hashes", "chain_lengths", b"chain_lengths", "epoch", b"epoch", "layout", b"layout", "tenant", b"tenant", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_hashes", b"block_hashes", "epoch", b"epoch", "layout", b"layout", "tenant", b"tenant", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -49,7 +49,7 @@ async def test_pins_hold_against_what_comes_and_quotas_bound_a_tenant(tmp_path: 
         for name in "cdefghig":
             chain = chain_of(name, 10)
             peer.cache(chain)
-            num_taken += len(await peer.offer(store, chain, tenant="greedy" if name == "c" else ""))
+            num_taken += len(await peer.offer(store, chain, "greedy" if name == "c" else ""))
             await until(store, TAKEN, num_taken)
         assert num_taken > NUM_SLOTS
         await until(store, WRITTEN, num_taken)

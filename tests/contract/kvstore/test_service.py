@@ -51,18 +51,6 @@ async def test_what_one_worker_offers_another_gets(tmp_path: Path, transport: st
         owner.pool.check_integrity()
 
 
-async def test_chains_that_are_offered_together_are_pulled_together() -> None:
-    """The second one is not there any more, the third begins as the first."""
-    async with store_process() as store, worker() as owner, worker("needer") as needer:
-        longer = [*A, *chain_of("longer", 3)]
-        owner.cache(longer)
-        assert await owner.offer(store, A, B, longer) == (*A, *B, *longer[6:])
-        await until(store, TAKEN, 9)
-        assert await needer.pull(store, longer) == 9
-        await all_given_back(store)
-        assert owner.pool.ledger().lent == 0
-
-
 async def test_what_memory_has_no_room_for_is_lent_from_disk(tmp_path: Path) -> None:
     """Eight slots of memory; 24 blocks are offered, and all of them can be had."""
     async with store_process(tmp_path / "slab", cpu_memory=64 * SLOT_BYTES) as store, worker() as peer:
@@ -202,7 +190,7 @@ async def test_a_worker_that_dies_after_its_offer_costs_nothing() -> None:
         await until(store, TAKEN, 6)
         source = KvSource("gone", 1, "127.0.0.1:1", b"")
         caller = Peer(store.address, SECRET)
-        assert len(await caller.offer(BlockOffer(source, LAYOUT, (tuple(B),)))) == 6
+        assert len(await caller.offer(BlockOffer(source, LAYOUT, tuple(B)))) == 6
         await caller.close()
         assert await peer.pull(store, A) == 6
         await all_given_back(store)
@@ -231,7 +219,7 @@ async def test_bad_input_is_refused_by_its_field() -> None:
         with pytest.raises(InvalidRequestError, match="each may be named once"):
             await peer.offer(store, [A[0], A[0]])
         with pytest.raises(InvalidRequestError, match="tenant: at most 64 bytes"):
-            await peer.offer(store, A, tenant="t" * 65)
+            await peer.offer(store, A, "t" * 65)
         stranger = Peer(store.address, b"another secret of 16")
         with pytest.raises(UnauthenticatedError):
             await stranger.ledger()

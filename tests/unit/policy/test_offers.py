@@ -2,8 +2,6 @@
 
 import random
 
-import pytest
-
 from tailrace.kv.block_pool import BlockPool
 from tailrace.policy import offers
 from tailrace.policy.offers import CachedChain, OfferPolicy
@@ -113,19 +111,7 @@ def test_an_offer_names_the_tenant_whether_the_chain_is_over_or_was_looked_for()
     # Over a: b is the next to go.
     cache_chain(pool, hashes_of("d", 1), "dan")
     pool.release(allocated(pool, 3))
-    assert CachedChain(hashes_of("b", 2), "bob", is_urgent=True) in policy.due()
-
-
-@pytest.mark.parametrize("span", [0, 2])
-def test_what_gives_way_is_urgent_and_what_is_over_is_not(span: int) -> None:
-    pool, policy = make(8, low_water=0.0, span=span)
-    for name, gives_way in (("a", True), ("b", False)):
-        cache_chain(pool, hashes_of(name, 3))
-        policy.note_over(hashes_of(name, 3), "", gives_way=gives_way)
-    assert policy.due() == [
-        CachedChain(hashes_of("a", 3), is_urgent=True),
-        CachedChain(hashes_of("b", 3)),
-    ]
+    assert CachedChain(hashes_of("b", 2), "bob") in policy.due()
 
 
 def test_no_mark_means_no_looking() -> None:

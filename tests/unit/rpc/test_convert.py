@@ -12,14 +12,12 @@ from tailrace.errors import ErrorCode, InvalidRequestError, TailraceError
 from tailrace.kv.events import KVEvent, KVEventKind, KVEvents, Tier
 from tailrace.kv.layout import LayerGroup
 from tailrace.messages import (
-    BlockOffer,
     ChoiceFinished,
     Fetch,
     FirstToken,
     Holding,
     HoldingState,
     KvEventBatch,
-    KvSource,
     LedgerReport,
     LegFailed,
     LegReport,
@@ -344,24 +342,6 @@ def test_lent_blocks(first: int, table: list[tuple[int, int, int, Tier]], has_ti
     tiers = bytes(row[3] for row in table) if has_tiers else b""
     lent = LentBlocks(first, *[[row[at] for row in table] for at in range(3)], tiers)
     assert convert.lend_event_from_proto(wired(convert.lent_to_proto(lent))) == lent
-
-
-@given(st.lists(st.integers(1, 5), max_size=4, min_size=1))
-def test_offers(lengths: list[int]) -> None:
-    """Chains may begin alike."""
-    chains = tuple(tuple(bytes([place]) * 16 for place in range(length)) for length in lengths)
-    offer = BlockOffer(KvSource("w", 7, "host:1", b""), make_layout(), chains, "ann")
-    assert convert.offer_from_proto(convert.offer_to_proto(offer)) == offer
-
-
-def test_an_offer_whose_chains_do_not_add_up_is_refused() -> None:
-    message = convert.offer_to_proto(BlockOffer(make_source(), make_layout(), ((b"a" * 16, b"b" * 16),)))
-    for lengths in ([1], [2, 0], [3], [1, 1, 1]):
-        message.chain_lengths[:] = lengths
-        with pytest.raises(InvalidRequestError, match="chain_lengths: they must add up to 2, none is 0"):
-            convert.offer_from_proto(message)
-    message.chain_lengths[:] = []
-    assert convert.offer_from_proto(message).chains == ((b"a" * 16, b"b" * 16),)
 
 
 def test_lent_blocks_of_different_lengths_are_refused() -> None:
