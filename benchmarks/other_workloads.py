@@ -4,7 +4,7 @@ Lengths and shares that are known of public traces are in each docstring; what i
 purpose. A timestamp is in milliseconds; `tailrace simulate --load` stretches all of them.
 
 `python -m benchmarks.other_workloads write KIND FILE` writes a trace of 2,000 requests, `... compare WORKERS` prints
-the table of docs/benchmarks/2026-11-22-other-traces.md, some minutes.
+the first table of docs/benchmarks/2026-11-22-other-traces.md, some minutes.
 """
 
 import json

@@ -5,7 +5,6 @@ all its entries along at once; what they occupy, Redis gets back when their time
 (docs/adr/0018-redis-index.md).
 """
 
-import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -86,9 +85,9 @@ class RedisIndex:
         """By mark."""
         parts = self._parts(hashes)
         calls = [ScriptCall(SEARCH, (), (self._keys.before_braces, b"".join(part.hashes))) for part in parts.values()]
-        search = self._client.all(calls, list(parts))
-        # A task would take as long as half the search of a single Redis.
-        answers = await search if self._is_fresh else (await asyncio.gather(search, self._read_registry()))[0]
+        answers = await self._client.all(calls, list(parts))
+        if not self._is_fresh:
+            await self._take_registry(await self._client.all(self._registry.read_commands()))
         return _combined(zip(parts.values(), answers, strict=True), len(hashes))
 
     def _parts(self, hashes: Sequence[bytes]) -> Mapping[Node, "_Part"]:
@@ -127,9 +126,6 @@ class RedisIndex:
     def _is_fresh(self) -> bool:
         """What is known of the registry."""
         return time.monotonic() - self._registry_read_at < REGISTRY_AGE_S
-
-    async def _read_registry(self) -> None:
-        await self._take_registry(await self._client.all(self._registry.read_commands()))
 
     async def _take_registry(self, answers: list[object]) -> None:
         await self._registry.take(answers)

@@ -1,9 +1,9 @@
 """What other routers have sent to the same workers: each tells of itself, and is believed for a short time.
 
 Two kinds of numbers keep a request from being counted twice. Seconds of prefill are all that a router has outstanding
-at a worker; the pricing takes the larger of their sum over all routers and of what the worker reports, as it does with
-its own. Tokens and sequences are only those that the teller does not yet expect in the worker's load report, and are
-added to it. No clock in here: every call brings the time.
+at a worker; the pricing adds them up over all routers, and then nothing of what the worker says is waiting. Tokens and
+sequences are only those that the teller does not yet expect in the worker's load report, and are added to it. No clock
+in here: every call brings the time.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

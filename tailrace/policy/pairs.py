@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import median_low
 from typing import Protocol
 
 from tailrace.messages import OwnerRate
@@ -45,7 +45,7 @@ class ToldRates:
     def update(self, meters: Mapping[str, Meter], now_s: float) -> None:
         """`meters`: by owner, of all that can still be read from."""
         measured = {owner: meter for owner, meter in meters.items() if meter.num_samples >= MIN_SAMPLES}
-        usual = median(meter.bytes_per_s for meter in measured.values()) if measured else 0.0
+        usual = median_low(meter.bytes_per_s for meter in measured.values()) if measured else 0.0
         before = {rate.owner_id: rate.bytes_per_s for rate in self.rates}
         rates = tuple(
             OwnerRate(owner, _told(meter.bytes_per_s, before.get(owner)))
@@ -80,7 +80,7 @@ class PairRates:
         told = {rate.owner_id: rate.bytes_per_s for rate in rates if 0.0 < rate.bytes_per_s < math.inf}
         if not told:
             return cls()
-        usual = median(told.values())
+        usual = median_low(told.values())
         return cls(usual, {owner: rate for owner, rate in told.items() if rate != usual}, max(told.values()))
 
 

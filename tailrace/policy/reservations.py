@@ -52,7 +52,7 @@ class Reservations:
         hashes: Sequence[bytes],
         prefill_s: float,
         now_s: float,
-        num_tokens: int = 0,
+        num_tokens: int,
     ) -> None:
         """`num_tokens`: of the prompt. Raises ValueError for a handle that is held already."""
         queue = self._queues.setdefault(worker_id, _Queue())
@@ -97,7 +97,7 @@ class Reservations:
         queue = self._queues.get(worker_id)
         return queue.backlog_s(now_s) if queue is not None else 0.0
 
-    def backlog_tokens(self) -> dict[str, float]:
+    def backlog_tokens(self) -> dict[str, int]:
         """All tokens of the prompts that are held, by worker: no fewer than the worker counts of them, which has not
         looked for what is cached of those that wait."""
         return {worker_id: queue.waiting_tokens for worker_id, queue in self._queues.items()}

@@ -111,8 +111,9 @@ class Router:
         others = self._others.in_flight(now_s)
         live = Live(
             backlog_s=self._backlogs_s(prefills, others, now_s),
-            # Of workers to which other routers say what they have sent, everything is known: nothing is beyond it.
-            backlog_tokens={**self._reservations.backlog_tokens(), **dict.fromkeys(others, math.inf)},
+            # Where another router says what prompts it has sent, everything is known: nothing is beyond it.
+            backlog_tokens=self._reservations.backlog_tokens()
+            | {name: math.inf for name, there in others.items() if there.prefill_s or there.marks},
             waiting=self._crowding.waiting(),
             ways=lenders.ways if lenders is not None else None,
             held=self._held(found, runs, hashes, lenders) if lenders is not None else (),
@@ -142,7 +143,7 @@ class Router:
             hashes=tuple(hashes) if is_named else (),
             known_blocks=max(hits.values(), default=0) if is_named else 0,
             num_prompt_tokens=request.num_prompt_tokens,
-            is_measured=any(view.prefill_tokens_per_s > 0.0 for view in chain(prefills, decodes)),
+            is_measured=any(0.0 < view.prefill_tokens_per_s < math.inf for view in chain(prefills, decodes)),
         )
 
     def _held(

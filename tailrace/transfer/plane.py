@@ -24,7 +24,7 @@ class TransferPlane:
         """Whether nothing is in flight any more, so that the pool may be unmapped. Idempotent."""
         await self.needer.close()
         await self.owner.close()
-        return all([await asyncio.to_thread(driver.close) for driver in self._drivers])
+        return all(await asyncio.gather(*(asyncio.to_thread(driver.close) for driver in self._drivers)))
 
 
 async def open_transfer(memory: PoolMemory, options: TransferOptions) -> TransferPlane:
@@ -46,16 +46,20 @@ async def open_transfer(memory: PoolMemory, options: TransferOptions) -> Transfe
 
 async def _start_nixl(memory: PoolMemory, options: TransferOptions) -> tuple[list[NixlDriver], str]:
     """The driver that lends and the one that reads; none, and why."""
-    drivers: list[NixlDriver] = []
     if options.preference == "stream":
-        return drivers, "the options ask for a stream"
+        return [], "the options ask for a stream"
     try:
-        for side in ("lends", "reads"):
-            drivers.append(await asyncio.to_thread(start_nixl, memory, options, side))
+        return await asyncio.to_thread(_start_both, memory, options), ""
     except TransferError as error:
-        for driver in drivers:
-            driver.close()
         if options.preference == "nixl":
             raise
         return [], error.message
-    return drivers, ""
+
+
+def _start_both(memory: PoolMemory, options: TransferOptions) -> list[NixlDriver]:
+    lends = start_nixl(memory, options, "lends")
+    try:
+        return [lends, start_nixl(memory, options, "reads")]
+    except BaseException:
+        lends.close()
+        raise

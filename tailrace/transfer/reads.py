@@ -177,7 +177,7 @@ def judge(plan: ReadPlan, stamps: npt.NDArray[np.uint64]) -> tuple[ReadOutcome, 
 
 @dataclass(slots=True)
 class _Sample:
-    began_s: float
+    first_over_s: float
     num_bytes: int
     seconds: float
 
@@ -189,8 +189,9 @@ class _Sample:
 class RateMeter:
     """How fast one link is, by its last reads: the rate that half of their bytes came at, or faster.
 
-    One slow transfer among others does not change it. Reads that begin within SAMPLE_S of one another are one sample,
-    so that the chunks of one prompt do not outvote those before. Only time in which bytes move is to be counted.
+    One slow transfer changes it only if it is as large as all others together. Reads that end within SAMPLE_S of a
+    sample's first are one sample, so that the chunks of one prompt do not outvote those before. Only time in which
+    bytes move is to be counted.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -207,7 +208,7 @@ class RateMeter:
         with self._lock:
             self.used_s = self._clock()
             last = self._samples[-1] if self._samples else None
-            if last is not None and self.used_s - last.began_s < SAMPLE_S:
+            if last is not None and self.used_s - last.first_over_s < SAMPLE_S:
                 last.num_bytes += num_bytes
                 last.seconds += seconds
             else:

@@ -53,7 +53,7 @@ class FakeHolder:
 
     transport = "stream"
     broken = False
-    rate = RateMeter()
+    rate: RateMeter = field(default_factory=RateMeter)
 
     def read(self, reads: Sequence[BlockRead]) -> PendingRead:
         pending = PendingRead(asyncio.get_running_loop())

@@ -111,6 +111,14 @@ def test_what_the_worker_reports_is_not_counted_again() -> None:
     assert queue_s(decide(other, chain(10, 1), 0.1, reported), "p0") == pytest.approx(1.601)
 
 
+def test_a_worker_s_own_prompts_count_where_others_tell_of_no_prompt_there() -> None:
+    router = Router(MemoryIndex())
+    told = RouterNews({"p0": InFlight(0.0, 10, 1)})
+    router.hear("other", told, 0.0, 1.0)
+    reported = [replace(WORKERS[0], waiting_tokens=1601, num_waiting=1), *WORKERS[1:]]
+    assert queue_s(decide(router, chain(10, 1), 0.1, reported), "p0") == pytest.approx(1.601)
+
+
 def test_own_and_others_prefills_add_up() -> None:
     one, other = Router(MemoryIndex()), Router(MemoryIndex())
     for number, router in enumerate((one, other)):

@@ -1,6 +1,7 @@
 """Leaving out whoever cannot win changes no choice, and leaves few."""
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Mapping
 
@@ -88,7 +89,7 @@ class World:
                 views[at] = self.view(views[at].worker_id, views[at].role)
 
     def request(self) -> tuple[RouteRequest, Mapping[str, int], Live]:
-        rand = self.random
+        rand, prefills = self.random, [view.worker_id for view in self.views["p"]]
         num_tokens = rand.choice((1, BLOCK, rand.randint(1, 200), rand.randint(1, 20_000)))
         blocks = num_tokens // BLOCK
         found = rand.sample(self.names, k=rand.randint(0, min(6, len(self.names))))
@@ -96,8 +97,13 @@ class World:
         hits = {one.holder_id: rand.randint(one.depth, blocks) for one in held}
         ways = Rates({(a, b): rand.choice((1e6, 1e8, 1e10)) for a in found for b in self.names if rand.random() < 0.8})
         live = Live(
-            backlog_s=rand.choice((None, {name: rand.uniform(0.0, 2.0) for name in self.names[::2]})),
-            backlog_tokens={name: rand.uniform(0.0, 30_000.0) for name in self.names[::3]},
+            backlog_s=rand.choice(
+                (None, *({name: rand.uniform(0.0, 2.0) for name in names} for names in (self.names[::2], prefills)))
+            ),
+            backlog_tokens={
+                name: rand.choice((math.inf, rand.uniform(0.0, 400.0), rand.uniform(0.0, 30_000.0)))
+                for name in self.names[:: rand.randint(1, 3)]
+            },
             waiting={name: rand.uniform(0.0, 3.0) for name in self.names[::3]},
             ways=rand.choice((None, ways)),
             held=held,
@@ -106,6 +112,8 @@ class World:
             preferred=rand.choice((None, Preferred(rand.choice(("", *self.names)), rand.choice(self.names)))),
         )
         request = RouteRequest(num_tokens, BLOCK, rand.randint(1, 4), rand.choice((b"", b"a")), rand.random() < 0.8)
+        if rand.random() < 0.3:
+            request = dataclasses.replace(request, window=rand.choice((BLOCK + 1, 100, 4000)))
         return request, hits, live
 
 
