@@ -7,9 +7,11 @@ time, and a needer that has waited for as long as computing would take computes 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 from tailrace.kv.block_pool import BlockPool, RevocableLoan
 from tailrace.kv.events import Tier
+from tailrace.policy.estimates import PrefillFit
 from tailrace.policy.fetching import FetchRates, patience_s
 from tailrace.policy.prefix_fetches import PrefixFetch
 from tailrace.policy.routing import PrefixRange, Way
@@ -26,6 +28,25 @@ POOL_SHARE = 10
 _KINDS = {"worker": Tier.WORKER, "decode": Tier.WORKER, "cpu": Tier.CPU, "nvme": Tier.NVME}
 _KNOWN_BYTES = (1 << 20, 1 << 30)
 Act = Callable[[float], None]
+
+
+class Needer(Protocol):
+    """A worker that fetches what it is about to compute after."""
+
+    @property
+    def worker_id(self) -> str: ...
+
+    @property
+    def block_tokens(self) -> int: ...
+
+    @property
+    def fit(self) -> PrefillFit: ...
+
+    def drain_granted(self) -> Sequence[tuple[PrefillJob, PrefixFetch]]: ...
+
+    def landed(self, fetch: PrefixFetch, blocks: Sequence[int]) -> None: ...
+
+    def end_fetch(self, job: PrefillJob, fetch: PrefixFetch, shares: Sequence[FetchedShare], tier: str) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +71,7 @@ class _Pull:
     """One request's prefix."""
 
     job: PrefillJob
-    needer: PrefillNode
+    needer: Needer
     fetch: PrefixFetch
     shares: list[_Share] = field(default_factory=list)
     is_late: bool = False
@@ -121,7 +142,7 @@ class Fetching:
         self._wake = wake
         self._network = Network()
 
-    def begin(self, needer: PrefillNode, now_s: float) -> None:
+    def begin(self, needer: Needer, now_s: float) -> None:
         """What its scheduler has given room to since the last call."""
         for job, fetch in needer.drain_granted():
             pull = _Pull(job, needer, fetch)
@@ -133,13 +154,16 @@ class Fetching:
                 self._ask(pull, share, now_s)
 
     def _ask(self, pull: _Pull, share: _Share, now_s: float) -> None:
-        lend = partial(self._lend, pull, share)
-        if share.holder_id in self._holders.prefills:
-            self._holders.prefills[share.holder_id].tell(lend, now_s)
-        elif share.holder_id in self._holders.decodes:
-            self._at(self._holders.decodes[share.holder_id].answers_at_s(now_s), lend)
+        self._tell(share.holder_id, partial(self._lend, pull, share), now_s)
+
+    def _tell(self, worker_id: str, command: Act, now_s: float) -> None:
+        """At once, or when the step that it computes is over; a store computes nothing."""
+        if worker_id in self._holders.prefills:
+            self._holders.prefills[worker_id].tell(command, now_s)
+        elif worker_id in self._holders.decodes:
+            self._at(self._holders.decodes[worker_id].answers_at_s(now_s), command)
         else:
-            lend(now_s)
+            command(now_s)
 
     def _lend(self, pull: _Pull, share: _Share, now_s: float) -> None:
         """The holder lends what it really has, and the needer begins to read."""
@@ -180,14 +204,14 @@ class Fetching:
         if not was_revoked:
             places = share.missing[:num_blocks]
             share.num_landed += num_blocks
-            pull.needer.tell(partial(self._landed, pull, places), now_s)
+            self._tell(pull.needer.worker_id, partial(self._landed, pull, places), now_s)
         if has_more and not was_revoked and not pull.is_late:
             self._ask(pull, share, now_s)
         else:
             self._over(pull, share, now_s)
 
     def _landed(self, pull: _Pull, places: range, now_s: float) -> None:
-        pull.needer.landed(pull.job, [pull.fetch.blocks[place] for place in places])
+        pull.needer.landed(pull.fetch, [pull.fetch.blocks[place] for place in places])
 
     def _run_out(self, pull: _Pull, now_s: float) -> None:
         """Who has not answered is waited for no more. A read that has begun is, for it could still write."""
@@ -200,7 +224,7 @@ class Fetching:
         share.is_over = True
         share.ended_s = now_s
         if all(other.is_over for other in pull.shares):
-            pull.needer.tell(partial(self._ended, pull), now_s)
+            self._tell(pull.needer.worker_id, partial(self._ended, pull), now_s)
 
     def _ended(self, pull: _Pull, now_s: float) -> None:
         found = [FetchedShare(s.holder_id, s.num_landed, s.ended_s - s.asked_s) for s in pull.shares]

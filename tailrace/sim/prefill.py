@@ -22,7 +22,7 @@ from tailrace.worker.rates import FIT_FORGET, FIT_SPREAD
 
 EPOCH = 1
 LAYOUT = b"simulated"
-_SAMPLING = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
+SAMPLING = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
 _STOP = StopRule(frozenset(), 2 * MAX_TOKENS)
 
 
@@ -53,6 +53,10 @@ class PrefillJob:
     fetched_tokens: int = 0
     num_pulled_blocks: int = 0
     """Those that its decode worker can have pulled before the last step ended."""
+
+    def end_fetch(self, fetch: PrefixFetch, shares: Sequence[FetchedShare], tier: str, block_tokens: int) -> None:
+        self.fetches, self.fetch_tier = shares, tier
+        self.fetched_tokens = (fetch.num_ready - fetch.num_local) * block_tokens
 
 
 @dataclass(slots=True)
@@ -99,7 +103,7 @@ class PrefillNode:
         hashes = list(request.full_hashes(self.block_tokens))
         # A source is said to hold all of the chain up to its last block.
         elsewhere = [range(source.first_block + source.num_blocks) for source in job.sources]
-        asked = Request(job.number, tokens, request.num_prompt_tokens, _SAMPLING, hashes=hashes)
+        asked = Request(job.number, tokens, request.num_prompt_tokens, SAMPLING, hashes=hashes)
         self._scheduler.submit(asked, elsewhere)
 
     def tell(self, command: Callable[[float], None], now_s: float) -> None:
@@ -177,13 +181,12 @@ class PrefillNode:
         """Requests whose prefix can be read now; each once, and ends with `end_fetch`."""
         return [(self._jobs[fetch.request.id], fetch) for fetch in self._scheduler.drain_granted()]
 
-    def landed(self, job: PrefillJob, blocks: Sequence[int]) -> None:
-        self._scheduler.landed(job.number, blocks)
+    def landed(self, fetch: PrefixFetch, blocks: Sequence[int]) -> None:
+        self._scheduler.landed(fetch.request.id, blocks)
 
     def end_fetch(self, job: PrefillJob, fetch: PrefixFetch, shares: Sequence[FetchedShare], tier: str) -> None:
         """Nothing more comes: what has not is computed. `tier`: where most of it was."""
-        job.fetches, job.fetch_tier = shares, tier
-        job.fetched_tokens = (fetch.num_ready - fetch.num_local) * self.block_tokens
+        job.end_fetch(fetch, shares, tier, self.block_tokens)
         self._scheduler.end_fetch(job.number)
 
     # -- telling ------------------------------------------------------------------------------------------------------

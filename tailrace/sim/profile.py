@@ -44,8 +44,14 @@ class HardwareProfile:
     """What a request spends before its first token in the gateway and between processes, the worker being free."""
     fetch_overhead_s: float = 0.0
     """Of a fetch beside its bytes, the holder being idle: asking for the loan, the first read, telling both engines."""
+    step_per_row_s: float = 0.0
+    """What a sequence adds to a decode step beside its context."""
+    handoff_overhead_s: float = 0.0
+    """From a prompt's last step to the batch of its decode worker, beside the bytes that are not hidden."""
     contention: float = 0.0
-    """Of workers that share a machine: how much longer a step takes while all others compute, as a share of it."""
+    """Of workers that share a machine: how much longer a step takes while all others prefill, as a share of it."""
+    cores: int = 0
+    """That all workers share, each computing on one at a time; 0: each has its own."""
     max_num_seqs: int = 64
     """Of a prefill worker."""
 
@@ -81,8 +87,10 @@ class HardwareProfile:
         return self.kv_bytes_per_token / self.memory_bytes_per_s
 
     def exposed_transfer_s(self, prompt_tokens: int) -> float:
-        """The last chunk's bytes over the link: what came before moved while prefill computed."""
-        return min(prompt_tokens, self.chunk_tokens) * self.kv_bytes_per_token / self.link_bytes_per_s
+        """The last chunk's bytes over the link, and what a hand-off takes beside them: what came before moved while
+        prefill computed."""
+        num_bytes = min(prompt_tokens, self.chunk_tokens) * self.kv_bytes_per_token
+        return self.handoff_overhead_s + num_bytes / self.link_bytes_per_s
 
     def slowed(self, factor: float) -> "HardwareProfile":
         """Prefills that take `factor` times as long."""

@@ -68,6 +68,8 @@ class RequestRecord:
     hit_tokens: int = 0
     fetched_tokens: int = 0
     tier: str = ""
+    is_local: bool = False
+    """A decode worker prefilled."""
     prefill_s: float = float("nan")
     """From the step that admitted it to the one that computed its last token."""
     first_token_s: float = float("nan")
@@ -146,6 +148,7 @@ class Simulator:
                 options.decode_blocks or options.blocks_per_worker,
                 options.decode_max_num_seqs,
                 options.profile,
+                block_tokens=self._workload.block_tokens,
                 stepwise=options.stepwise_decode,
             )
             for number in range(options.num_decode or 0)
@@ -184,7 +187,8 @@ class Simulator:
         request = record.request
         self._ways.advance(now_s)
         route = self._router.route(
-            RouteRequest(request.num_prompt_tokens, self._workload.block_tokens, local_prefill=False),
+            # Nobody's batch would be held up by prompts of as many decode workers as are needed.
+            RouteRequest(request.num_prompt_tokens, self._workload.block_tokens, local_prefill=bool(self._decodes)),
             request.hashes,
             [node.view() for node in self._prefills.values()],
             self._decode_views(now_s),
@@ -192,18 +196,24 @@ class Simulator:
             bytes_per_token=self._profile.kv_bytes_per_token,
             now_s=now_s,
         )
-        if route is None or route.prefill_id is None:
+        if route is None:
             return
-        self._router.hold(route, number, now_s, len(self._prefills))
-        record.worker_id = route.prefill_id
-        node = self._prefills[route.prefill_id]
+        record.worker_id, record.is_local = route.prefill_id or route.decode_id, route.prefill_id is None
         job = PrefillJob(number, request, route.decode_id, route.sources)
-        node.tell(lambda _: node.accept(job), now_s)
-        self._start(node, now_s)
+        self._router.hold(route, number, now_s, len(self._decodes if record.is_local else self._prefills))
+        if record.is_local:
+            local = self._decodes[route.decode_id]
+            local.accept_local(job, self._decode_job(local, job), now_s)
+            self._plan(local, now_s)
+        else:
+            node = self._prefills[record.worker_id]
+            node.tell(lambda _: node.accept(job), now_s)
+            self._start(node, now_s)
 
     def _wake(self, worker_id: str, now_s: float) -> None:
         """Something that it waits for may be there."""
         if worker_id in self._decodes:
+            self._decodes[worker_id].wake()
             self._plan(self._decodes[worker_id], now_s)
         else:
             self._start(self._prefills[worker_id], now_s)
@@ -214,16 +224,27 @@ class Simulator:
         seconds = node.start(now_s, self._slowdown(node, now_s))
         if seconds is None:
             self._report(node, now_s)
+            self._share_cores(now_s)
         else:
             self._at(now_s + seconds, partial(self._stepped, node))
+            self._share_cores(now_s)
 
-    def _slowdown(self, node: PrefillNode, now_s: float) -> float:
+    def _slowdown(self, node: PrefillNode | DecodeNode, now_s: float) -> float:
         """Of a step that begins now, by how fast the machine is and who else computes."""
+        profile = self._profile
         pace = next((pace.factor for pace in reversed(self._options.paces) if pace.from_s <= now_s), 1.0)
-        if not self._profile.contention or len(self._prefills) < 2:
+        if not (profile.contention or profile.cores):
             return pace
         others = sum(other.is_computing for other in self._prefills.values() if other is not node)
-        return pace * (1.0 + self._profile.contention * others / (len(self._prefills) - 1))
+        share = min(1.0, others / max(1, len(self._prefills) - 1))
+        busy = 1 + others + sum(other.is_computing for other in self._decodes.values() if other is not node)
+        return pace * (1.0 + profile.contention * share) * (max(1.0, busy / profile.cores) if profile.cores else 1.0)
+
+    def _share_cores(self, now_s: float) -> None:
+        """Decode workers' steps are many in one event: whoever begins or ends to compute changes what they take."""
+        if self._profile.cores:
+            for node in self._decodes.values():
+                self._plan(node, now_s)
 
     def _stepped(self, node: PrefillNode, now_s: float) -> None:
         done = node.finish()
@@ -241,17 +262,21 @@ class Simulator:
     def _prefilled(self, node: PrefillNode, job: PrefillJob, now_s: float) -> None:
         if store := self._stores.get(node.worker_id):
             store[0].put(job.request.hashes, self._index)
-        self._router.release(node.worker_id, job.number, now_s)
+        self._computed(node.worker_id, job, now_s)
+        self._at(
+            now_s + self._profile.exposed_transfer_s(job.request.num_prompt_tokens), partial(self._moved, node, job)
+        )
+
+    def _computed(self, worker_id: str, job: PrefillJob, now_s: float) -> None:
+        """Wherever it was."""
+        self._router.release(worker_id, job.number, now_s)
         for share in job.fetches:
-            self._ways.learn(node.worker_id, share, self._block_bytes, now_s)
+            self._ways.learn(worker_id, share, self._block_bytes, now_s)
         record = self._records[job.number]
         record.hit_tokens, record.fetched_tokens = job.hit_tokens, job.fetched_tokens
         record.tier = job.fetch_tier if job.fetched_tokens else ""
         record.prefill_s = now_s - (job.started_s if job.started_s is not None else now_s)
         record.first_token_s = now_s + self._profile.request_overhead_s
-        self._at(
-            now_s + self._profile.exposed_transfer_s(job.request.num_prompt_tokens), partial(self._moved, node, job)
-        )
 
     def _moved(self, node: PrefillNode, job: PrefillJob, now_s: float) -> None:
         """The decode worker has all of the prompt's KV."""
@@ -263,9 +288,9 @@ class Simulator:
             record.finished_s = record.first_token_s
             self._keep(job)
         elif job.decode_id in self._decodes:
-            self._join(self._decodes[job.decode_id], job, steps, now_s)
+            self._join(self._decodes[job.decode_id], job, now_s)
         else:
-            record.finished_s = now_s + self._alone_s(job.request.num_prompt_tokens, steps)
+            self._finished(job.number, now_s + self._alone_s(job.request.num_prompt_tokens, steps))
 
     def _keep(self, job: PrefillJob) -> None:
         """A request that ends with its first token ends the pull of it: what earlier steps computed has come."""
@@ -276,17 +301,27 @@ class Simulator:
     def _alone_s(self, context: int, steps: int) -> float:
         """`steps` decode steps of a batch of one."""
         profile = self._profile
-        return steps * profile.step_base_s + profile.step_per_token_s * (steps * context + steps * (steps - 1) / 2)
+        return steps * (profile.step_base_s + profile.step_per_row_s) + profile.step_per_token_s * (steps * context + steps * (steps - 1) / 2)
 
-    def _join(self, node: DecodeNode, job: PrefillJob, steps: int, now_s: float) -> None:
-        tokens = job.request.num_prompt_tokens + job.request.num_output_tokens
-        num_blocks = min(node.pool.num_blocks, -(-tokens // self._workload.block_tokens))
-        hashes = (*job.request.full_hashes(self._workload.block_tokens), *job.request.answer_hashes)[:num_blocks]
-        node.accept(DecodeJob(job.number, job.request.num_prompt_tokens, steps, num_blocks, hashes), now_s)
+    def _join(self, node: DecodeNode, job: PrefillJob, now_s: float) -> None:
+        node.accept(self._decode_job(node, job), now_s)
         self._plan(node, now_s)
+
+    def _decode_job(self, node: DecodeNode, job: PrefillJob) -> DecodeJob:
+        request, block_tokens = job.request, self._workload.block_tokens
+        tokens = request.num_prompt_tokens + request.num_output_tokens
+        num_blocks = min(node.pool.num_blocks, -(-tokens // block_tokens))
+        hashes = (*request.full_hashes(block_tokens), *request.answer_hashes)[:num_blocks]
+        return DecodeJob(job.number, request.num_prompt_tokens, max(0, request.num_output_tokens - 1), num_blocks, hashes)
+
+    def _finished(self, number: int, now_s: float) -> None:
+        """Its last token takes the same way to the client as its first."""
+        self._records[number].finished_s = now_s + self._profile.request_overhead_s
 
     def _plan(self, node: DecodeNode, now_s: float) -> None:
         """The node's next event; one that was planned before is void."""
+        if self._profile.cores:
+            node.slow_down(self._slowdown(node, now_s), now_s)
         self._versions[node.worker_id] += 1
         when_s = node.next_event_s(now_s)
         if when_s is not None:
@@ -295,7 +330,11 @@ class Simulator:
     def _step(self, node: DecodeNode, version: int, now_s: float) -> None:
         if version != self._versions[node.worker_id]:
             return
-        for left in node.advance(now_s):
-            self._records[left.number].finished_s = now_s
+        change = node.advance(now_s)
+        for job in change.prefilled:
+            self._computed(node.worker_id, job, now_s)
+        for left in change.left:
+            self._finished(left.number, now_s)
         node.publish(self._index)
+        self._fetching.begin(node, now_s)
         self._plan(node, now_s)

@@ -25,7 +25,7 @@ def finish_times(
             node.accept(job, now_s)
         elif event_s is not None:
             now_s = event_s
-            for left in node.advance(now_s):
+            for left in node.advance(now_s).left:
                 times[left.number] = now_s
         else:
             return times

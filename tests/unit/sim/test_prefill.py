@@ -27,7 +27,7 @@ def run_step(node: PrefillNode) -> list[int]:
 def end_fetch(node: PrefillNode, job: PrefillJob, *, num_landed: int) -> None:
     ((granted, fetch),) = node.drain_granted()
     assert granted is job
-    node.landed(job, fetch.blocks[fetch.num_local : fetch.num_local + num_landed])
+    node.landed(fetch, fetch.blocks[fetch.num_local : fetch.num_local + num_landed])
     node.end_fetch(job, fetch, [FetchedShare("p1", num_landed, 0.1)], "worker")
 
 

@@ -141,10 +141,11 @@ def test_an_answer_is_fetched_from_the_worker_that_wrote_it() -> None:
     first = dataclasses.replace(
         make_request(0.0, 1, 2, output=2 * BLOCK + 1), answer_hashes=(block_name(3), block_name(4))
     )
-    second = make_request(60.0, 1, 2, 3, 4, 5)
+    # Two blocks beyond: the decode worker may not compute them itself.
+    second = make_request(60.0, 1, 2, 3, 4, 5, 6)
     workload = of(first, second)
     alone, fetched = (simulate(workload, num_workers=1, num_decode=1, fetch=fetch) for fetch in (False, True))
-    total = 2 + 5
+    total = 2 + 6
     assert (alone.hit_rate, alone.fetch_rate) == (pytest.approx(2 / total), 0.0)
     assert (fetched.hit_rate, fetched.tier_hits["decode"]) == (pytest.approx(2 / total), pytest.approx(2 / total))
     assert (fetched.oracle_hit_rate, fetched.oracle_answers_hit_rate) == pytest.approx((2 / total, 4 / total))
