@@ -1,5 +1,5 @@
 """A hardware profile from measurements, by least squares: what a step of prefill, a token, a square token and a token
-of KV before a chunk cost, and a fetch beside its bytes."""
+of KV before a chunk cost, a decode step by its rows and its context, and a fetch beside its bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +18,16 @@ class PrefillSample:
 
     cached_tokens: int
     prompt_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSample:
+    """Steps of a batch on an otherwise idle machine, what is between two steps included."""
+
+    num_rows: int
+    num_context: int
+    """Tokens of all rows."""
     seconds: float
 
 
@@ -51,6 +61,22 @@ def calibrated(base: HardwareProfile, samples: Sequence[PrefillSample]) -> Hardw
         flops_per_s=2.0 * base.num_parameters / token_s,
         attention_flops_per_s=2.0 * base.num_layers * base.hidden_size / square_s if square_s > 0.0 else float("inf"),
     )
+
+
+def with_decode(base: HardwareProfile, samples: Sequence[DecodeSample]) -> HardwareProfile:
+    """`base` with what a decode step costs, a row in it and a token of their context, by least squares.
+
+    None is below 0; context that cannot be told from noise costs what it did. Raises ValueError for fewer than three
+    kinds of batches.
+    """
+    if len({(sample.num_rows, sample.num_context) for sample in samples}) < 3:
+        raise ValueError("batches of 3 kinds at least are needed")
+    terms = np.array([(1.0, sample.num_rows, sample.num_context) for sample in samples])
+    seconds = np.array([sample.seconds for sample in samples])
+    step_s, row_s, token_s = _least_squares(terms / seconds[:, None])
+    rate = base.kv_bytes_per_token / token_s if token_s > 0.0 else base.memory_bytes_per_s
+    weight_bytes = max(0.0, step_s - base.step_overhead_s) * rate
+    return replace(base, memory_bytes_per_s=rate, weight_bytes=weight_bytes, step_per_row_s=row_s)
 
 
 def with_fetches(base: HardwareProfile, samples: Sequence[FetchSample]) -> HardwareProfile:

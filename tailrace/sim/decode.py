@@ -240,7 +240,8 @@ class DecodeNode:
             self.pool.acquire(found)
             fresh = self.pool.allocate(job.num_blocks - len(found))
             slot = self._slots.take()
-            assert fresh is not None and slot is not None, "_can_join counted them"
+            assert fresh is not None, "_can_join counted them"
+            assert slot is not None, "_can_join has looked"
             self._enter(job, found + fresh, slot)
 
     def _enter(self, job: DecodeJob, blocks: list[int], slot: int) -> None:

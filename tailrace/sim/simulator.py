@@ -28,10 +28,14 @@ UNLIMITED = "unlimited"
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast the machine is from a time on: a step takes `factor` times as long as the profile says."""
+    """How fast the machine is from a time on: steps take so many times as long as the profile says."""
 
     from_s: float
-    factor: float
+    prefill: float = 1.0
+    decode: float = 1.0
+
+
+_AS_PROMISED = Pace(0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +225,7 @@ class Simulator:
     def _start(self, node: PrefillNode, now_s: float) -> None:
         if node.is_computing:
             return
-        seconds = node.start(now_s, self._slowdown(node, now_s))
+        seconds = node.start(now_s, self._pace(now_s).prefill * self._slowdown(node, now_s))
         if seconds is None:
             self._report(node, now_s)
             self._share_cores(now_s)
@@ -230,15 +234,17 @@ class Simulator:
             self._share_cores(now_s)
 
     def _slowdown(self, node: PrefillNode | DecodeNode, now_s: float) -> float:
-        """Of a step that begins now, by how fast the machine is and who else computes."""
+        """Of a step that begins now, by who else computes."""
         profile = self._profile
-        pace = next((pace.factor for pace in reversed(self._options.paces) if pace.from_s <= now_s), 1.0)
         if not (profile.contention or profile.cores):
-            return pace
+            return 1.0
         others = sum(other.is_computing for other in self._prefills.values() if other is not node)
         share = min(1.0, others / max(1, len(self._prefills) - 1))
         busy = 1 + others + sum(other.is_computing for other in self._decodes.values() if other is not node)
-        return pace * (1.0 + profile.contention * share) * (max(1.0, busy / profile.cores) if profile.cores else 1.0)
+        return (1.0 + profile.contention * share) * (max(1.0, busy / profile.cores) if profile.cores else 1.0)
+
+    def _pace(self, now_s: float) -> Pace:
+        return next((pace for pace in reversed(self._options.paces) if pace.from_s <= now_s), _AS_PROMISED)
 
     def _share_cores(self, now_s: float) -> None:
         """Decode workers' steps are many in one event: whoever begins or ends to compute changes what they take."""
@@ -301,7 +307,8 @@ class Simulator:
     def _alone_s(self, context: int, steps: int) -> float:
         """`steps` decode steps of a batch of one."""
         profile = self._profile
-        return steps * (profile.step_base_s + profile.step_per_row_s) + profile.step_per_token_s * (steps * context + steps * (steps - 1) / 2)
+        read = steps * context + steps * (steps - 1) / 2
+        return steps * (profile.step_base_s + profile.step_per_row_s) + profile.step_per_token_s * read
 
     def _join(self, node: DecodeNode, job: PrefillJob, now_s: float) -> None:
         node.accept(self._decode_job(node, job), now_s)
@@ -312,7 +319,9 @@ class Simulator:
         tokens = request.num_prompt_tokens + request.num_output_tokens
         num_blocks = min(node.pool.num_blocks, -(-tokens // block_tokens))
         hashes = (*request.full_hashes(block_tokens), *request.answer_hashes)[:num_blocks]
-        return DecodeJob(job.number, request.num_prompt_tokens, max(0, request.num_output_tokens - 1), num_blocks, hashes)
+        return DecodeJob(
+            job.number, request.num_prompt_tokens, max(0, request.num_output_tokens - 1), num_blocks, hashes
+        )
 
     def _finished(self, number: int, now_s: float) -> None:
         """Its last token takes the same way to the client as its first."""
@@ -320,8 +329,8 @@ class Simulator:
 
     def _plan(self, node: DecodeNode, now_s: float) -> None:
         """The node's next event; one that was planned before is void."""
-        if self._profile.cores:
-            node.slow_down(self._slowdown(node, now_s), now_s)
+        if self._profile.cores or self._options.paces:
+            node.slow_down(self._pace(now_s).decode * self._slowdown(node, now_s), now_s)
         self._versions[node.worker_id] += 1
         when_s = node.next_event_s(now_s)
         if when_s is not None:

@@ -1,5 +1,5 @@
-"""The hardware profile of a running cluster, for the simulator: from prompts to idle workers, then to all at once, and
-from what these fetch from one another."""
+"""The hardware profile of a running cluster, for the simulator: from prompts to idle workers, then to all at once, from
+what these fetch from one another, and from answers of one batch at a time."""
 
 import asyncio
 import statistics
@@ -9,10 +9,11 @@ from itertools import chain
 from typing import Any
 
 from tailrace.checkpoint.model_config import ModelConfig
-from tailrace.cli.bench.load import Asker, completion_body, token_prompts
+from tailrace.cli.bench.load import Asker, RequestTimes, completion_body, token_prompts
 from tailrace.cli.bench.replay import Served
 from tailrace.config import UpConfig
-from tailrace.sim.calibrate import FetchSample, PrefillSample, calibrated, with_fetches
+from tailrace.cores import this_machine
+from tailrace.sim.calibrate import DecodeSample, FetchSample, PrefillSample, calibrated, with_decode, with_fetches
 from tailrace.sim.profile import PROFILES, HardwareProfile
 
 LENGTHS = (32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
@@ -33,24 +34,25 @@ MAX_LOAN_TOKENS = 1600
 """A tenth of a pool of 1,000 blocks of 16 tokens: what is fetched in one loan."""
 PAIRED_LENGTHS = (256, 512, 1024)
 """Of those that all workers compute at once."""
+BATCHES = ((64, 1), (1536, 1), (64, 4), (64, 8))
+"""(Tokens of each prompt, number of prompts) that are decoded together."""
+DECODED_TOKENS = 24
+SETTLED_TOKENS = 8
+"""The last ones of each answer, by when all of a batch decode."""
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredProfile:
     profile: HardwareProfile
-    slowness: tuple[float, ...]
-    """Of each round, over all of them: the median of its prefills over those of their kinds."""
     samples: tuple[PrefillSample, ...]
     """Medians, one of each kind of prompt."""
     fetches: tuple[FetchSample, ...]
     """Medians, one of each length."""
+    decodes: tuple[DecodeSample, ...]
+    """Medians, one of each kind of batch."""
     fastest: float
     slowest: float
     """Of all single measurements, over the median of their kind."""
-
-    def pace(self, number: int) -> float:
-        """How much slower the machine was between round `number` and the next one."""
-        return statistics.mean(self.slowness[number : number + 2])
 
     def report(self) -> dict[str, Any]:
         """Costs in the units in which people think of them, and how far the samples are from them."""
@@ -68,9 +70,16 @@ class MeasuredProfile:
             "fetches_ms": {
                 str(s.num_bytes // profile.kv_bytes_per_token): round(s.seconds * 1e3, 1) for s in self.fetches
             },
+            "decode_step_ms": round(profile.step_base_s * 1e3, 3),
+            "decode_row_ms": round(profile.step_per_row_s * 1e3, 3),
+            "decode_us_per_token_of_context": round(profile.step_per_token_s * 1e6, 3),
+            "decode_samples_ms": {
+                f"{s.num_rows} x {s.num_context // s.num_rows}": round(s.seconds * 1e3, 2) for s in self.decodes
+            },
+            "handoff_overhead_ms": round(profile.handoff_overhead_s * 1e3, 2),
+            "cores": profile.cores,
             "num_samples": len(errors),
             "samples_over_median": [round(self.fastest, 3), round(self.slowest, 3)],
-            "slowness_of_rounds": [round(value, 3) for value in self.slowness],
             "fit_error_mean": round(statistics.mean(map(abs, errors)), 4),
             "fit_error_max": round(max(map(abs, errors)), 4),
         }
@@ -87,11 +96,12 @@ def unmeasured(model: ModelConfig, config: UpConfig) -> HardwareProfile:
         kv_bytes_per_token=2 * model.num_layers * model.num_kv_heads * model.head_dim * value_bytes,
         chunk_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
+        cores=this_machine().num_usable,
     )
 
 
 class ProfileMeter:
-    """Takes samples, a round at a time: a machine's speed drifts, and rounds between other work see the same drift."""
+    """Takes samples, a round at a time."""
 
     def __init__(self, asker: Asker, model: str, config: UpConfig, about: ModelConfig) -> None:
         """The cluster's policy must be round-robin."""
@@ -103,6 +113,9 @@ class ProfileMeter:
         self._slowdowns: list[float] = []
         self._fetches: dict[int, list[float]] = defaultdict(list)
         """Seconds, by tokens fetched."""
+        self._decodes: dict[tuple[int, int], list[float]] = defaultdict(list)
+        """Seconds a step, by rows and their context."""
+        self._handoffs: list[float] = []
 
     async def warm_up(self) -> None:
         """The first prompts find nothing warm."""
@@ -123,6 +136,9 @@ class ProfileMeter:
                 alone_ones.append(last)
                 for one in fetching:
                     self._add_fetch(one, computing)
+        for length, count in BATCHES:
+            if self._fits(length + DECODED_TOKENS):
+                self._add_decode(length, await self._ask.together(length, count, DECODED_TOKENS))
         self._rounds.append(alone_ones)
 
     async def _take_paired(self, length: int, alone_s: float) -> None:
@@ -136,6 +152,16 @@ class ProfileMeter:
         seconds = (one.ttft_s - one.prefill_s) - (computing.ttft_s - computing.prefill_s)
         if 0 < one.fetched_tokens <= MAX_LOAN_TOKENS and seconds > 0.0:
             self._fetches[one.fetched_tokens].append(seconds)
+
+    def _add_decode(self, length: int, together: list[RequestTimes]) -> None:
+        """Steps of the whole batch; what the first one waited for the prompt's KV, where nobody else is in it."""
+        settled = [gap for times in together for gap in times.gaps_s[-SETTLED_TOKENS:]]
+        if not settled:
+            return
+        context = len(together) * (length + DECODED_TOKENS - SETTLED_TOKENS // 2)
+        self._decodes[len(together), context].append(statistics.mean(settled))
+        if len(together) == 1:
+            self._handoffs.append(together[0].gaps_s[0] - statistics.mean(settled))
 
     def _fits(self, length: int) -> bool:
         return length <= self._limit
@@ -151,14 +177,17 @@ class ProfileMeter:
             calibrated(self._base, samples),
             request_overhead_s=statistics.median(one.ttft_s - one.prefill_s for one in chain(*self._rounds)),
             contention=max(0.0, statistics.median(self._slowdowns)) if self._slowdowns else 0.0,
+            handoff_overhead_s=max(0.0, statistics.median(self._handoffs)) if self._handoffs else 0.0,
         )
         token_bytes = profile.kv_bytes_per_token
         fetches = tuple(FetchSample(n * token_bytes, statistics.median(s)) for n, s in self._fetches.items())
         if len(fetches) > 1:
             profile = with_fetches(profile, fetches)
-        ratios = [[one.prefill_s / medians[_kind(one)] for one in taken] for taken in self._rounds]
-        slowness = tuple(map(statistics.median, ratios))
-        return MeasuredProfile(profile, slowness, samples, fetches, min(chain(*ratios)), max(chain(*ratios)))
+        decodes = tuple(DecodeSample(*kind, statistics.median(s)) for kind, s in self._decodes.items())
+        if len(decodes) > 2:
+            profile = with_decode(profile, decodes)
+        ratios = [one.prefill_s / medians[_kind(one)] for one in chain(*self._rounds)]
+        return MeasuredProfile(profile, samples, fetches, decodes, min(ratios), max(ratios))
 
 
 def _kind(one: Served) -> tuple[int, int]:
@@ -183,6 +212,14 @@ class _Ask:
         (prefix,), (tail,) = self._prompts(1, before), self._prompts(1, rest)
         asked = [await self._ask([*prefix, tail[0]]) for _ in range(self._num_workers)]
         return [*asked, await self._ask([*prefix, *tail])]
+
+    async def together(self, num_tokens: int, count: int, output_tokens: int) -> list[RequestTimes]:
+        """Raises UnavailableError when one fails."""
+        bodies = [completion_body(self._model, p, output_tokens, logprobs=0) for p in self._prompts(count, num_tokens)]
+        answers = await asyncio.gather(*map(self._asker.ask, bodies))
+        for times in answers:
+            Served.answered(times)
+        return answers
 
     def _prompts(self, count: int, num_tokens: int) -> list[list[int]]:
         self._seed += 1

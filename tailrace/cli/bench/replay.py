@@ -33,6 +33,18 @@ class Served:
     """From the step that admitted it to the one that computed its last token."""
     worker: int
     """Which of the prefill workers; -1: a decode worker."""
+    latency_s: float
+    """From sending it to the end of its answer."""
+    output_tokens: int
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.hit_tokens + self.fetched_tokens
+
+    @property
+    def tpot_s(self) -> float:
+        """0 for a single token."""
+        return (self.latency_s - self.ttft_s) / (self.output_tokens - 1) if self.output_tokens > 1 else 0.0
 
     @classmethod
     def simulated(cls, record: RequestRecord) -> "Served":
@@ -42,7 +54,9 @@ class Served:
             record.fetched_tokens,
             record.ttft_s,
             record.prefill_s,
-            _number(record.worker_id),
+            -1 if record.is_local else _number(record.worker_id),
+            record.finished_s - record.request.arrival_s,
+            record.request.num_output_tokens,
         )
 
     @classmethod
@@ -54,7 +68,11 @@ class Served:
         own = times.usage["tailrace"]["cached_tokens_by_tier"].get(_OWN, 0)
         chosen = json.loads(times.headers["x-tailrace-explain"])[0]["chosen"]["prefill_id"]
         prefill_s = times.usage["tailrace"]["prefill_ms"] / 1e3
-        return cls(times.prompt_tokens, own, cached - own, times.ttft_s, prefill_s, _number(chosen))
+        latency_s = times.ended_at - times.sent_at
+        worker = _number(chosen)
+        return cls(
+            times.prompt_tokens, own, cached - own, times.ttft_s, prefill_s, worker, latency_s, times.output_tokens
+        )
 
 
 def _number(worker_id: str | None) -> int:
@@ -72,6 +90,10 @@ class Figures:
     ttft_mean_s: float
     ttft_p50_s: float
     ttft_p99_s: float
+    tpot_mean_s: float
+    tpot_p50_s: float
+    tpot_p99_s: float
+    latency_mean_s: float
     prefill_mean_s: float
     imbalance: float
     """Greatest sum of a worker's prefill times over the mean."""
@@ -80,6 +102,7 @@ class Figures:
     def of(cls, served: Sequence[Served], num_workers: int) -> "Figures":
         tokens = sum(request.prompt_tokens for request in served)
         ttfts = [request.ttft_s for request in served]
+        tpots = [request.tpot_s for request in served if request.output_tokens > 1] or [0.0]
         busy = [math.fsum(r.prefill_s for r in served if r.worker == worker) for worker in range(num_workers)]
         return cls(
             hit_rate=sum(request.hit_tokens for request in served) / tokens,
@@ -87,6 +110,10 @@ class Figures:
             ttft_mean_s=math.fsum(ttfts) / len(ttfts),
             ttft_p50_s=percentile(ttfts, 0.5),
             ttft_p99_s=percentile(ttfts, 0.99),
+            tpot_mean_s=math.fsum(tpots) / len(tpots),
+            tpot_p50_s=percentile(tpots, 0.5),
+            tpot_p99_s=percentile(tpots, 0.99),
+            latency_mean_s=math.fsum(request.latency_s for request in served) / len(served),
             prefill_mean_s=math.fsum(request.prefill_s for request in served) / len(served),
             imbalance=max(busy) * num_workers / math.fsum(busy) if any(busy) else 0.0,
         )
@@ -113,9 +140,9 @@ class TokenBlocks:
 
 
 async def replay(asker: Asker, model: str, workload: Workload, blocks: TokenBlocks) -> list[Served]:
-    """Each request at its time, however many are open. One token is asked for, so that decode has nothing to do."""
+    """Each request at its time, however many are open."""
     bodies = [
-        completion_body(model, blocks.prompt(number, request), 1, logprobs=0)
+        completion_body(model, blocks.prompt(number, request), request.num_output_tokens, logprobs=0)
         for number, request in enumerate(workload.requests)
     ]
     begin_s = asker.now() - workload.requests[0].arrival_s
@@ -132,5 +159,5 @@ def compared(real: Figures, simulated: Figures) -> dict[str, Any]:
     errors: dict[str, Any] = {}
     for name in Figures.__slots__:
         was, said = getattr(real, name), getattr(simulated, name)
-        errors[name] = said - was if name.endswith("_rate") else said / was - 1.0
+        errors[name] = said - was if name.endswith("_rate") else said / was - 1.0 if was else 0.0
     return errors

@@ -1,8 +1,8 @@
 """`tailrace bench simulator`: what `tailrace simulate` predicts of a cluster on this machine, beside what it does.
 
-Only prefill workers are loaded: every request asks for one token, which prefill draws, so that each has a core. The
-profile is measured by turns with replays of the workloads; then these are simulated with it, the same policy, pools and
-arrivals.
+The profile says what idle workers take. How much longer everything takes while client, gateway and all workers share
+the machine is measured on a workload of its own, replayed before each one that is compared and after the last; nothing
+is fitted to those. Then all of it is simulated, with the same policy, pools and arrivals.
 """
 
 import statistics
@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,10 +19,11 @@ from rich.table import Table
 
 from tailrace.checkpoint.model_config import load_model_config
 from tailrace.cli.bench.load import Asker
-from tailrace.cli.bench.measured_profile import MeasuredProfile, ProfileMeter
+from tailrace.cli.bench.measured_profile import ProfileMeter
 from tailrace.cli.bench.replay import EXPLAIN, Figures, Served, TokenBlocks, compared, replay
 from tailrace.cli.bench.report import header, print_footer, served
 from tailrace.cli.bench.run import measure_and_show
+from tailrace.cli.bench.simulated_replays import CALIBRATION, WARM_UP, Case, Replay, Simulated, simulate
 from tailrace.cli.cluster import running_cluster
 from tailrace.cli.console import ClusterConsole
 from tailrace.cli.model import fetch_model
@@ -32,7 +32,6 @@ from tailrace.config_values import RoutingPolicy
 from tailrace.errors import ConfigError
 from tailrace.kv.hashing import HASH_BYTES
 from tailrace.sim.generate import GENERATORS, generate
-from tailrace.sim.simulator import Pace, SimOptions, Simulator
 from tailrace.sim.workload import SimRequest, Workload, read_trace
 
 SHRINK = 4
@@ -47,6 +46,8 @@ class SimulatorBenchOptions:
     """In Mooncake's format. Its blocks become the workers', which makes its prompts as much shorter."""
     policies: tuple[str, ...] = ("cost", "round-robin")
     num_requests: int = 60
+    output_tokens: int = 32
+    """Of an answer, at most; 1: nothing is decoded."""
     load: float = 1.0
     """Prefill seconds of all prompts, uncached, over the workers' time."""
     fetch: bool = True
@@ -61,25 +62,9 @@ class SimulatorBenchOptions:
                 raise ConfigError(f"{name}: must be one of {', '.join(known)}, got {unknown[0]!r}", param=name)
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One workload in the workers' own blocks."""
-
-    name: str
-    seed: int
-    workload: Workload
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    number: int
-    """Of the round of measurements before it."""
-    case: Case
-    policy: str
-    began_s: float
-    served: Sequence[Served]
-
-
+CALIBRATION_REQUESTS = 16
+CALIBRATION_SEED = 1000
+"""The first one's; far from those that are compared."""
 WARM_UP_LENGTHS = (1024, 1024, 1024, 1024, 64, 64)
 """Tokens of the prompts that each cluster is asked before anything counts, one a second; they are simulated too."""
 
@@ -90,7 +75,7 @@ def cases(options: SimulatorBenchOptions, block_tokens: int) -> Iterator[Case]:
         for kind in options.workloads:
             for seed in range(options.seeds):
                 whole = generate(kind, options.num_requests, block_tokens * SHRINK, seed)
-                yield Case(kind, seed, _asked(whole.with_blocks_of(block_tokens)))
+                yield Case(kind, seed, _asked(whole.with_blocks_of(block_tokens), options.output_tokens))
         return
     whole = read_trace(options.trace)
     needed = options.num_requests * options.seeds
@@ -99,13 +84,23 @@ def cases(options: SimulatorBenchOptions, block_tokens: int) -> Iterator[Case]:
     for seed in range(options.seeds):
         piece = whole.requests[seed * options.num_requests : (seed + 1) * options.num_requests]
         shorter = Workload(piece, whole.block_tokens).with_blocks_of(block_tokens)
-        yield Case(options.trace.name, seed, _asked(shorter))
+        yield Case(options.trace.name, seed, _asked(shorter, options.output_tokens))
 
 
-def _asked(workload: Workload) -> Workload:
-    """With one token for an answer, of which no later prompt knows."""
-    asked = [replace(request, num_output_tokens=1, answer_hashes=()) for request in workload.requests]
+def _asked(workload: Workload, most_tokens: int) -> Workload:
+    """With answers of `most_tokens` at most, of which no later prompt knows: the model writes others."""
+    asked = [
+        replace(request, num_output_tokens=max(1, min(most_tokens, request.num_output_tokens)), answer_hashes=())
+        for request in workload.requests
+    ]
     return Workload(asked, workload.block_tokens)
+
+
+def calibration(number: int, options: SimulatorBenchOptions, block_tokens: int) -> Case:
+    """Another one each time."""
+    seed = CALIBRATION_SEED + number
+    whole = generate("shared-prefix", CALIBRATION_REQUESTS, block_tokens * SHRINK, seed)
+    return Case(CALIBRATION, seed, _asked(whole.with_blocks_of(block_tokens), options.output_tokens))
 
 
 def _warm_up(block_tokens: int) -> Case:
@@ -114,29 +109,11 @@ def _warm_up(block_tokens: int) -> Case:
         SimRequest(float(second), length, 1, _names(f"{second}", length // block_tokens))
         for second, length in enumerate(WARM_UP_LENGTHS)
     ]
-    return Case("warm-up", 0, Workload(requests, block_tokens))
+    return Case(WARM_UP, 0, Workload(requests, block_tokens))
 
 
 def _names(salt: str, count: int) -> tuple[bytes, ...]:
     return tuple(blake2b(f"{salt} {i}".encode(), digest_size=HASH_BYTES).digest() for i in range(count))
-
-
-def joined(replays: Sequence[Replay]) -> Workload:
-    """What one cluster was asked, one replay after the other, each with blocks of its own: its router and its workers
-    remember what was before."""
-    requests = []
-    for one in replays:
-        salt = f"{one.case.name} {one.case.seed} ".encode()
-        shift_s = one.began_s - replays[0].began_s - one.case.workload.requests[0].arrival_s
-        requests += [
-            replace(
-                request,
-                arrival_s=request.arrival_s + shift_s,
-                hashes=tuple(blake2b(salt + name, digest_size=HASH_BYTES).digest() for name in request.hashes),
-            )
-            for request in one.case.workload.requests
-        ]
-    return Workload(requests, replays[0].case.workload.block_tokens)
 
 
 def run_simulator(config: UpConfig, options: SimulatorBenchOptions, *, as_json: bool) -> None:
@@ -158,29 +135,33 @@ async def _measure(config: UpConfig, options: SimulatorBenchOptions, model: Path
             cluster = await stack.enter_async_context(running_cluster(arm, model, listener))
             return await stack.enter_async_context(Asker(cluster.api_url, headers=EXPLAIN))
 
-        async def replayed(number: int, case: Case) -> None:
+        async def replayed(case: Case) -> None:
             for policy, asker in askers.items():
                 blocks = TokenBlocks(case.workload, about.vocab_size, f"{case.name} {case.seed}")
                 began_s = time.perf_counter()
                 real = await replay(asker, name, case.workload, blocks)
-                replays.append(Replay(number, case, policy, began_s, real))
+                replays.append(Replay(case, policy, began_s, real))
 
         askers = {policy: await started(policy) for policy in options.policies}
         # A cluster of its own: a router that has just seen the meter's requests would still count them as load.
         meter = ProfileMeter(await started("round-robin"), name, config, about)
         await meter.warm_up()
-        await replayed(0, _warm_up(config.block_size))
-        for number, case in enumerate(todo):
-            await meter.take_round()
-            workload = case.workload.at_load(options.load, config.prefill, meter.result().profile)
-            await replayed(number, replace(case, workload=workload))
+        await replayed(_warm_up(config.block_size))
+        await meter.take_round()
+        await meter.take_round()
+        profile = meter.result().profile
+        for number, case in enumerate([*todo, None]):
+            for each in (calibration(number, options, config.block_size), case):
+                if each is not None:
+                    workload = each.workload.at_load(options.load, config.prefill, profile)
+                    await replayed(replace(each, workload=workload))
         await meter.take_round()
     measured = meter.result()
     runs = []
     for policy in options.policies:
         mine = [one for one in replays if one.policy == policy]
-        said = simulate(mine, config, measured, fetch=options.fetch)
-        runs += [describe(one, each, config.prefill) for one, each in zip(mine[1:], said[1:], strict=True)]
+        said = simulate(mine, config, measured.profile, fetch=options.fetch)
+        runs += [describe(each, config.prefill) for each in said if each.replay.is_compared]
     return {
         **head,
         "options": {**asdict(options), "trace": options.trace.name if options.trace else None},
@@ -192,28 +173,9 @@ async def _measure(config: UpConfig, options: SimulatorBenchOptions, model: Path
     }
 
 
-def simulate(
-    replays: Sequence[Replay], config: UpConfig, measured: MeasuredProfile, *, fetch: bool
-) -> list[list[Served]]:
-    """What would have become of the replays of one cluster."""
-    assert config.num_blocks is not None, "set by the command"
-    options = SimOptions(
-        config.prefill,
-        measured.profile,
-        num_decode=config.decode,
-        blocks_per_worker=config.num_blocks,
-        policy=replays[0].policy,
-        fetch=fetch,
-        knows_rates=False,
-        paces=[Pace(one.began_s - replays[0].began_s, measured.pace(one.number)) for one in replays],
-    )
-    served = [Served.simulated(record) for record in Simulator(joined(replays), options).run().records]
-    ends = [0, *accumulate(len(one.served) for one in replays)]
-    return [served[begin:end] for begin, end in pairwise(ends)]
-
-
-def describe(one: Replay, simulated: Sequence[Served], num_workers: int) -> dict[str, Any]:
-    was, said = Figures.of(one.served, num_workers), Figures.of(simulated, num_workers)
+def describe(simulated: Simulated, num_workers: int) -> dict[str, Any]:
+    one, pace = simulated.replay, simulated.pace
+    was, said = Figures.of(one.served, num_workers), Figures.of(simulated.served, num_workers)
     return {
         "workload": one.case.name,
         "seed": one.case.seed,
@@ -223,7 +185,9 @@ def describe(one: Replay, simulated: Sequence[Served], num_workers: int) -> dict
         "real": _rounded(asdict(was)),
         "simulated": _rounded(asdict(said)),
         "error": _rounded(compared(was, said)),
-        "same_worker": round(_agreement(one.served, simulated, num_workers), 4),
+        "pace": {"prefill": round(pace.prefill, 3), "decode": round(pace.decode, 3)},
+        "same_worker": round(_agreement(one.served, simulated.served, num_workers), 4),
+        "by_decode_workers": [sum(each.worker < 0 for each in served) for served in (one.served, simulated.served)],
     }
 
 

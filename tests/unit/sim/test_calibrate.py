@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from tailrace.sim.calibrate import FetchSample, PrefillSample, calibrated, with_fetches
+from tailrace.sim.calibrate import DecodeSample, FetchSample, PrefillSample, calibrated, with_decode, with_fetches
 from tailrace.sim.profile import PROFILES
 
 BASE = PROFILES["cpu"]
@@ -53,3 +53,22 @@ def test_a_fetch_has_a_fixed_cost_and_a_rate():
     assert noisy.link_bytes_per_s == BASE.link_bytes_per_s, "bytes that cost nothing say nothing of the link"
     with pytest.raises(ValueError, match="2 lengths"):
         with_fetches(BASE, [FetchSample(10**6, 0.012)] * 3)
+
+
+BATCHES = ((1, 76), (1, 1548), (4, 304), (8, 608))
+
+
+def test_batches_give_the_decode_step_back():
+    truth = dataclasses.replace(BASE, weight_bytes=200e6, memory_bytes_per_s=20e9, step_per_row_s=0.0004)
+    samples = [
+        DecodeSample(rows, context, truth.step_base_s + truth.step_per_row_s * rows + truth.step_per_token_s * context)
+        for rows, context in BATCHES
+    ]
+    found = with_decode(BASE, samples)
+    for name in ("step_base_s", "step_per_row_s", "step_per_token_s"):
+        assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=1e-6), name
+    flat = with_decode(BASE, [dataclasses.replace(sample, seconds=0.01) for sample in samples])
+    assert flat.step_base_s == pytest.approx(0.01)
+    assert flat.step_per_token_s == pytest.approx(BASE.step_per_token_s), "not told from noise: as before"
+    with pytest.raises(ValueError, match="batches of 3 kinds"):
+        with_decode(BASE, samples[:2])
