@@ -211,3 +211,57 @@ def test_goodput_counts_what_meets_every_objective() -> None:
     )
     assert everything == pytest.approx(4 / outcome.records[-1].finished_s)
     assert nothing == 0.0
+
+
+def test_a_short_turn_is_computed_where_the_answer_was_written() -> None:
+    first = dataclasses.replace(make_request(0.0, 1, 2, output=BLOCK + 1), answer_hashes=(block_name(3),))
+    workload = of(first, make_request(60.0, 1, 2, 3, 4, output=2))
+    simulator = Simulator(workload, SimOptions(1, H100, num_decode=1, fetch=False))
+    before, after = simulator.run().records
+    assert [(record.worker_id, record.is_local) for record in (before, after)] == [("p0", False), ("d0", True)]
+    assert after.hit_tokens == 3 * BLOCK, "the answer too"
+    assert after.ttft_s == after.prefill_s == pytest.approx(H100.step_s([(3 * BLOCK, 4 * BLOCK)]))
+    step_s = H100.step_base_s + H100.step_per_token_s * 4 * BLOCK
+    assert after.finished_s - after.first_token_s == pytest.approx(step_s)
+    assert simulate(workload, num_workers=1, num_decode=1).imbalance == 1.0
+    assert not any(record.is_local for record in Simulator(workload, SimOptions(1, H100)).run().records), "unlimited"
+
+
+def test_what_a_decode_worker_computes_it_may_fetch_first() -> None:
+    prefix = range(8)
+    busy = [make_request(10.0 + 0.001 * i, *range(100 * i, 100 * i + 60)) for i in range(1, 4)]
+    workload = of(make_request(0.0, *prefix), *busy, make_request(10.01, *prefix, 99, output=40))
+    options = SimOptions(1, H100, num_decode=1, blocks_per_worker=1000)
+    for stepwise in (False, True):
+        last = Simulator(workload, dataclasses.replace(options, stepwise_decode=stepwise)).run().records[-1]
+        # Half of it had been pulled before the first answer, of one token, was over.
+        assert (last.is_local, last.fetched_tokens, last.hit_tokens) == (True, 4 * BLOCK, 4 * BLOCK)
+        assert last.tier == "worker"
+
+
+@pytest.mark.parametrize("fetch", [True, False])
+def test_prompts_on_decode_workers_by_formula_and_step_by_step_agree(fetch: bool) -> None:
+    workload = generate("chat", 300, 16, seed=6).at_load(0.3, 2, H100)
+    options = SimOptions(2, H100, num_decode=2, blocks_per_worker=4000, fetch=fetch)
+    fast, slow = (
+        Simulator(workload, dataclasses.replace(options, stepwise_decode=stepwise)).run().records
+        for stepwise in (False, True)
+    )
+    assert sum(record.is_local for record in fast) > 3
+    for quick, exact in zip(fast, slow, strict=True):
+        assert (quick.worker_id, quick.hit_tokens, quick.fetched_tokens) == (
+            exact.worker_id,
+            exact.hit_tokens,
+            exact.fetched_tokens,
+        )
+        assert quick.finished_s == pytest.approx(exact.finished_s, rel=1e-9)
+
+
+def test_workers_that_share_cores_slow_each_other_down() -> None:
+    workload = of(make_request(0.0, 1, 2, 3, output=200), make_request(1.0, *range(10, 50)))
+    own = Simulator(workload, SimOptions(1, H100, num_decode=1, fetch=False)).run().records
+    shared = dataclasses.replace(H100, cores=1)
+    both = Simulator(workload, SimOptions(1, shared, num_decode=1, fetch=False)).run().records
+    assert both[0].ttft_s == pytest.approx(own[0].ttft_s), "alone"
+    assert both[0].tpot_s > 1.2 * own[0].tpot_s
+    assert 1.2 * own[1].ttft_s < both[1].ttft_s < 2.0 * own[1].ttft_s + 1e-9
