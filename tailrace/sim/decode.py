@@ -187,10 +187,10 @@ class DecodeNode:
 
     def _begin_chunks(self, now_s: float) -> None:
         """The next step computes chunks of prompts too, where there are some."""
+        self._may_compute = False
         if not self._local.has_work:
             return
         chunks = self._local.plan(len(self._ends), now_s)
-        self._may_compute = False
         if chunks:
             compute_s = self._profile.step_s((chunk.start, chunk.end) for chunk in chunks)
             if self._ends:

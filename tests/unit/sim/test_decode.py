@@ -134,6 +134,17 @@ def test_a_prompt_finds_what_the_worker_has(stepwise: bool) -> None:
     assert computed == ended == {1: 1.0 + PROFILE.step_s([(0, 64)]), 2: 2.0 + PROFILE.step_s([(64, 96)])}
 
 
+def test_who_is_woken_while_it_computes_its_last_prompt_has_nothing_to_do_then() -> None:
+    node = DecodeNode("d0", 100, 8, PROFILE, block_tokens=BLOCK)
+    node.accept_local(local_job(1, 4), DecodeJob(1, 64, 0, 4), 0.0)
+    node.advance(0.0)
+    node.wake()
+    end_s = node.next_event_s(0.0)
+    assert end_s == pytest.approx(PROFILE.step_s([(0, 64)]))
+    assert len(node.advance(end_s).left) == 1
+    assert node.next_event_s(end_s) is None
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_with_prompts_the_formula_and_step_by_step_agree_and_everybody_ends(seed: int) -> None:
     random = Random(seed)
