@@ -50,6 +50,8 @@ class HardwareProfile:
     """From a prompt's last step to the batch of its decode worker, beside the bytes that are not hidden."""
     contention: float = 0.0
     """Of workers that share a machine: how much longer a step takes while all others prefill, as a share of it."""
+    cores: int = 0
+    """That all workers share, each computing on one at a time; 0: each has its own."""
     max_num_seqs: int = 64
     """Of a prefill worker."""
 

@@ -225,21 +225,32 @@ class Simulator:
     def _start(self, node: PrefillNode, now_s: float) -> None:
         if node.is_computing:
             return
-        seconds = node.start(now_s, self._pace(now_s).prefill * self._slowdown(node))
+        seconds = node.start(now_s, self._pace(now_s).prefill * self._slowdown(node, now_s))
         if seconds is None:
             self._report(node, now_s)
+            self._share_cores(now_s)
         else:
             self._at(now_s + seconds, partial(self._stepped, node))
+            self._share_cores(now_s)
 
-    def _slowdown(self, node: PrefillNode) -> float:
+    def _slowdown(self, node: PrefillNode | DecodeNode, now_s: float) -> float:
         """Of a step that begins now, by who else computes."""
-        if not self._profile.contention or len(self._prefills) < 2:
+        profile = self._profile
+        if not (profile.contention or profile.cores):
             return 1.0
         others = sum(other.is_computing for other in self._prefills.values() if other is not node)
-        return 1.0 + self._profile.contention * others / (len(self._prefills) - 1)
+        share = min(1.0, others / max(1, len(self._prefills) - 1))
+        busy = 1 + others + sum(other.is_computing for other in self._decodes.values() if other is not node)
+        return (1.0 + profile.contention * share) * (max(1.0, busy / profile.cores) if profile.cores else 1.0)
 
     def _pace(self, now_s: float) -> Pace:
         return next((pace for pace in reversed(self._options.paces) if pace.from_s <= now_s), _AS_PROMISED)
+
+    def _share_cores(self, now_s: float) -> None:
+        """Decode workers' steps are many in one event: whoever begins or ends to compute changes what they take."""
+        if self._profile.cores:
+            for node in self._decodes.values():
+                self._plan(node, now_s)
 
     def _stepped(self, node: PrefillNode, now_s: float) -> None:
         done = node.finish()
@@ -318,8 +329,8 @@ class Simulator:
 
     def _plan(self, node: DecodeNode, now_s: float) -> None:
         """The node's next event; one that was planned before is void."""
-        if self._options.paces:
-            node.slow_down(self._pace(now_s).decode, now_s)
+        if self._profile.cores or self._options.paces:
+            node.slow_down(self._pace(now_s).decode * self._slowdown(node, now_s), now_s)
         self._versions[node.worker_id] += 1
         when_s = node.next_event_s(now_s)
         if when_s is not None:

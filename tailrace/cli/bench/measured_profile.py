@@ -12,6 +12,7 @@ from tailrace.checkpoint.model_config import ModelConfig
 from tailrace.cli.bench.load import Asker, RequestTimes, completion_body, token_prompts
 from tailrace.cli.bench.replay import Served
 from tailrace.config import UpConfig
+from tailrace.cores import this_machine
 from tailrace.sim.calibrate import DecodeSample, FetchSample, PrefillSample, calibrated, with_decode, with_fetches
 from tailrace.sim.profile import PROFILES, HardwareProfile
 
@@ -76,6 +77,7 @@ class MeasuredProfile:
                 f"{s.num_rows} x {s.num_context // s.num_rows}": round(s.seconds * 1e3, 2) for s in self.decodes
             },
             "handoff_overhead_ms": round(profile.handoff_overhead_s * 1e3, 2),
+            "cores": profile.cores,
             "num_samples": len(errors),
             "samples_over_median": [round(self.fastest, 3), round(self.slowest, 3)],
             "fit_error_mean": round(statistics.mean(map(abs, errors)), 4),
@@ -94,6 +96,7 @@ def unmeasured(model: ModelConfig, config: UpConfig) -> HardwareProfile:
         kv_bytes_per_token=2 * model.num_layers * model.num_kv_heads * model.head_dim * value_bytes,
         chunk_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
+        cores=this_machine().num_usable,
     )
 
 

@@ -101,7 +101,7 @@ def test_a_router_that_was_just_started_does_not_trust_links_of_a_gpu() -> None:
 
 def test_a_machine_that_slows_down_takes_longer_from_then_on() -> None:
     requests = of(make_request(0.0, 1, 2, 3), make_request(5.0, 4, 5, 6))
-    outcome = Simulator(requests, SimOptions(1, H100, fetch=False, paces=(Pace(0.0), Pace(4.0, 1.5)))).run()
+    outcome = Simulator(requests, SimOptions(1, H100, fetch=False, paces=(Pace(0.0, 1.0), Pace(4.0, 1.5)))).run()
     before, after = (record.ttft_s for record in outcome.records)
     assert after == pytest.approx(1.5 * before)
 
@@ -255,3 +255,13 @@ def test_prompts_on_decode_workers_by_formula_and_step_by_step_agree(fetch: bool
             exact.fetched_tokens,
         )
         assert quick.finished_s == pytest.approx(exact.finished_s, rel=1e-9)
+
+
+def test_workers_that_share_cores_slow_each_other_down() -> None:
+    workload = of(make_request(0.0, 1, 2, 3, output=200), make_request(1.0, *range(10, 50)))
+    own = Simulator(workload, SimOptions(1, H100, num_decode=1, fetch=False)).run().records
+    shared = dataclasses.replace(H100, cores=1)
+    both = Simulator(workload, SimOptions(1, shared, num_decode=1, fetch=False)).run().records
+    assert both[0].ttft_s == pytest.approx(own[0].ttft_s), "alone"
+    assert both[0].tpot_s > 1.2 * own[0].tpot_s
+    assert 1.2 * own[1].ttft_s < both[1].ttft_s < 2.0 * own[1].ttft_s + 1e-9
