@@ -167,8 +167,7 @@ class DecodeNode:
             self._boundary_s = max(self._boundary_s, now_s)
         while self._ends and self._ends[0][0] <= self._steps:
             _, _, row = heapq.heappop(self._ends)
-            for block, name in zip(row.blocks, row.job.hashes, strict=False):
-                self.pool.register(block, name)
+            self._register(row.job, row.blocks)
             self.pool.release(row.blocks)
             self._slots.give_back(row.slot)
             self._context -= row.job.num_context + row.job.num_steps
@@ -246,7 +245,13 @@ class DecodeNode:
 
     def _enter(self, job: DecodeJob, blocks: list[int], slot: int) -> None:
         self._context += job.num_context
+        # Its prompt's KV is here: others may find it while it decodes.
+        self._register(job, blocks[: job.num_context // self.block_tokens])
         heapq.heappush(self._ends, (self._steps + job.num_steps, job.number, _Row(job, blocks, slot)))
+
+    def _register(self, job: DecodeJob, blocks: Sequence[int]) -> None:
+        for block, name in zip(blocks, job.hashes, strict=False):
+            self.pool.register(block, name)
 
     def publish(self, index: PrefixIndex) -> None:
         """Tells the index what changed in the cache."""

@@ -133,13 +133,19 @@ class Fetching:
         *,
         at: Callable[[float, Act], None],
         wake: Callable[[str, float], None],
+        slowdown: Callable[[float], float] = lambda now_s: 1.0,
     ) -> None:
-        """`at` puts an event in line; `wake`: blocks of that worker's pool, or its fetches, may let it go on."""
+        """`at` puts an event in line; `wake`: blocks of that worker's pool, or its fetches, may let it go on.
+
+        `slowdown`: how many times as long as between idle workers a fetch takes whose read begins at that time: asking,
+        answering and copying are work of the workers' processes.
+        """
         self._holders = holders
         self._profile = profile
         self._block_bytes = block_bytes
         self._at = at
         self._wake = wake
+        self._slowdown = slowdown
         self._network = Network()
 
     def begin(self, needer: Needer, now_s: float) -> None:
@@ -182,12 +188,13 @@ class Fetching:
             self._over(pull, share, now_s)
             return
         share.is_reading = True
+        slowdown = self._slowdown(now_s)
         end_s = self._network.transfer(
             share.holder_id,
             pull.needer.worker_id,
             num_lent * self._block_bytes,
-            self._rate(share.holder_id, pull.needer.worker_id),
-            now_s + self._profile.fetch_overhead_s,
+            self._rate(share.holder_id, pull.needer.worker_id) / slowdown,
+            now_s + slowdown * self._profile.fetch_overhead_s,
         )
         has_more = num_lent < num_found
         self._at(end_s, partial(self._read, pull, share, loan, num_lent, has_more))

@@ -116,7 +116,14 @@ class Simulator:
         tiers = {tier.holder_id: tier for store in self._stores.values() for tier in store}
         self._holders = Holders(self._prefills, self._decodes, tiers)
         self._block_bytes = workload.block_tokens * options.profile.kv_bytes_per_token
-        self._fetching = Fetching(self._holders, options.profile, self._block_bytes, at=self._at, wake=self._wake)
+        self._fetching = Fetching(
+            self._holders,
+            options.profile,
+            self._block_bytes,
+            at=self._at,
+            wake=self._wake,
+            slowdown=self._host_slowdown,
+        )
         self._ways = LearntWays(self._holders)
         if options.knows_rates:
             self._ways.know(options.profile)
@@ -233,8 +240,12 @@ class Simulator:
             self._at(now_s + seconds, partial(self._stepped, node))
             self._share_cores(now_s)
 
-    def _slowdown(self, node: PrefillNode | DecodeNode, now_s: float) -> float:
-        """Of a step that begins now, by who else computes."""
+    def _host_slowdown(self, now_s: float) -> float:
+        """Of what processes do for one another beside the steps: it takes its turn on the same cores."""
+        return self._pace(now_s).prefill * self._slowdown(None, now_s)
+
+    def _slowdown(self, node: PrefillNode | DecodeNode | None, now_s: float) -> float:
+        """Of a step that begins now, by who else computes; None: of something that no worker computes."""
         profile = self._profile
         if not (profile.contention or profile.cores):
             return 1.0

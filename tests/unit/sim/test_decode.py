@@ -52,6 +52,17 @@ def test_one_without_room_waits_until_another_leaves() -> None:
     assert times[1] == pytest.approx(times[0] + BASE + PER_TOKEN * 100)
 
 
+def test_others_find_a_prompt_from_its_first_step_on_and_its_answer_when_it_is_over() -> None:
+    node = DecodeNode("d0", 10, 8, PROFILE, block_tokens=16)
+    names = tuple(map(block_name, range(3)))
+    node.accept(DecodeJob(0, 40, 10, 4, names), 0.0)
+    assert not node.pool.find_prefix(names)
+    node.advance(0.0)
+    assert len(node.pool.find_prefix(names)) == 2, "full blocks of 40 tokens"
+    node.advance(1.0)
+    assert len(node.pool.find_prefix(names)) == 3
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_formula_and_step_by_step_agree(seed: int) -> None:
     random = Random(seed)

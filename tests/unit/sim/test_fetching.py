@@ -21,12 +21,19 @@ PROFILE = dataclasses.replace(PROFILES["h100"], fetch_overhead_s=0.01, link_byte
 class World:
     """p0 holds blocks 1 to `held`, p1 needs them."""
 
-    def __init__(self, *, held: int, num_blocks: int = 100) -> None:
+    def __init__(self, *, held: int, num_blocks: int = 100, slowdown: float = 1.0) -> None:
         self.holder, self.needer = (PrefillNode(name, num_blocks, BLOCK, PROFILE) for name in ("p0", "p1"))
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = count()
         holders = Holders({"p0": self.holder, "p1": self.needer}, {}, {})
-        self.fetching = Fetching(holders, PROFILE, BLOCK_BYTES, at=self.at, wake=lambda worker_id, now_s: None)
+        self.fetching = Fetching(
+            holders,
+            PROFILE,
+            BLOCK_BYTES,
+            at=self.at,
+            wake=lambda worker_id, now_s: None,
+            slowdown=lambda now_s: slowdown,
+        )
         first = self.job(1, held)
         self.holder.accept(first)
         self.compute(self.holder)
@@ -66,6 +73,13 @@ def test_an_idle_holder_answers_at_once() -> None:
     assert (job.hit_tokens, job.fetched_tokens) == (0, 4 * BLOCK)
     world.holder.pool.check_integrity()
     assert world.holder.pool.ledger().cached == 4, "its loan is over"
+
+
+def test_a_fetch_takes_its_turn_on_the_cores_that_others_compute_on() -> None:
+    world = World(held=4, slowdown=1.5)
+    job = world.fetch(4)
+    world.run()
+    assert job.fetches == [FetchedShare("p0", 4, pytest.approx(1.5 * (0.01 + 4 * 0.01)))]
 
 
 def test_a_holder_that_computes_answers_between_two_steps() -> None:
