@@ -139,6 +139,36 @@ def test_a_tier_of_its_own_node_is_priced_however_many_hold_more() -> None:
     assert (chosen.holder_id, chosen.fetch_blocks) == ("p0/cpu", 40)
 
 
+class KindRates:
+    """A way of its own by the kind of memory that the blocks are in."""
+
+    def __init__(self, bytes_per_s: Mapping[Tier, float]) -> None:
+        self._rates = bytes_per_s
+
+    def way(self, holder_id: str, needer_id: str, tier: Tier) -> Way | None:
+        return Way(0.0, 1 / self._rates[tier])
+
+
+@pytest.mark.parametrize(
+    ("worker", "store", "expected"), [(1e8, 1e7, "p9"), (1e7, 1e8, "s")], ids=["workers faster", "stores faster"]
+)
+def test_workers_and_stores_are_priced_by_the_ways_of_their_own_kind(
+    worker: float, store: float, expected: str
+) -> None:
+    ways = KindRates({Tier.WORKER: worker, Tier.CPU: store, Tier.NVME: 1.0})
+    live = Live(ways=ways, held=[Held("p9", 50), Held("s", 50, is_store=True)])
+    assert live_route(live, make_prefill("p0")).chosen.holder_id == expected
+
+
+@pytest.mark.parametrize("is_store", [False, True])
+def test_the_deepest_of_the_other_kind_is_priced_however_many_are_deeper(is_store: bool) -> None:
+    """Each may have what the other kind lacks: a way at all, for one."""
+    others = [Held(f"x{number}", 60, is_store=not is_store) for number in range(9)]
+    live = Live(ways=Rates({("y", "p0"): 1e9}), held=[*others, Held("y", 40, is_store=is_store)])
+    chosen = live_route(live, make_prefill("p0")).chosen
+    assert (chosen.holder_id, chosen.fetch_blocks) == ("y", 40)
+
+
 # -- the other policies -----------------------------------------------------------------------------------------------
 
 
@@ -227,6 +257,15 @@ def test_the_choice_is_that_of_looking_at_every_pair(
     assert found.chosen == best
 
 
+def test_a_dearer_prefill_worker_over_a_faster_link_is_found() -> None:
+    """1.6 MB: 1.6 s from the first, 0.16 s from the second, which has 0.5 s to do before."""
+    prefills = [make_prefill("p0"), make_prefill("p1", waiting_tokens=500), make_prefill("p2", waiting_tokens=9000)]
+    decodes = with_rates([make_decode()], {("p0", "d0"): 1e6, ("p1", "d0"): 1e7, ("p2", "d0"): 1e7})
+    found = choose(RouteRequest(1600, BLOCK), prefills, decodes, {}, BYTES_PER_TOKEN)
+    assert found is not None
+    assert (found.prefill_id, found.chosen.transfer_s) == ("p1", pytest.approx(0.16))
+
+
 def test_many_equal_workers_are_not_looked_at_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     real = choosing.terms_of
@@ -269,6 +308,13 @@ def test_a_session_s_last_pair_is_left_when_it_costs_more_than_the_margin() -> N
     assert session_route(Preferred("p1", "d0"), later, decodes) == ("p0", "d0")
 
 
+def test_where_the_pair_costs_too_much_its_prefill_worker_is_kept_before_its_decode_worker() -> None:
+    """It has computed the last turn. Either half alone costs 0.06 s more than the best, of 1.7 s, and both 0.12 s."""
+    prefills = [make_prefill("p0"), make_prefill("p1", waiting_tokens=60)]
+    decodes = [make_decode("d0"), make_decode("d1", decode_step_s=0.16)]
+    assert session_route(Preferred("p1", "d1"), prefills, decodes) == ("p1", "d0")
+
+
 def test_other_policies_know_no_sessions() -> None:
     prefills = [make_prefill("p0"), make_prefill("p1")]
     assert session_route(Preferred("p1", "d0"), prefills, [make_decode()], "least-loaded") == ("p0", "d0")
@@ -289,6 +335,14 @@ def ranges(held: Sequence[Held], rates: Mapping[tuple[str, str], float], **hits:
 def test_one_holder_is_asked_for_all_that_is_missing() -> None:
     assert ranges([Held("p1", 60)], {("p1", "p0"): 1e7}, p0=10) == (PrefixRange("p1", 10, 50),)
     assert ranges([], {}) == ()
+
+
+def test_a_second_holder_is_asked_for_no_more_than_it_has_and_only_where_much_is_gained() -> None:
+    held, fast = [Held("p1", 30), Held("s", 60)], {("p1", "p0"): 1e8, ("s", "p0"): 1e7}
+    assert ranges(held, fast) == (PrefixRange("p1", 0, 30), PrefixRange("s", 30, 30))
+    # A twelfth of the time is saved.
+    assert ranges([Held("p1", 5), Held("s", 60)], fast) == (PrefixRange("s", 0, 60),)
+    assert ranges(held, fast, p0=30) == (PrefixRange("s", 30, 30),), "it has nothing that is missing"
 
 
 def test_two_holders_are_asked_at_once_for_as_much_as_each_can_give_in_the_same_time() -> None:

@@ -71,6 +71,23 @@ def test_a_slow_first_fetch_is_not_the_last_one() -> None:
     assert again.s_per_byte < 1e-9, "what was measured long ago does not count"
 
 
+def test_a_fast_pair_keeps_its_rate_however_long_it_is_not_used() -> None:
+    rates = FetchRates()
+    for holder, seconds in (("a", 0.0008), ("b", 0.0004)):
+        rates.succeeded(holder, "n", Tier.CPU, 10**6, seconds)
+    fast = rates.way("a", "n", Tier.CPU)
+    rates.advance(9 * STALE_S)
+    assert rates.way("a", "n", Tier.CPU) == fast != rates.way("b", "n", Tier.CPU)
+
+
+def test_a_fetch_that_ends_well_after_another_has_failed_opens_the_way_again() -> None:
+    rates = FetchRates()
+    rates.failed("h", "n", 0.0)
+    assert rates.way("h", "n", Tier.WORKER) is None
+    rates.succeeded("h", "n", Tier.WORKER, 10**6, 0.002)
+    assert rates.way("h", "n", Tier.WORKER) is not None
+
+
 @pytest.mark.parametrize("is_known", [False, True])
 def test_a_fetch_that_is_late_alone_is_not_counted(is_known: bool) -> None:
     """Its holder was busy."""

@@ -65,6 +65,14 @@ def test_a_slow_pair_that_nobody_uses_is_forgotten_and_a_fast_one_is_not() -> No
     assert list(told(rates)) == ["a", "b", "slower", "busy"]
 
 
+@pytest.mark.parametrize(("usual", "unused"), [(4e9, 2e9), (1e8, 5e8)], ids=["slower than the others", "than neutral"])
+def test_what_is_slow_by_either_measure_is_forgotten(usual: float, unused: float) -> None:
+    rates = ToldRates()
+    used = {name: Meter(usual, used_s=STALE_S) for name in "abc"}
+    rates.update({**used, "unused": Meter(unused)}, STALE_S)
+    assert list(told(rates)) == ["a", "b", "c"]
+
+
 def test_the_median_stands_in_for_owners_that_are_not_measured() -> None:
     pairs = PairRates.of([OwnerRate("a", 1e9), OwnerRate("b", 1e9), OwnerRate("slow", 1e8), OwnerRate("fast", 5e9)])
     assert pairs == PairRates(1e9, {"slow": 1e8, "fast": 5e9}, 5e9)

@@ -283,6 +283,13 @@ def test_a_decode_worker_is_priced_by_its_step_at_the_batch_it_would_have() -> N
     assert pair_of(route([make_prefill()], [dataclasses.replace(steep, num_running=2), flat])) == ("p0", "d0")
 
 
+def test_a_batch_that_is_full_steps_no_slower_for_those_who_wait() -> None:
+    """They wait for a share of a turnover instead."""
+    full = make_decode(num_running=10, num_waiting=10, decode_base_s=0.02, decode_row_s=0.01)
+    terms = only_terms(route([make_prefill()], [full]))
+    assert terms.decode_load_s == pytest.approx((0.02 + 10 * 0.01) * (2 + 1.1 * pricing.TURNOVER_STEPS))
+
+
 def test_a_decode_worker_pulls_at_its_own_rate_where_no_pair_is_measured() -> None:
     slow, fast = make_decode("d0", transfer_bytes_per_s=1e6), make_decode("d1", transfer_bytes_per_s=1e7)
     found = route([make_prefill()], [slow, fast])

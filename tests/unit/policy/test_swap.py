@@ -101,6 +101,14 @@ def test_what_was_measured_long_ago_is_measured_again() -> None:
     cost.note(10, 100.0)
     cost.prefill_s = taking(1000.0)
     assert next(count for count in range(1000) if cost.is_cheaper(10)) == MAX_SKIPPED
+    assert next(count for count in range(1000) if cost.is_cheaper(10)) == MAX_SKIPPED, "one only is let through"
+
+
+def test_with_a_window_only_what_is_read_is_weighed_against_computing_it_all() -> None:
+    cost = make_cost()
+    cost.note(10, 0.1)
+    cost.prefill_s = taking(1000.0)
+    assert [cost.is_cheaper(10, num_read=read) for read in (10, 9, 1)] == [False, True, True]
 
 
 def test_what_attention_adds_counts_behind_what_is_found() -> None:
@@ -214,6 +222,25 @@ def waiting(tokens: list[int], request_id: int) -> Sequence:
     return Sequence(request, (0,), list(tokens), list(request.hashes), num_offered=len(request.hashes))
 
 
+def test_what_is_found_here_leaves_as_much_to_be_fetched_as_before() -> None:
+    pool = BlockPool(80, epoch=1)
+    swaps = SwapIns(PromptTables(pool, Window(0, 4), 16), make_cost())
+    sequence = waiting(list(range(160)), 1)
+    assert [swaps.reach(sequence, found, 39) for found in (0, 5, 30)] == [20, 25, 39]
+
+
+def test_nothing_is_fetched_while_too_much_of_the_pool_waits_for_reads_that_are_late() -> None:
+    pool = BlockPool(16, epoch=1)
+    swaps = SwapIns(PromptTables(pool, Window(0, 4), 16), make_cost())
+    late = pool.allocate_landing(5)
+    assert late is not None
+    assert swaps.reach(waiting(A[:9], 1), 0, 2) == 2
+    pool.quarantine(late)
+    assert swaps.reach(waiting(A[:9], 1), 0, 2) == 0
+    pool.abandon_landing(late[:1])
+    assert swaps.reach(waiting(A[:9], 1), 0, 2) == 2
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_two_that_fetch_do_not_wait_for_each_other(first: int) -> None:
     """Each holds all that it needs before its first read, so each can end whether or not the other does."""
@@ -299,6 +326,22 @@ def test_a_prompt_whose_fetch_is_late_keeps_its_place_and_fetches_no_more() -> N
     plan = world.step()
     assert [start.tokens for start in plan.started] == [A[:18]]
     assert world.swaps == {}
+    world.run_to_end()
+    world.check_answers()
+    world.check_empty()
+
+
+def test_a_prompt_waits_for_the_blocks_that_another_one_fetches() -> None:
+    world = DecodeWorld(budget=64)
+    world.submit_local(world.request(A[:18], sampling=sampling(4)), [range(3)])
+    world.submit_local(world.request([*A[:12], 7], sampling=sampling(4)))
+    assert world.step().is_empty
+    assert world.step().is_empty
+    swap = world.swaps[1]
+    world.read_swap(swap, 3)
+    world.land_swap(swap)
+    world.end_swap(swap)
+    assert [(chunk.start, chunk.end) for chunk in world.step().chunks] == [(12, 18), (12, 13)]
     world.run_to_end()
     world.check_answers()
     world.check_empty()

@@ -106,6 +106,12 @@ async def test_a_holder_that_lends_little_at_a_time_is_asked_again() -> None:
     assert [(f.num_asked, f.num_blocks) for f in fetch.pull.result().fetches] == [(12, 12)]
 
 
+async def test_a_holder_that_lends_a_block_at_a_time_brings_them_all() -> None:
+    fetch = Fetch(holder("a", 0, 12, most=1))
+    assert await fetch.run() == list(range(12))
+    assert len(fetch.asked) == 12
+
+
 async def test_a_holder_that_has_blocks_and_lends_none_is_not_asked_for_ever() -> None:
     fetch = Fetch(holder("a", 0, 12, most=0))
     assert await fetch.run() == []
@@ -155,6 +161,24 @@ async def test_what_was_read_before_a_holder_went_wrong_counts() -> None:
     assert [(f.num_asked, f.num_blocks) for f in fetch.pull.result().fetches] == [(4, 2)]
 
 
+async def test_the_loan_of_a_holder_that_went_wrong_lasts_until_what_it_lent_is_read() -> None:
+    told: list[LentBlocks | LendDone] = [LentBlocks(0, [0, 1], [0, 1000], [70, 71]), LentBlocks(9, [9], [9], [79])]
+    slow = holder("a", 0, 4, told=told, outcome=None)
+    fetch = Fetch(slow)
+    running = asyncio.create_task(fetch.run())
+    await until(lambda: slow.pending)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert slow.num_open == 1
+    slow.finish(ReadOutcome.GOOD)
+    assert await running == [0, 1]
+
+
+async def test_a_block_larger_than_a_read_is_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_fetch, "MAX_READ_BYTES", 1 << 19)
+    assert await Fetch(holder("a", 0, 3), end=3).run() == [0, 1, 2]
+
+
 async def test_nobody_is_asked_for_what_lies_behind_a_gap() -> None:
     first, last = holder("a", 0, 3), holder("b", 5, 12)
     fetch = Fetch(first, last)
@@ -181,6 +205,17 @@ async def test_a_stalled_read_ends_its_fetch_before_the_time_is_up() -> None:
     assert [each for each in fetch.asked if each[0] == "b"] == [("b", 3, 3)], "nobody else may write its blocks"
     assert fetch.pull.close() == [100, 101, 102]
     slow.finish(ReadOutcome.FAILED)
+    await until(lambda: fetch.settled)
+
+
+async def test_what_a_stalled_read_may_still_write_is_read_by_nobody_else() -> None:
+    """The one that is asked instead of a dead holder has the stalled one's blocks, too."""
+    slow = holder("b", 3, 6, outcome=None)
+    fetch = Fetch(holder("a", 0, 3, unreachable=WorkerLostError("gone")), slow, holder("c", 0, 12))
+    assert await fetch.run() == [0, 1, 2, *range(6, 12)]
+    assert [each for each in fetch.asked if each[0] == "c"] == [("c", 6, 6), ("c", 0, 3)]
+    assert fetch.pull.close() == [103, 104, 105]
+    slow.finish(ReadOutcome.GOOD)
     await until(lambda: fetch.settled)
 
 
