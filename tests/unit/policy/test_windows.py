@@ -159,6 +159,16 @@ def test_a_hit_whose_head_was_evicted_is_one() -> None:
     world.check_answers()
 
 
+def test_where_an_answer_went_on_from_what_it_found_is_offered_too() -> None:
+    world = decode_world(num_blocks=40, budget=64)
+    world.submit_local(ask(world, A[:41], 1))
+    world.run_to_end()
+    again = world.submit_local(ask(world, A, 1))
+    world.offered.clear()
+    world.run_to_end()
+    assert world.offered == [again.hashes[7:10], again.hashes[11:15]]
+
+
 def test_a_fetch_brings_only_what_is_in_the_window() -> None:
     world = prefill_world(num_blocks=20, budget=48)
     request = world.submit(A[:41], [range(0, 10)])

@@ -11,7 +11,7 @@ from tailrace.kv.events import Tier
 from tailrace.messages import LendDone, LentBlocks, PrefixSource
 from tailrace.transfer import ReadOutcome
 from tailrace.worker import prefix_fetch, reading
-from tailrace.worker.prefix_fetch import PrefixPull, WantedPrefix, patience_s
+from tailrace.worker.prefix_fetch import PrefixPull, WantedPrefix, patience_s, tokens_by_tier
 from tests.helpers.prefix_holders import FakeHolder, FakeHolders
 from tests.helpers.stores import chain_of
 from tests.helpers.waiting import until
@@ -241,3 +241,20 @@ async def test_claims_beyond_what_is_wanted_are_cut() -> None:
 @pytest.mark.parametrize(("compute_s", "patience"), [(1.024, 1.024), (0.064, 0.25), (0.0, 1.0)])
 def test_a_fetch_may_take_what_computing_would(compute_s: float, patience: float) -> None:
     assert patience_s(compute_s) == patience
+
+
+@pytest.mark.parametrize(
+    ("fetched", "num_found", "counted"),
+    [
+        ({}, 3, {"worker": 40}),
+        ({3: Tier.WORKER, 4: Tier.WORKER}, 3, {"worker": 32, "peer": 8}),
+        # Places 3 to 6 lie before a window, and what was read behind them made them needless.
+        ({7: Tier.CPU, 8: Tier.CPU, 9: Tier.NVME}, 3, {"worker": 12, "cpu": 24, "nvme": 4}),
+        # It waited in line again, and found what it had fetched.
+        ({0: Tier.CPU, 1: Tier.CPU}, 10, {"worker": 32, "cpu": 8}),
+    ],
+)
+def test_every_cached_token_counts_for_one_tier(
+    fetched: dict[int, Tier], num_found: int, counted: dict[str, int]
+) -> None:
+    assert tokens_by_tier(10, 4, fetched, num_found) == counted
