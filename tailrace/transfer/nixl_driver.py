@@ -30,6 +30,8 @@ QUIET_POLL_S = 0.008
 """Between polls while something is merely lent: reads need nothing of the owner, only a late first contact does."""
 STALLED_AFTER_S = 1.0
 NONCE_BYTES = 32
+PROOF_BYTES = NONCE_BYTES + 8
+"""A nonce, and behind it how often the owner's thread has gone to sleep and woken up: even while it sleeps."""
 _NUM_PROOFS = 16
 _PROMPT_POLLS = 8
 """Asked at once after a post, without sleep: a read by cross-memory attach is over by then."""
@@ -100,9 +102,11 @@ class NixlDriver:
         self.nonce = secrets.token_bytes(NONCE_BYTES)
         self.scratch = np.zeros(memory.num_blocks, dtype=np.uint64)
         """Where stamps land, at the index of the target block: two reads never share a target."""
-        self.proofs = np.zeros((1 + _NUM_PROOFS, NONCE_BYTES), dtype=np.uint8)
-        """Row 0 is our nonce, for others to read; the nonces of others land in the rows after it."""
-        self.proofs[0] = np.frombuffer(self.nonce, dtype=np.uint8)
+        self.proofs = np.zeros((1 + _NUM_PROOFS, PROOF_BYTES), dtype=np.uint8)
+        """Row 0 is our proof, for others to read; the proofs of others land in the rows after it."""
+        self.proofs[0, :NONCE_BYTES] = np.frombuffer(self.nonce, dtype=np.uint8)
+        self._wakes = self.proofs[0, NONCE_BYTES:].view(np.uint64)
+        self._wakes[0] = 1
         self.free_proofs = list(range(1, 1 + _NUM_PROOFS))
         self._make_agent = make_agent
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -188,11 +192,18 @@ class NixlDriver:
         )
 
     def _take_commands(self) -> None:
-        """Waits for one, for as long as nothing needs a poll; then takes what else is there."""
+        """Waits for one, for as long as nothing needs a poll; then takes what else is there.
+
+        Nowhere else does the thread wait, and here it leaves the agent alone: a read that it carried out for a needer
+        finds it awake, and one that finds it asleep was not carried out by it.
+        """
+        self._wakes += 1
         try:
             command = self._commands.get(timeout=self._patience())
         except queue.Empty:
             return
+        finally:
+            self._wakes += 1
         command()
         while not self._commands.empty():
             self._commands.get()()

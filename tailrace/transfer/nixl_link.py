@@ -1,6 +1,7 @@
 """The needer's end of `nixl`: first contact, and reads that are judged by a second read of the stamps."""
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from tailrace.errors import TransferError
 from tailrace.transfer.endpoints import NixlEndpoint, PeerEndpoints
 from tailrace.transfer.frames import TORN_STAMP
-from tailrace.transfer.nixl_driver import NONCE_BYTES, AgentError, Descriptor, NixlDriver, Peer
+from tailrace.transfer.nixl_driver import NONCE_BYTES, POLL_S, PROOF_BYTES, AgentError, Descriptor, NixlDriver, Peer
 from tailrace.transfer.proof import boot_id, read_process
 from tailrace.transfer.reads import (
     BlockRead,
@@ -21,48 +22,39 @@ from tailrace.transfer.reads import (
     plan_read,
 )
 
-_PROMPT_READS = 32
-"""In a row, at first contact."""
-_MAX_SLOW_READS = 8
+_NUM_PROOFS = 32
+"""Reads that must find the owner asleep: more than UCX takes to settle on its lanes (8 to 13, measured)."""
+_MAX_WAKES = 256
+"""An owner that was found awake in so many different wakes carries the reads out itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class OneSided:
-    """What the kernel says about a pair, before NIXL is asked. `reason` is why reads would not be one-sided, or ''."""
-
-    reason: str
-    attach: bool = False
-    """By cross-memory attach, where reads end as soon as they are posted; not by RDMA."""
-
-
-def prove_one_sided(driver: NixlDriver, owner: NixlEndpoint) -> OneSided:
-    """A shared RDMA device, or the owner's nonce read by process_vm_readv(2)."""
+def why_not_one_sided(driver: NixlDriver, owner: NixlEndpoint) -> str:
+    """What the kernel says, before NIXL is asked; empty where it allows reads by RDMA or cross-memory attach."""
     if set(owner.rdma_devices) & set(driver.rdma_devices):
-        return OneSided("")
+        return ""
     if "vram" in (owner.memory, driver.memory.memory):
-        return OneSided("reads of GPU memory are one-sided over a shared RDMA device; there is no other proof yet")
+        return "reads of GPU memory are one-sided over a shared RDMA device; there is no other proof yet"
     if not owner.boot_id or owner.boot_id != boot_id():
-        return OneSided("the owner is on another host, and the two share no RDMA device")
+        return "the owner is on another host, and the two share no RDMA device"
     if not driver.can_attach:
-        return OneSided("UCX_TLS leaves out cma, so that NIXL would read over TCP")
+        return "UCX_TLS leaves out cma, so that NIXL would read over TCP"
     try:
         nonce = read_process(owner.pid, owner.nonce_address, NONCE_BYTES)
     except OSError as error:
-        return OneSided(f"the owner's nonce cannot be read by process_vm_readv: {error.strerror or error}")
+        return f"the owner's nonce cannot be read by process_vm_readv: {error.strerror or error}"
     if nonce != owner.nonce:
-        return OneSided("the nonce read by process_vm_readv is not the owner's: its pid means another process here")
-    return OneSided("", attach=True)
+        return "the nonce read by process_vm_readv is not the owner's: its pid means another process here"
+    return ""
 
 
 async def open_nixl(driver: NixlDriver, peer: PeerEndpoints, owner: NixlEndpoint, timeout_s: float) -> "NixlLink":
-    """Prove one-sidedness, then the connection itself by reading the nonce through it.
+    """Prove the connection itself, by a read that ends without the owner's help.
 
     Raises TransferError naming the proof that failed. The owner must be making progress meanwhile (Owner.note_meeting).
     """
-    proof = prove_one_sided(driver, owner)
-    if proof.reason:
-        raise TransferError(proof.reason)
-    contact = _FirstContact(driver, owner, proof.attach, asyncio.get_running_loop())
+    if reason := why_not_one_sided(driver, owner):
+        raise TransferError(reason)
+    contact = _FirstContact(driver, owner, asyncio.get_running_loop())
     driver.submit(contact.begin)
     try:
         await asyncio.wait({contact.met}, timeout=timeout_s)
@@ -71,28 +63,31 @@ async def open_nixl(driver: NixlDriver, peer: PeerEndpoints, owner: NixlEndpoint
             contact.met.cancel()
             driver.submit(contact.abandon)
     if contact.met.cancelled():
-        raise TransferError(f"the owner's nonce did not arrive through nixl within {timeout_s:g} s")
+        raise TransferError(f"{contact.so_far()} within {timeout_s:g} s")
     return NixlLink(driver, contact.met.result(), peer)
 
 
 class _FirstContact:
     """Runs on the driver's thread; `met` belongs to the event loop.
 
-    The owner's nonce is read again and again: the first read waits for the connection, and one of those after it (the
-    8th to the 13th, measured) for another round trip, when UCX settles on its lanes. From then on a read by
-    cross-memory attach is over as soon as it is posted, and one emulated over TCP never is: it needs the owner's help.
+    The owner's proof is read again and again. Some of these reads wait for the owner's progress: the first for the
+    connection, a later one for UCX to settle on its lanes. But none is proof unless it finds the owner's thread asleep,
+    which a read that this thread carries out never does, however quick it is.
     """
 
-    def __init__(self, driver: NixlDriver, owner: NixlEndpoint, attach: bool, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, driver: NixlDriver, owner: NixlEndpoint, loop: asyncio.AbstractEventLoop) -> None:
         self._driver = driver
         self._owner = owner
         self._loop = loop
         self._peer: Peer | None = None
-        self._attach = attach
-        self._num_wanted = _PROMPT_READS if attach else 1
-        self._num_prompt = 0
-        self._num_slow = 0
+        self._num_asleep = 0
+        self._wakes: set[int] = set()
         self.met: asyncio.Future[Peer] = loop.create_future()
+
+    def so_far(self) -> str:
+        if not self._wakes:
+            return "the owner's nonce did not arrive through nixl"
+        return f"nixl's reads need the owner's help: {self._num_asleep} found it asleep, in {len(self._wakes)} wakes it was awake"
 
     def begin(self) -> None:
         try:
@@ -100,44 +95,15 @@ class _FirstContact:
         except AgentError as error:
             self._finish(str(error))
             return
-        self._read_on(self._peer)
+        self._read(self._peer)
 
     def abandon(self) -> None:
         if self._peer is not None:
             self._driver.give_up(self._peer, "first contact took too long")
 
-    def _read_on(self, peer: Peer) -> None:
-        while self._num_prompt < self._num_wanted:
-            error = self._read_promptly(peer)
-            if error is None:
-                return
-            if error:
-                self._finish(error)
-                return
-            self._num_prompt += 1
-        self._finish("")
-
-    def _read_promptly(self, peer: Peer) -> str | None:
-        """None when the read was not over as soon as it was posted: `_slow` goes on once it is."""
-        ends: list[str] = []
-        posting = True
-        self._read_nonce(peer, lambda error: ends.append(error) if posting else self._slow(peer, error))
-        posting = False
-        return ends[0] if ends else None
-
-    def _slow(self, peer: Peer, error: str) -> None:
-        self._num_slow += 1
-        self._num_prompt = 0
-        if error or not self._attach:
-            self._finish(error)
-        elif self._num_slow > _MAX_SLOW_READS:
-            self._finish("nixl does not read by cross-memory attach, though the kernel allows it")
-        else:
-            self._read_on(peer)
-
-    def _read_nonce(self, peer: Peer, on_end: Callable[[str], None]) -> None:
+    def _read(self, peer: Peer) -> None:
         if not self._driver.free_proofs:
-            on_end("too many first contacts are still in flight")
+            self._finish("too many first contacts are still in flight")
             return
         row = self._driver.free_proofs.pop()
         landing = self._driver.proofs[row]
@@ -145,17 +111,46 @@ class _FirstContact:
 
         def ended(error: str) -> None:
             self._driver.free_proofs.append(row)
-            wrong = not error and landing.tobytes() != self._owner.nonce
-            on_end("the nonce read through nixl is not the owner's" if wrong else error)
+            self._judge(peer, error, landing.tobytes())
 
-        local = Descriptor(int(landing.ctypes.data), NONCE_BYTES)
-        self._driver.read(peer, [local], [Descriptor(self._owner.nonce_address, NONCE_BYTES)], ended)
+        local = Descriptor(int(landing.ctypes.data), PROOF_BYTES)
+        self._driver.read(peer, [local], [Descriptor(self._owner.nonce_address, PROOF_BYTES)], ended)
+
+    def _judge(self, peer: Peer, error: str, proof: bytes) -> None:
+        wakes = int.from_bytes(proof[NONCE_BYTES:], sys.byteorder)
+        if error:
+            self._finish(error)
+        elif proof[:NONCE_BYTES] != self._owner.nonce:
+            self._finish("the nonce read through nixl is not the owner's")
+        elif not wakes:
+            self._finish("the owner does not tell when it sleeps (an older version?), so that no read can prove itself")
+        elif wakes % 2:
+            self._found_awake(peer, wakes)
+        else:
+            self._found_asleep(peer)
+
+    def _found_asleep(self, peer: Peer) -> None:
+        self._num_asleep += 1
+        if self._num_asleep < _NUM_PROOFS:
+            self._driver.submit(lambda: self._read(peer))
+        else:
+            self._finish("")
+
+    def _found_awake(self, peer: Peer, wakes: int) -> None:
+        self._wakes.add(wakes)
+        if len(self._wakes) < _MAX_WAKES:
+            self._tell(self._loop.call_later, POLL_S, self._driver.submit, lambda: self._read(peer))
+        else:
+            self._finish(self.so_far())
 
     def _finish(self, error: str) -> None:
         if error and self._peer is not None:
             self._driver.give_up(self._peer, error)
+        self._tell(self._resolve, error)
+
+    def _tell(self, callback: Callable[..., object], *arguments: object) -> None:
         try:
-            self._loop.call_soon_threadsafe(self._resolve, error)
+            self._loop.call_soon_threadsafe(callback, *arguments)
         except RuntimeError:
             self.abandon()
 

@@ -15,7 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from tailrace.errors import TailraceError
-from tailrace.transfer import BlockRead, Link, PeerEndpoints, PendingRead, TransferPlane, open_transfer
+from tailrace.transfer import (
+    BlockRead,
+    Link,
+    Needer,
+    Owner,
+    PeerEndpoints,
+    PendingRead,
+    PoolMemory,
+    TransferOptions,
+    TransferPlane,
+    open_transfer,
+)
+from tailrace.transfer.nixl import start_nixl
 from tests.helpers.transfer_pools import blocks_of, make_options, make_pool, peer_from_json, peer_to_json
 
 
@@ -77,9 +89,19 @@ class Commands:
         return await self.plane.close()
 
 
+async def _open_with_one_agent(pool: PoolMemory, options: TransferOptions) -> TransferPlane:
+    """What no worker does: one agent lends and reads. Two that read each other so have links that are emulated."""
+    driver = await asyncio.to_thread(start_nixl, pool, options, "lends")
+    owner = Owner(pool, options, driver)
+    await owner.start()
+    return TransferPlane(owner, Needer(pool, options, driver), [driver])
+
+
 async def serve(config: dict[str, Any]) -> None:
     pool = make_pool(**config["pool"])
-    commands = Commands(await open_transfer(pool, make_options(**config["options"])), pool)
+    options = make_options(**config["options"])
+    plane = await (_open_with_one_agent if config["one_agent"] else open_transfer)(pool, options)
+    commands = Commands(plane, pool)
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     print("ready", flush=True)
@@ -142,10 +164,18 @@ def as_lists(reads: list[BlockRead]) -> list[list[int]]:
 
 @asynccontextmanager
 async def worker(
-    worker_id: str, *, seed: int = 0, epoch: int = 1, num_blocks: int = 32, block_bytes: int = 4096, **options: Any
+    worker_id: str,
+    *,
+    seed: int = 0,
+    epoch: int = 1,
+    num_blocks: int = 32,
+    block_bytes: int = 4096,
+    one_agent: bool = False,
+    **options: Any,
 ) -> AsyncIterator[WorkerProcess]:
     """A started worker process; killed at the end."""
     config = {
+        "one_agent": one_agent,
         "pool": {"num_blocks": num_blocks, "block_bytes": block_bytes, "seed": seed, "epoch": epoch},
         "options": {"worker_id": worker_id, "epoch": epoch} | options,
     }

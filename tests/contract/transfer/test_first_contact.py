@@ -116,7 +116,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"), [([], "UCX_TLS leaves out cma"), (["--pretend"], "nixl does not read by cross-memory attach")]
+    ("flags", "reason"), [([], "UCX_TLS leaves out cma"), (["--pretend"], "nixl's reads need the owner's help: 0 found it asleep")]
 )
 async def test_nixl_never_reads_over_tcp_whatever_it_is_told(
     flags: list[str], reason: str, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,7 @@ import pytest
 from tailrace.errors import TransferError
 from tailrace.transfer import BlockRead, PeerEndpoints, ReadOutcome
 from tailrace.transfer.nixl_driver import AgentError, NixlDriver
-from tailrace.transfer.nixl_link import NixlLink, open_nixl, prove_one_sided
+from tailrace.transfer.nixl_link import NixlLink, open_nixl, why_not_one_sided
 from tests.helpers.transfer_fakes import FakeAgent
 from tests.helpers.transfer_pools import make_pool, make_reads
 from tests.helpers.waiting import until
@@ -171,5 +171,5 @@ def test_an_agent_that_cannot_be_made_is_a_transfer_error() -> None:
 def test_another_host_is_one_sided_only_through_a_shared_rdma_device(ours: tuple, theirs: tuple, proved: bool) -> None:
     driver = NixlDriver(FakeAgent, make_pool(), ours)
     owner = dataclasses.replace(driver.endpoint(), boot_id="another", rdma_devices=theirs)
-    assert (prove_one_sided(driver, owner).reason == "") is proved
+    assert (why_not_one_sided(driver, owner) == "") is proved
     driver.close()
