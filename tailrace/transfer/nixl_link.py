@@ -85,9 +85,10 @@ class _FirstContact:
         self.met: asyncio.Future[Peer] = loop.create_future()
 
     def so_far(self) -> str:
-        if not self._wakes:
+        """Why it is not over yet. The same words each time: who falls back says so once a reason."""
+        if not self._wakes and not self._num_asleep:
             return "the owner's nonce did not arrive through nixl"
-        return f"nixl's reads need the owner's help: {self._num_asleep} found it asleep, in {len(self._wakes)} wakes it was awake"
+        return f"fewer than {_NUM_PROOFS} reads through nixl found the owner asleep"
 
     def begin(self) -> None:
         try:
@@ -141,7 +142,7 @@ class _FirstContact:
         if len(self._wakes) < _MAX_WAKES:
             self._tell(self._loop.call_later, POLL_S, self._driver.submit, lambda: self._read(peer))
         else:
-            self._finish(self.so_far())
+            self._finish("nixl reads with the owner's help, as over TCP, though the kernel lets the two do without")
 
     def _finish(self, error: str) -> None:
         if error and self._peer is not None:

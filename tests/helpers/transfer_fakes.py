@@ -1,6 +1,7 @@
 """An agent whose operations end when a test says so."""
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,8 @@ class FakeAgent:
     peers: list[str] = field(default_factory=list)
     registered: list[tuple[int, int]] = field(default_factory=list)
     num_progress: int = 0
+    proof: Callable[[], bytes] | None = None
+    """What lands when an operation is posted; None: nothing."""
 
     def register(self, address: int, num_bytes: int, memory: str, device: int) -> None:
         self.registered.append((address, num_bytes))
@@ -47,6 +50,9 @@ class FakeAgent:
         return self.handles[-1]
 
     def post(self, handle: FakeHandle) -> bool:
+        if self.proof is not None:
+            landed = self.proof()
+            ctypes.memmove(handle.local[0].address, landed, len(landed))
         return self.is_done(handle)
 
     def is_done(self, handle: FakeHandle) -> bool:

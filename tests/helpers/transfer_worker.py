@@ -82,6 +82,12 @@ class Commands:
         """The different bytes that a block holds."""
         return sorted(set(blocks_of(self.pool)[block].tolist()))
 
+    async def stall(self, seconds: float) -> None:
+        """The event loop stands still, and this thread wants the interpreter for itself."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pass
+
     async def cpu_s(self) -> float:
         return time.process_time()
 

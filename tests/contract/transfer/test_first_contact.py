@@ -8,6 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,48 @@ async def test_a_stopped_owner_fails_the_contact_within_its_deadlines() -> None:
         await plane.close()
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.003, 0.01])
+async def test_an_owner_stopped_in_a_contact_holds_nobody_up(after_s: float) -> None:
+    async with worker("owner", seed=3) as owner:
+        plane = await open_transfer(make_pool(), make_options(preference="nixl", proof_timeout_s=0.3))
+        contact = asyncio.create_task(plane.needer.connect(await owner.meet()))
+        await asyncio.sleep(after_s)
+        owner.stop()
+        done, _ = await asyncio.wait({contact}, timeout=2)
+        owner.go_on()
+        assert done
+        assert isinstance(contact.exception(), TransferError | None)
+        await plane.close()
+
+
+async def test_a_busy_machine_and_a_stalled_owner_still_get_nixl() -> None:
+    async with worker("owner", seed=3) as owner, spinning(4):
+        plane = await open_transfer(make_pool(), make_options(preference="nixl"))
+        peer = await owner.meet()
+        stalled = asyncio.create_task(owner.call("stall", seconds=0.2))
+        await asyncio.sleep(0)
+        link = await plane.needer.connect(peer)
+        await stalled
+        owner.stop()
+        result = await link.read(make_reads(peer, [0, 3], [8, 9])).wait(10)
+        owner.go_on()
+        assert result is not None
+        assert result.outcome is ReadOutcome.GOOD
+        await plane.close()
+
+
+@asynccontextmanager
+async def spinning(num_processes: int) -> AsyncIterator[None]:
+    command = (sys.executable, "-c", "while True: pass")
+    processes = [await asyncio.create_subprocess_exec(*command) for _ in range(num_processes)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            await process.wait()
+
+
 async def test_another_worker_on_the_owners_port_is_not_taken_for_it() -> None:
     async with worker("owner", epoch=2, preference="stream") as owner:
         plane = await open_transfer(make_pool(), make_options(preference="stream"))
@@ -116,7 +160,7 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"), [([], "UCX_TLS leaves out cma"), (["--pretend"], "nixl's reads need the owner's help: 0 found it asleep")]
+    ("flags", "reason"), [([], "UCX_TLS leaves out cma"), (["--pretend"], "nixl reads with the owner's help, as over TCP")]
 )
 async def test_nixl_never_reads_over_tcp_whatever_it_is_told(
     flags: list[str], reason: str, monkeypatch: pytest.MonkeyPatch

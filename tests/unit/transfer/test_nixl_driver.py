@@ -2,12 +2,16 @@
 
 import asyncio
 import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import pytest
 
 from tailrace.errors import TransferError
 from tailrace.transfer import BlockRead, PeerEndpoints, ReadOutcome
-from tailrace.transfer.nixl_driver import AgentError, NixlDriver
+from tailrace.transfer.nixl_driver import NONCE_BYTES, AgentError, NixlDriver
 from tailrace.transfer.nixl_link import NixlLink, open_nixl, why_not_one_sided
 from tests.helpers.transfer_fakes import FakeAgent
 from tests.helpers.transfer_pools import make_pool, make_reads
@@ -153,6 +157,78 @@ async def test_a_nonce_that_arrives_wrong_is_no_proof() -> None:
     with pytest.raises(TransferError, match="the nonce read through nixl is not the owner's"):
         await open_nixl(pair.driver, pair.owner, pair.owner.nixl, 1)
     assert pair.link.broken
+    pair.driver.close()
+
+
+def proofs_of(pair: Pair, wakes: Iterable[int]) -> Callable[[], bytes]:
+    """What one read after another finds at the owner."""
+    counts = iter(wakes)
+    return lambda: pair.owner.nixl.nonce + next(counts).to_bytes(8, sys.byteorder)
+
+
+async def test_reads_that_end_at_once_prove_nothing_if_the_owner_was_awake_in_each() -> None:
+    pair = Pair(FakeAgent(autopilot="DONE"))
+    pair.agent.proof = proofs_of(pair, itertools.count(1, 2))
+    with pytest.raises(TransferError, match="with the owner's help"):
+        await open_nixl(pair.driver, pair.owner, pair.owner.nixl, 10)
+    assert pair.link.broken
+    pair.driver.close()
+
+
+async def test_an_owner_that_is_awake_for_long_is_read_again_until_it_sleeps() -> None:
+    pair = Pair(FakeAgent(autopilot="DONE"))
+    pair.agent.proof = proofs_of(pair, itertools.chain([7] * 300, itertools.repeat(8)))
+    link = await open_nixl(pair.driver, pair.owner, pair.owner.nixl, 10)
+    assert (link.transport, link.broken) == ("nixl", False)
+    pair.driver.close()
+
+
+async def test_reads_that_find_the_owner_asleep_are_proof_however_slow_they_are() -> None:
+    pair = Pair(FakeAgent())
+    pair.agent.proof = proofs_of(pair, itertools.repeat(8))
+    contact = asyncio.create_task(open_nixl(pair.driver, pair.owner, pair.owner.nixl, 10))
+    for num_read in range(32):
+        await until(lambda num_read=num_read: len(pair.agent.handles) == num_read + 1)
+        await asyncio.sleep(0.002)
+        pair.agent.handles[-1].state = "DONE"
+    assert (await contact).transport == "nixl"
+    pair.driver.close()
+
+
+async def test_an_owner_that_never_sleeps_again_holds_a_contact_until_its_deadline() -> None:
+    pair = Pair(FakeAgent(autopilot="DONE"))
+    pair.agent.proof = proofs_of(pair, itertools.repeat(7))
+    with pytest.raises(TransferError, match=r"fewer than 32 reads .* found the owner asleep within 0\.05 s"):
+        await open_nixl(pair.driver, pair.owner, pair.owner.nixl, 0.05)
+    pair.driver.close()
+
+
+async def test_an_owner_that_does_not_count_its_wakes_is_no_owner_over_nixl() -> None:
+    pair = Pair(FakeAgent(autopilot="DONE"))
+    pair.agent.proof = proofs_of(pair, itertools.repeat(0))
+    with pytest.raises(TransferError, match="does not tell when it sleeps"):
+        await open_nixl(pair.driver, pair.owner, pair.owner.nixl, 1)
+    pair.driver.close()
+
+
+async def test_the_driver_tells_that_it_sleeps_only_while_it_leaves_its_agent_alone() -> None:
+    seen: list[int] = []
+
+    class Watched(FakeAgent):
+        def progress(self) -> None:
+            super().progress()
+            seen.append(wakes())
+
+    pair = Pair(Watched())
+
+    def wakes() -> int:
+        return int(pair.driver.proofs[0, NONCE_BYTES:].view(np.uint64)[0])
+
+    with pair.driver.progress():
+        await until(lambda: len(seen) > 5)
+    assert {count % 2 for count in seen} == {1}
+    assert len(set(seen)) == len(seen)
+    await until(lambda: wakes() % 2 == 0)
     pair.driver.close()
 
 
