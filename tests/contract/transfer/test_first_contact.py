@@ -160,7 +160,8 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize(
-    ("flags", "reason"), [([], "UCX_TLS leaves out cma"), (["--pretend"], "nixl reads with the owner's help, as over TCP")]
+    ("flags", "reason"),
+    [([], "UCX_TLS leaves out cma"), (["--pretend"], "nixl reads with the owner's help, as over TCP")],
 )
 async def test_nixl_never_reads_over_tcp_whatever_it_is_told(
     flags: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
