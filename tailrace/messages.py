@@ -38,6 +38,16 @@ class OwnerRate:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkCount:
+    """Owners that a worker reads over one transport, `num` of them."""
+
+    transport: str
+    why_not_nixl: str
+    """A word of docs/metrics.md; empty for nixl."""
+    num: int
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """How busy a worker is. Rates are measured, exponentially weighted, 0 before the first measurement."""
 
@@ -63,6 +73,7 @@ class Load:
     decode_row_s: float = 0.0
     owners: tuple[OwnerRate, ...] | None = None
     """Of all whose rate is measured; None: as this worker said before."""
+    links: tuple[LinkCount, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

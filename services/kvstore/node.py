@@ -290,6 +290,7 @@ class StoreNode:
             landing_blocks=books.landing,
             quarantined_blocks=books.quarantined,
             draining=self._is_draining,
+            links=self._storage.plane.needer.links(),
         )
 
     async def ledger(self) -> LedgerReport:

@@ -49,8 +49,8 @@ async def run(config: WorkerConfig, identity: Identity, engine: Engine, pool: Bl
     thread = EngineThread(
         worker, deliver=service.deliver, died=die, overlap=parts.overlap, chore=engine.cache.touch_more
     )
-    info = worker_info(config, identity, engine, port)
-    attachments = Attachments(info, service, steps=lambda: thread.num_steps, owners=peers.rates)
+    info, links = worker_info(config, identity, engine, port), parts.transfer.needer.links
+    attachments = Attachments(info, service, steps=lambda: thread.num_steps, owners=peers.rates, links=links)
     lender = Lender(
         secret=identity.secret,
         worker_id=identity.worker_id,

@@ -108,6 +108,7 @@ class _WorkerGauges(Collector):
         yield _by_carrier(samples)
         yield _blocks(samples)
         yield _indexed(samples)
+        yield _links(samples)
         for name, (text, value) in _GAUGES.items():
             gauge = GaugeMetricFamily(name, text, labels=["worker", "role"])
             for sample in samples:
@@ -168,6 +169,15 @@ def _indexed(samples: list[WorkerSample]) -> Metric:
     gauge = GaugeMetricFamily("tailrace_index_blocks", text, labels=["worker", "role"])
     for sample in samples:
         gauge.add_metric([sample.worker_id, sample.role], sample.indexed_blocks)
+    return gauge
+
+
+def _links(samples: list[WorkerSample]) -> Metric:
+    text = "Owners that the worker reads, by transport and by why that is not nixl."
+    gauge = GaugeMetricFamily("tailrace_worker_links", text, labels=["worker", "role", "transport", "why_not_nixl"])
+    for sample in samples:
+        for link in sample.load.links:
+            gauge.add_metric([sample.worker_id, sample.role, link.transport, link.why_not_nixl], link.num)
     return gauge
 
 

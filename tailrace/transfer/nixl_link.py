@@ -48,12 +48,11 @@ def why_not_one_sided(driver: NixlDriver, owner: NixlEndpoint) -> str:
 
 
 async def open_nixl(driver: NixlDriver, peer: PeerEndpoints, owner: NixlEndpoint, timeout_s: float) -> "NixlLink":
-    """Prove the connection itself, by a read that ends without the owner's help.
+    """Prove the connection itself, by reads that the owner does not carry out.
 
-    Raises TransferError naming the proof that failed. The owner must be making progress meanwhile (Owner.note_meeting).
+    Raises TransferError naming the proof that failed; ask `why_not_one_sided` before. The owner must be
+    making progress meanwhile (Owner.note_meeting).
     """
-    if reason := why_not_one_sided(driver, owner):
-        raise TransferError(reason)
     contact = _FirstContact(driver, owner, asyncio.get_running_loop())
     driver.submit(contact.begin)
     try:

@@ -2,17 +2,28 @@
 
 import asyncio
 import logging
+from collections import Counter
 
 from tailrace.errors import LayoutMismatchError, TransferError
+from tailrace.messages import LinkCount
 from tailrace.transfer.endpoints import PeerEndpoints
 from tailrace.transfer.memory import PoolMemory
 from tailrace.transfer.nixl_driver import NixlDriver
-from tailrace.transfer.nixl_link import open_nixl
+from tailrace.transfer.nixl_link import open_nixl, why_not_one_sided
 from tailrace.transfer.options import TransferOptions
 from tailrace.transfer.reads import Link
 from tailrace.transfer.stream import open_stream
 
 _log = logging.getLogger(__name__)
+
+
+class _Refused(Exception):
+    """No nixl with this peer. `why` is one of docs/metrics.md's words for it."""
+
+    def __init__(self, why: str, reason: str) -> None:
+        super().__init__(reason)
+        self.why = why
+        self.reason = reason
 
 
 class Needer:
@@ -30,6 +41,8 @@ class Needer:
         self._nixl = nixl
         self._why_no_nixl = why_no_nixl
         self._links: dict[tuple[str, int], asyncio.Task[Link]] = {}
+        self._whys: dict[tuple[str, int], str] = {}
+        """Of those that are not read over nixl."""
         self._warned: set[str] = set()
 
     async def connect(self, peer: PeerEndpoints) -> Link:
@@ -46,9 +59,19 @@ class Needer:
         # Others may wait for the same contact: a caller that is cancelled leaves it alone.
         return await asyncio.shield(task)
 
+    def links(self) -> tuple[LinkCount, ...]:
+        """Those that can be read now, by transport and by why that is not nixl."""
+        counts = Counter(
+            (task.result().transport, self._whys.get(key, ""))
+            for key, task in self._links.items()
+            if task.done() and not _is_over(task)
+        )
+        return tuple(LinkCount(transport, why, num) for (transport, why), num in sorted(counts.items()))
+
     def forget(self, worker_id: str, epoch: int) -> None:
         """Drop the link to a worker that is gone. Its reads settle as Link.abort says."""
         task = self._links.pop((worker_id, epoch), None)
+        self._whys.pop((worker_id, epoch), None)
         if task is not None:
             task.add_done_callback(_abort)
             task.cancel()
@@ -76,26 +99,36 @@ class Needer:
         return link
 
     async def _choose(self, peer: PeerEndpoints) -> Link:
-        if self._options.preference != "stream":
-            try:
-                return await self._open_nixl(peer)
-            except TransferError as error:
-                reason = error.message
-            if self._options.preference == "nixl":
-                raise TransferError(f"{peer.worker_id} cannot be read over nixl: {reason}")
+        try:
+            return await self._open_nixl(peer)
+        except _Refused as refused:
+            why, reason = refused.why, refused.reason
+        if self._options.preference == "nixl":
+            raise TransferError(f"{peer.worker_id} cannot be read over nixl: {reason}")
+        if self._options.preference == "auto":
             self._warn(peer, reason)
         if self._memory.view is None:
             raise TransferError(
                 f"{peer.worker_id} cannot be read over a stream: our pool has no bytes the CPU can reach"
             )
-        return await self._open_stream(peer)
+        link = await self._open_stream(peer)
+        self._whys[peer.worker_id, peer.epoch] = why
+        return link
 
     async def _open_nixl(self, peer: PeerEndpoints) -> Link:
+        """Raises _Refused."""
+        if self._options.preference == "stream":
+            raise _Refused("configured", "the options ask for a stream")
         if self._nixl is None:
-            raise TransferError(self._why_no_nixl)
+            raise _Refused("not_started", self._why_no_nixl)
         if peer.nixl is None:
-            raise TransferError("the owner does not offer it")
-        return await open_nixl(self._nixl, peer, peer.nixl, self._options.proof_timeout_s)
+            raise _Refused("not_offered", "the owner does not offer it")
+        if reason := why_not_one_sided(self._nixl, peer.nixl):
+            raise _Refused("no_way", reason)
+        try:
+            return await open_nixl(self._nixl, peer, peer.nixl, self._options.proof_timeout_s)
+        except TransferError as error:
+            raise _Refused("unproved", error.message) from error
 
     async def _open_stream(self, peer: PeerEndpoints) -> Link:
         opening = asyncio.create_task(asyncio.to_thread(open_stream, peer, self._memory, self._options))

@@ -20,6 +20,7 @@ from tailrace.messages import (
     KvEventBatch,
     LegFailed,
     LegReport,
+    LinkCount,
     Load,
     OwnerRate,
     StepEvents,
@@ -150,12 +151,14 @@ class Attachments:
         *,
         steps: Callable[[], int],
         owners: Callable[[], tuple[OwnerRate, ...] | None] = lambda: None,
+        links: Callable[[], tuple[LinkCount, ...]] = tuple,
     ) -> None:
-        """`owners`: at which it reads from others; the same tuple until something has changed."""
+        """`owners`: at which it reads from others; the same tuple until something has changed. `links`: over what."""
         self.info = info
         self._handler = handler
         self._steps = steps
         self._owners = owners
+        self._links = links
         self._sessions: dict[str, Session] = {}
         self._legs: dict[int, Leg] = {}
         self._ids = itertools.count(1)
@@ -171,8 +174,8 @@ class Attachments:
 
     @property
     def load(self) -> Load:
-        """As of the last step."""
-        return replace(self._load, draining=self.is_draining, owners=self._owners())
+        """As of the last step; whether it drains and what it reads others over, as of now."""
+        return replace(self._load, draining=self.is_draining, owners=self._owners(), links=self._links())
 
     @property
     def kv_sequence(self) -> int:

@@ -10,6 +10,7 @@ from tailrace.messages import (
     KvSource,
     LegFailed,
     LegReport,
+    LinkCount,
     Load,
     OwnerRate,
     PrefixSource,
@@ -180,6 +181,10 @@ def load_to_proto(load: Load) -> worker_pb2.Load:
         decode_base_s=load.decode_base_s,
         decode_row_s=load.decode_row_s,
         owners=_owners_to_proto(load.owners) if load.owners is not None else None,
+        links=[
+            worker_pb2.LinkCount(transport=link.transport, why_not_nixl=link.why_not_nixl, num=link.num)
+            for link in load.links
+        ],
     )
 
 
@@ -204,6 +209,7 @@ def load_from_proto(message: worker_pb2.Load) -> Load:
         decode_base_s=message.decode_base_s,
         decode_row_s=message.decode_row_s,
         owners=_owners_from_proto(message.owners) if message.HasField("owners") else None,
+        links=tuple(LinkCount(link.transport, link.why_not_nixl, link.num) for link in message.links),
     )
 
 

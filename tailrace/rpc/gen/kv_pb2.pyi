@@ -186,7 +186,10 @@ Global___MeetResponse: _TypeAlias = MeetResponse  # noqa: Y015
 
 @_typing.final
 class NixlEndpoint(_message.Message):
-    """A READ must be truly one-sided: the needer proves it by reading the nonce."""
+    """A READ must be truly one-sided. The needer proves it by reading the nonce and, in the 8 bytes behind it, how often the
+    owner's thread went to sleep or woke up (least byte first on all hosts that are supported; 0: not told). A read that finds
+    an even number was not carried out by that thread.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -612,6 +612,7 @@ class Load(_message.Message):
     DECODE_BASE_S_FIELD_NUMBER: _builtins.int
     DECODE_ROW_S_FIELD_NUMBER: _builtins.int
     OWNERS_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
     num_waiting: _builtins.int
     num_running: _builtins.int
     waiting_tokens: _builtins.int
@@ -640,6 +641,10 @@ class Load(_message.Message):
     def owners(self) -> Global___OwnerRates:
         """At which this worker reads from others, of all that it has measured. Absent: as last told on this stream."""
 
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkCount]:
+        """What this worker reads others over."""
+
     def __init__(
         self,
         *,
@@ -662,10 +667,11 @@ class Load(_message.Message):
         decode_base_s: _builtins.float = ...,
         decode_row_s: _builtins.float = ...,
         owners: Global___OwnerRates | None = ...,
+        links: _abc.Iterable[Global___LinkCount] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["owners", b"owners"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "booked_blocks", b"booked_blocks", "cached_blocks", b"cached_blocks", "decode_base_s", b"decode_base_s", "decode_row_s", b"decode_row_s", "decode_step_s", b"decode_step_s", "draining", b"draining", "free_blocks", b"free_blocks", "landing_blocks", b"landing_blocks", "lent_blocks", b"lent_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "owners", b"owners", "prefill_curve_s", b"prefill_curve_s", "prefill_tokens_per_s", b"prefill_tokens_per_s", "quarantined_blocks", b"quarantined_blocks", "total_blocks", b"total_blocks", "transfer_bytes_per_s", b"transfer_bytes_per_s", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_blocks", b"active_blocks", "booked_blocks", b"booked_blocks", "cached_blocks", b"cached_blocks", "decode_base_s", b"decode_base_s", "decode_row_s", b"decode_row_s", "decode_step_s", b"decode_step_s", "draining", b"draining", "free_blocks", b"free_blocks", "landing_blocks", b"landing_blocks", "lent_blocks", b"lent_blocks", "links", b"links", "num_running", b"num_running", "num_waiting", b"num_waiting", "owners", b"owners", "prefill_curve_s", b"prefill_curve_s", "prefill_tokens_per_s", b"prefill_tokens_per_s", "quarantined_blocks", b"quarantined_blocks", "total_blocks", b"total_blocks", "transfer_bytes_per_s", b"transfer_bytes_per_s", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -712,3 +718,30 @@ class OwnerRate(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___OwnerRate: _TypeAlias = OwnerRate  # noqa: Y015
+
+@_typing.final
+class LinkCount(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    WHY_NOT_NIXL_FIELD_NUMBER: _builtins.int
+    NUM_FIELD_NUMBER: _builtins.int
+    transport: _builtins.str
+    """"nixl" or "stream"."""
+    why_not_nixl: _builtins.str
+    """A word; empty for nixl."""
+    num: _builtins.int
+    def __init__(
+        self,
+        *,
+        transport: _builtins.str = ...,
+        why_not_nixl: _builtins.str = ...,
+        num: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num", b"num", "transport", b"transport", "why_not_nixl", b"why_not_nixl"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkCount: _TypeAlias = LinkCount  # noqa: Y015

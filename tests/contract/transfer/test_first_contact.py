@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tailrace.errors import LayoutMismatchError, TransferError, UnauthenticatedError
+from tailrace.messages import LinkCount
 from tailrace.transfer import ReadOutcome, TlsFiles, open_transfer
 from tests.helpers.transfer_pools import make_options, make_pool, make_reads, peer_to_json
 from tests.helpers.transfer_worker import worker
@@ -42,6 +43,7 @@ async def test_an_owner_whose_nonce_is_not_there_is_read_over_a_stream(caplog: p
         assert (await plane.needer.connect(forged)).transport == "stream"
         plane.needer.forget("owner", 1)
         assert (await plane.needer.connect(forged)).transport == "stream"
+        assert plane.needer.links() == (LinkCount("stream", "no_way", 1),)
         await plane.close()
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
@@ -188,6 +190,27 @@ async def test_two_workers_that_read_each_other_do_so_without_each_others_help(a
             result = await needer.call("wait", name="x", timeout_s=5)
             owner.go_on()
             assert result == ["good", ""], "a read that waits for its owner is emulated over TCP"
+
+
+async def test_a_link_is_counted_by_its_transport_and_by_why_that_is_not_nixl() -> None:
+    async with worker("owner", seed=3) as owner:
+        plane = await open_transfer(make_pool(), make_options())
+        peer = await owner.meet()
+        assert plane.needer.links() == ()
+        await plane.needer.connect(peer)
+        assert plane.needer.links() == (LinkCount("nixl", "", 1),)
+        plane.needer.forget("owner", 1)
+        await plane.needer.connect(dataclasses.replace(peer, nixl=None))
+        assert plane.needer.links() == (LinkCount("stream", "not_offered", 1),)
+        plane.needer.forget("owner", 1)
+        forged = dataclasses.replace(peer.nixl, agent_name="someone")
+        await plane.needer.connect(dataclasses.replace(peer, nixl=forged))
+        assert plane.needer.links() == (LinkCount("stream", "unproved", 1),)
+        await plane.close()
+        streams = await open_transfer(make_pool(), make_options(preference="stream"))
+        await streams.needer.connect(peer)
+        assert streams.needer.links() == (LinkCount("stream", "configured", 1),)
+        await streams.close()
 
 
 async def test_two_ends_with_certificates_read_under_tls(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tailrace.messages import (
     LendDone,
     LendTerms,
     LentBlocks,
+    LinkCount,
     Load,
     OwnerRate,
     PrefixSource,
@@ -245,7 +246,8 @@ def test_a_role_that_we_do_not_know_is_refused() -> None:
 
 
 owners = st.none() | st.lists(st.builds(OwnerRate, text, f64), max_size=3).map(tuple)
-loads = st.builds(Load, u32, u32, *[u64] * 9, f64, f64, f64, st.booleans(), f64, f64, f64, owners)
+links = st.lists(st.builds(LinkCount, st.text(max_size=4), st.text(max_size=4), u32), max_size=2).map(tuple)
+loads = st.builds(Load, u32, u32, *[u64] * 9, f64, f64, f64, st.booleans(), f64, f64, f64, owners, links)
 
 
 @given(loads)

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 from prometheus_client import CollectorRegistry
 
-from tailrace.messages import Load
+from tailrace.messages import LinkCount, Load
 from tailrace.telemetry.metrics import GatewayMetrics, WorkerSample, render
 from tailrace.types import Role
 
@@ -52,6 +54,17 @@ def test_a_workers_last_load_report_is_shown(name, value):
         for worker, role in (("d0", "decode"), ("p0", "prefill"))
     ]
     assert shown == [value, 0]
+
+
+def test_links_are_counted_by_transport_and_by_why_that_is_not_nixl():
+    links = (LinkCount("nixl", "", 2), LinkCount("stream", "unproved", 1))
+    registry, _ = gateway(WorkerSample("d0", Role.DECODE, replace(LOAD, links=links)))
+    labels = {"worker": "d0", "role": "decode"}
+    shown = [
+        registry.get_sample_value("tailrace_worker_links", {**labels, "transport": transport, "why_not_nixl": why})
+        for transport, why in (("nixl", ""), ("stream", "unproved"))
+    ]
+    assert shown == [2, 1]
 
 
 def test_a_worker_that_has_left_is_in_no_gauge():

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.gateway.http_metrics import HttpMetrics
 from services.kvstore.metrics import StoreCollector
-from tailrace.messages import Load
+from tailrace.messages import LinkCount, Load
 from tailrace.telemetry.metrics import GatewayMetrics, IndexSample, RedisSample, WorkerSample, render
 from tailrace.types import Role
 from tests.helpers.stores import make_store
@@ -21,8 +21,9 @@ DOC = Path(__file__).parents[3] / "docs" / "metrics.md"
 def exported():
     """name -> (type, labels), each metric having been touched once."""
     http, registry = HttpMetrics(), CollectorRegistry()
+    load = Load(links=(LinkCount("nixl", "", 1),))
     index = IndexSample(1, RedisSample(True, 1, 0))
-    gateway = GatewayMetrics(registry, lambda: [WorkerSample("d0", Role.DECODE, Load())], lambda: index)
+    gateway = GatewayMetrics(registry, lambda: [WorkerSample("d0", Role.DECODE, load)], lambda: index)
     http.requests.labels("GET", "/", "200")
     http.disconnects.labels("left")
     http.tokens.labels("prompt")
