@@ -1,5 +1,6 @@
 """Whom a prefill worker is told to fetch a prefix from, and what is learnt of it. Played by fake workers and stores."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -8,7 +9,7 @@ from services.gateway.session import RequestSession
 from tailrace.errors import WorkerLostError
 from tailrace.kv.events import KVEvents, Tier
 from tailrace.kv.hashing import chain_seed, hash_blocks
-from tailrace.messages import Fetch, KvEventBatch, LegReport, Load, PrefixSource, StepEvents, Submission
+from tailrace.messages import Fetch, KvEventBatch, LegReport, Load, OwnerRate, PrefixSource, StepEvents, Submission
 from tailrace.types import FinishReason
 from tests.helpers.fake_members import BLOCK, LAYOUT, FakeCluster, FakeWorker, fake_cluster, settle
 
@@ -154,6 +155,15 @@ async def test_a_slow_pair_is_learnt_and_the_others_are_not_blamed():
         assert named((await submitted(cluster)).prefix_sources) == [("s1", 0, 60)]
 
 
+async def test_a_holder_over_a_link_that_its_needer_calls_slow_is_not_asked():
+    """Of one that was never fetched from."""
+    async with fake_cluster(stores=1, load=SLOW) as cluster:
+        await holds(cluster.stores[0], 90)
+        slow = dataclasses.replace(SLOW, owners=(OwnerRate("s0", 90 * LAYOUT.block_bytes / 60.0),))
+        await cluster.prefill.say(StepEvents(load=slow))
+        assert (await submitted(cluster)).prefix_sources == (), "computing it takes 4 s"
+
+
 async def test_a_store_s_disk_has_a_rate_of_its_own():
     async with fake_cluster(stores=1, load=SLOW) as cluster:
         await holds(cluster.stores[0], 90, on_disk=90)
@@ -260,7 +270,8 @@ async def test_what_a_decode_worker_says_of_its_fetches_is_learnt():
         await holds(cluster.stores[0], 90)
         num_bytes = 90 * LAYOUT.block_bytes
         # What a sequence got back that had given way says nothing of a tier.
-        await local(cluster, Fetch("s0", 90, 90, num_bytes, 60.0))
+        for _ in range(3):
+            await local(cluster, Fetch("s0", 90, 90, num_bytes, 60.0))
         assert named((await local(cluster, Fetch("s0", 90, 0, 0, 0.5))).prefix_sources) == [("s0", 0, 90)]
         assert (await local(cluster)).prefix_sources == (), "it failed a moment ago"
         now[0] = 1.1
