@@ -4,7 +4,9 @@ import contextlib
 
 import pytest
 
-from tailrace.index.keys import KeySpace
+from tailrace.index.keys import KeySpace, StreamMessage
+from tailrace.kv.events import KVEvents
+from tailrace.messages import KvEventBatch
 from tests.helpers.redis_workers import PlayedGateway, PlayedWorker, running
 from tests.helpers.waiting import PATIENCE_S, until
 from tests.unit.index.test_mirror import knows, says, well
@@ -98,6 +100,24 @@ async def test_a_message_that_got_lost_here_is_read_again(own_server, monkeypatc
         worker.retract(hashes_of(20, seed=1)[5:])
         await knows(gateway, worker)
         assert worker.num_snapshots == 1
+
+
+async def test_missed_events_come_in_their_order_and_are_those_of_one_worker_in_one_life(monkeypatch):
+    """Two workers may share a stream."""
+
+    def message(number, worker_id, epoch, sequence):
+        flat = StreamMessage(worker_id, KvEventBatch(epoch, sequence, KVEvents.published(hashes_of(2)))).fields()
+        return b"1-%d" % number, dict(zip(flat[::2], flat[1::2], strict=True))
+
+    kept = [message(5, "w0", 2, 8), message(4, "w9", 2, 0), message(3, "w0", 2, 6), message(2, "w0", 1, 4)]
+
+    async def one(*command):
+        return kept
+
+    mirror = PlayedGateway("redis://127.0.0.1:1").mirror
+    monkeypatch.setattr(mirror._client, "one", one)
+    assert [batch.first_sequence for batch in await mirror._missed("w0", 2, 6)] == [6, 8]
+    assert await mirror._missed("w0", 2, 4) == [], "what was before has another life's numbers"
 
 
 def unreachable():

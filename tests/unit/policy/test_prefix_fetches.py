@@ -2,10 +2,14 @@
 
 import pytest
 
-from tailrace.kv.block_pool import BlockState
+from tailrace.kv.block_pool import BlockPool, BlockState
 from tailrace.kv.events import KVEventKind
+from tailrace.kv.window import LeadingBlocks, Window
 from tailrace.plan import Chunk
 from tailrace.policy.prefill_scheduler import LOOK_AHEAD
+from tailrace.policy.prefix_fetches import PrefixFetches
+from tailrace.policy.prompt_tables import PromptTables
+from tests.helpers.decode_world import make_request
 from tests.helpers.prefill_world import PrefillWorld
 
 A = list(range(100, 140))
@@ -373,3 +377,43 @@ def test_who_has_fetched_goes_on_where_the_head_of_the_line_finds_no_room() -> N
     world.run_to_end()
     world.check_answers()
     world.check_empty()
+
+
+# -- by itself --------------------------------------------------------------------------------------------------------
+
+
+def claimed(pool: BlockPool) -> PrefixFetches:
+    """Two prompts of three blocks, of which two are read."""
+    fetches = PrefixFetches(PromptTables(pool, Window(0, 4), 16))
+    for request_id, tokens in ((1, A[:9]), (2, B[:9])):
+        assert fetches.claim(make_request(request_id, tokens, block_size=4), LeadingBlocks(), 2)
+    return fetches
+
+
+def test_what_lands_for_a_request_that_is_gone_is_free() -> None:
+    pool = BlockPool(12, epoch=1)
+    fetches = claimed(pool)
+    first, _ = fetches.drain_granted()
+    read = first.blocks[:2]
+    assert fetches.drop(1, read)
+    assert pool.ledger().landing == 4
+    fetches.landed(1, read)
+    assert str(pool.ledger()) == "free=9 active=1 landing=2"
+
+
+def test_a_request_that_is_gone_is_not_read_for() -> None:
+    fetches = claimed(BlockPool(12, epoch=1))
+    fetches.drop(1, ())
+    assert [fetch.request.id for fetch in fetches.drain_granted()] == [2]
+
+
+def test_of_those_that_can_go_on_the_first_in_line_is_first_and_waits_for_no_fetch() -> None:
+    fetches = claimed(BlockPool(12, epoch=1))
+    hashes = fetches.all()[0].request.hashes
+    assert fetches.will_find(hashes, 0)
+    for request_id in (2, 1):
+        fetches.end(request_id, ())
+    assert not fetches.will_find(hashes, 0), "nothing came, and nothing more comes"
+    ended = fetches.first_ended()
+    assert ended is not None
+    assert ended.request.id == 1
