@@ -97,7 +97,8 @@ class World:
 @asynccontextmanager
 async def world(tmp_path: Path, size: TinySize, num_blocks: int) -> AsyncIterator[World]:
     model = make_tiny_model(tmp_path / "model", size)
-    options = {"dtype": "float32", "num_blocks": num_blocks, "max_model_len": 1024, "max_num_batched_tokens": 64}
+    # Small steps, so that computing a prompt takes several times what a fetch is taken to cost before it is measured.
+    options = {"dtype": "float32", "num_blocks": num_blocks, "max_model_len": 1024, "max_num_batched_tokens": 16}
     with Cluster(model, offer_low_water=0.5, **options) as cluster:
         async with AsyncClient(f"127.0.0.1:{cluster.grpc_port}") as client:
             there = World(cluster, client, model, tmp_path / "slab", num_blocks)
