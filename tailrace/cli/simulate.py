@@ -18,6 +18,9 @@ from tailrace.sim.result import SimResult, Slo
 from tailrace.sim.simulator import SimOptions, Simulator
 from tailrace.sim.workload import Workload, read_trace
 
+MAX_BLOCKS = 20_000_000
+"""Of all pools together; a simulated block takes this process some hundred bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class SimulateOptions:
@@ -82,6 +85,12 @@ def _workload(options: SimulateOptions) -> Workload:
 
 
 def _sim_options(options: SimulateOptions, profile: HardwareProfile) -> SimOptions:
+    per_decode = options.decode_blocks or options.blocks_per_worker
+    if (total := options.workers * options.blocks_per_worker + (options.decode or 0) * per_decode) > MAX_BLOCKS:
+        raise ConfigError(
+            f"blocks_per_worker: all pools together are {total:,} blocks; at most {MAX_BLOCKS:,} can be simulated",
+            param="blocks_per_worker",
+        )
     block_bytes = options.block_tokens * profile.kv_bytes_per_token
     cpu, nvme = options.cpu_blocks, options.nvme_blocks
     return SimOptions(

@@ -51,6 +51,10 @@ def test_a_trace_is_simulated(tmp_path: Path):
         (("--policy", "best"), "policy: must be one of cost, round-robin, least-loaded, prefix, got 'best'"),
         (("--profile", "tpu"), "profile: must be one of h100, h200, cpu, got 'tpu'"),
         (("--workload", "x"), "workload: must be one of shared-prefix, chat, sharegpt, got 'x'"),
+        (
+            ("--workers", "4", "--blocks-per-worker", "4000000", "--decode", "1", "--decode-blocks", "5000000"),
+            "blocks_per_worker: all pools together are 21,000,000 blocks; at most 20,000,000 can be simulated",
+        ),
         (("--plot", "picture.pdf"), "plot: must be a .png file in a directory that exists, got picture.pdf"),
     ],
 )
