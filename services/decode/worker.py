@@ -197,10 +197,10 @@ class DecodeWorker:
 
     def end_swap(self, swap_id: int, pulled: PulledPrefix, in_flight: Sequence[int]) -> None:
         """Nothing more comes of it; blocks `in_flight` may still be written: `settle` follows for them."""
-        prompt_of = self._scheduler.swaps.prompt_of(swap_id)
+        swaps = self._scheduler.swaps
+        prompt_of = swaps.prompt_of(swap_id)
         if self._swap_cost is not None and prompt_of is None:
             self._swap_cost.note(len(pulled.tiers), sum(fetch.seconds for fetch in pulled.fetches))
-        swaps = self._scheduler.swaps
         request_id, num_found = swaps.request_of(swap_id), swaps.num_found(swap_id)
         is_in_line = self._scheduler.end_swap(swap_id, in_flight)
         if (life := self._lives.get(request_id)) is not None:

@@ -79,10 +79,8 @@ class OfferPolicy:
         self.pass_over([block for block in blocks if block is not None])
         # One block more: who asks for just these tokens computes the last one again.
         first, end = len(hashes) - self._span - 1, len(hashes)
-        began = over.num_found - self._span
-        pieces = [range(min(first, began), end)] if over.num_found >= first else [range(began, began + self._span)]
-        if over.num_found < first:
-            pieces.append(range(first, end))
+        began = range(over.num_found - self._span, over.num_found)
+        pieces = [began, range(first, end)] if began.stop < first else [range(min(first, began.start), end)]
         return [CachedChain(_cached_end(hashes, blocks, piece), tenant) for piece in pieces]
 
     def _is_low(self) -> bool:
